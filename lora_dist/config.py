@@ -1,0 +1,320 @@
+"""Every configuration dataclass and the rules between them; standard library only."""
+
+from dataclasses import dataclass, field
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
+    _require(value in allowed, f"{key}={value!r} is not one of {', '.join(map(str, allowed))}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A GPT-2 / GPT-3 decoder, from a Hugging Face checkpoint directory or drawn from the run's seed."""
+
+    name: str
+    """Shown in reports."""
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    ffn_hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    layernorm_epsilon: float = 1e-5
+    checkpoint: str | None = None
+    """Directory with config.json and safetensors; null draws the weights from loop.seed."""
+    tokenizer: str | None = None
+    """Directory with the tokenizer's files; null means the checkpoint directory."""
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for key in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "vocab_size", "max_position_embeddings"):
+            _require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}",
+        )
+        for key in ("hidden_dropout", "attention_dropout"):
+            _require(0.0 <= getattr(self, key) < 1.0, f"model.{key}={getattr(self, key)} must lie in [0, 1)")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model; the output layer is tied to the embedding."""
+        h, f = self.hidden_size, self.ffn_hidden_size
+        layer = (3 * h * h + 3 * h) + (h * h + h) + (h * f + f) + (f * h + h) + 4 * h
+        return self.num_layers * layer + (self.vocab_size + self.max_position_embeddings) * h + 2 * h
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685, section 4): W = W0 + (alpha / rank) B A."""
+
+    rank: int = 4
+    """Inner dimension of the two factors (`lora_rank` in code)."""
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Probability of zeroing an element of the adapter's input."""
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Canonical names, aliases, or regular expressions over `layers.N.target`."""
+    layers: list[int] | None = None
+    """Zero-based layers that get adapters; null means all."""
+    bias: str = "none"
+    """Biases that train too: none, lora_only (those of adapted linears) or all."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rank of the targets a name, alias or expression matches, instead of `rank`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora.rank={self.rank} must be at least 1")
+        _require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
+        _require(0.0 <= self.dropout < 1.0, f"lora.dropout={self.dropout} must lie in [0, 1)")
+        _one_of("lora.bias", self.bias, ("none", "lora_only", "all"))
+        _require(bool(self.target_modules), "lora.target_modules is empty; name at least one, e.g. [q_proj,v_proj]")
+        for pattern, rank in self.rank_pattern.items():
+            _require(rank >= 1, f"lora.rank_pattern.{pattern}={rank} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class TopologyConfig:
+    """How many processes share one model, and how many models there are."""
+
+    tp_size: int = 1
+    """Tensor-parallel processes: each weight matrix is split over them."""
+    pp_size: int = 1
+    """Pipeline stages."""
+    dp_size: int | None = None
+    """Data-parallel replicas; null takes what the number of processes leaves (1 when started bare)."""
+    sequence_parallel: bool = False
+    """Split the activations between the tensor-parallel regions along the sequence."""
+    timeout_s: float = 1800.0
+    """A collective that waits longer than this is an error."""
+
+    def __post_init__(self) -> None:
+        for key in ("tp_size", "pp_size", "dp_size"):
+            size = getattr(self, key)
+            _require(size is None or size >= 1, f"topology.{key}={size} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class ZeroConfig:
+    """What DeepSpeed partitions over the data-parallel replicas."""
+
+    stage: int = 1
+    """0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory."""
+
+    def __post_init__(self) -> None:
+        _one_of("zero.stage", self.stage, (0, 1, 2, 3))
+        _require(
+            not (self.offload_optimizer and self.stage == 0),
+            "zero.offload_optimizer=true needs zero.stage >= 1, got zero.stage=0",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Pairs of (context, target); the loss is on the target's tokens (eq. 1 of the paper)."""
+
+    name: str
+    format: str
+    """e2e_text (`context||target`), e2e_csv (`mr,ref`), jsonl (`context`, `target`) or fake (random tokens)."""
+    train: str | None = None
+    valid: str | None = None
+    seq_len: int = 512
+    collate: str = "pack"
+    """pack: several examples a row, attention kept apart; pad: one example a row, padded to the longest."""
+    on_bad_row: str = "error"
+    """error stops at the first bad row and names it; skip counts it."""
+    max_train_examples: int | None = None
+    max_valid_examples: int | None = None
+    num_fake_examples: int = 1024
+
+    def __post_init__(self) -> None:
+        _one_of("data.format", self.format, ("e2e_text", "e2e_csv", "jsonl", "fake"))
+        _one_of("data.collate", self.collate, ("pack", "pad"))
+        _one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
+        _require(self.seq_len >= 2, f"data.seq_len={self.seq_len} must be at least 2")
+        _require(
+            self.format == "fake" or self.train is not None,
+            f"data.train is not set; give the path of a {self.format} file",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and the schedule of its learning rate."""
+
+    lr: float = 2e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    schedule: str = "linear"
+    """linear or cosine decay to zero after the warm-up, or constant."""
+    num_warmup_steps: int = 0
+    clip_grad_norm: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+    label_smoothing: float = 0.0
+    lora_plus_ratio: float = 1.0
+    """Learning rate of lora_B over that of lora_A (LoRA+)."""
+
+    def __post_init__(self) -> None:
+        _one_of("optim.schedule", self.schedule, ("linear", "cosine", "constant"))
+        _require(self.lr > 0, f"optim.lr={self.lr} must be positive")
+        _require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio={self.lora_plus_ratio} must be positive")
+        _require(self.clip_grad_norm >= 0, f"optim.clip_grad_norm={self.clip_grad_norm} must not be negative")
+        _require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing={self.label_smoothing} must lie in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
+class LoopConfig:
+    """Steps, batches, and what happens between steps. A step is one optimizer step."""
+
+    num_steps: int = 100
+    micro_batch_size: int = 8
+    """Rows in one forward pass of one replica."""
+    global_batch_size: int | None = None
+    """Rows in one step over all replicas; null means micro_batch_size x dp_size."""
+    seed: int = 0
+    recompute: str = "none"
+    """Activations computed again in backward: none, selective (the MLP's) or full (whole layers)."""
+    num_warmup_steps_timing: int = 3
+    """Steps left out of the timing."""
+    eval_every: int = 0
+    """Steps between validations; 0 validates before the first and after the last step only."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves after the last step only."""
+    keep_checkpoints: int = 2
+    check_replicas_every: int = 0
+    """Steps between checks that replicated factors are bit-identical over TP; 0 never."""
+
+    def __post_init__(self) -> None:
+        _one_of("loop.recompute", self.recompute, ("none", "selective", "full"))
+        for key in ("num_steps", "micro_batch_size", "keep_checkpoints"):
+            _require(getattr(self, key) >= 1, f"loop.{key}={getattr(self, key)} must be at least 1")
+        for key in ("eval_every", "save_every", "num_warmup_steps_timing", "check_replicas_every"):
+            _require(getattr(self, key) >= 0, f"loop.{key}={getattr(self, key)} must not be negative")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackConfig:
+    """Where metrics go besides the run directory."""
+
+    backend: str = "wandb"
+    """wandb (online with a key, offline without) or none."""
+    project: str = "lora_dist"
+    entity: str | None = None
+    run_id: str | None = None
+    """W&B run to continue; null starts a new one, or continues the one named in a resumed run directory."""
+    init_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        _one_of("track.backend", self.backend, ("wandb", "none"))
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareConfig:
+    """What `lora-dist compare` runs side by side."""
+
+    methods: list[str] = field(default_factory=lambda: ["lora", "full"])
+    lr: dict[str, float] = field(default_factory=dict)
+    """Learning rate of a method in place of optim.lr."""
+
+
+METHODS = ("lora", "full")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One run, whole."""
+
+    model: ModelConfig
+    method: str
+    """What trains: lora or full."""
+    lora: LoraConfig
+    topology: TopologyConfig
+    zero: ZeroConfig
+    data: DataConfig
+    optim: OptimConfig
+    loop: LoopConfig
+    track: TrackConfig
+    compare: CompareConfig
+    run_dir: str
+    resume: str = "none"
+    """none starts fresh, auto continues where there is a checkpoint, must refuses to start without one."""
+    device: str = "auto"
+    dtype: str = "fp32"
+    """Of the base weights and activations; adapters and optimizer state are always fp32."""
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("resume", self.resume, ("none", "auto", "must"))
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
+        _validate_model_shards(self.model, self.topology)
+        _require(
+            not (self.zero.stage == 3 and self.topology.pp_size > 1),
+            f"zero.stage=3 needs topology.pp_size=1, got {self.topology.pp_size}; use zero.stage<=2 with pipelines",
+        )
+        _require(
+            not (self.method == "full" and self.dtype != "fp32" and self.zero.stage == 0),
+            f"method=full with dtype={self.dtype} keeps fp32 masters in DeepSpeed's partitions; set zero.stage=1 or more",
+        )
+        _require(
+            self.data.seq_len <= self.model.max_position_embeddings,
+            f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings={self.model.max_position_embeddings}",
+        )
+        if self.topology.sequence_parallel:
+            _require(
+                self.data.seq_len % self.topology.tp_size == 0,
+                f"topology.sequence_parallel needs tp_size {self.topology.tp_size} to divide data.seq_len {self.data.seq_len}",
+            )
+        for method in [*self.compare.methods, *self.compare.lr]:
+            _one_of("compare.methods", method, METHODS)
+
+
+def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None:
+    tp_size, pp_size = topology.tp_size, topology.pp_size
+    for key in ("num_heads", "ffn_hidden_size"):
+        size = getattr(model, key)
+        _require(size % tp_size == 0, f"tp {tp_size} does not divide {key} {size}; choose a divisor for topology.tp_size")
+    _require(
+        model.num_layers % pp_size == 0,
+        f"pp {pp_size} does not divide num_layers {model.num_layers}; choose a divisor for topology.pp_size",
+    )
+
+
+def compute_dp_size(topology: TopologyConfig, world_size: int) -> int:
+    """Data-parallel replicas on `world_size` processes; ValueError when the sizes do not multiply out."""
+    model_parallel_size = topology.tp_size * topology.pp_size
+    dp_size = topology.dp_size or max(1, world_size // model_parallel_size)
+    needed = model_parallel_size * dp_size
+    _require(
+        needed == world_size,
+        f"tp {topology.tp_size} x pp {topology.pp_size} x dp {dp_size} = {needed} processes, but {world_size} were started",
+    )
+    return dp_size
+
+
+def compute_num_microbatches(loop: LoopConfig, dp_size: int) -> int:
+    """Forward passes of one replica in one step; ValueError when the batch sizes do not divide."""
+    rows_per_pass = loop.micro_batch_size * dp_size
+    global_batch_size = loop.global_batch_size or rows_per_pass
+    _require(
+        global_batch_size % rows_per_pass == 0,
+        f"loop.global_batch_size {global_batch_size} is not a multiple of micro_batch_size {loop.micro_batch_size}"
+        f" x dp {dp_size} = {rows_per_pass}",
+    )
+    return global_batch_size // rows_per_pass

@@ -1,0 +1,1 @@
+"""Examples, label masks, packing, and the resumable loader."""

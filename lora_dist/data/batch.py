@@ -1,0 +1,35 @@
+"""One microbatch of one replica. Shapes: B rows, S positions."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """Token rows with next-token labels; equal on every TP and PP rank of a replica."""
+
+    input_ids_BS: torch.Tensor
+    """int64."""
+    labels_BS: torch.Tensor
+    """int64; the token that follows each input token, 0 where loss_mask is False."""
+    loss_mask_BS: torch.Tensor
+    """bool; True where the label is a target token."""
+    position_ids_BS: torch.Tensor
+    """int64; starts again at 0 with each packed example."""
+    segment_ids_BS: torch.Tensor | None
+    """int64; 1, 2, ... number the packed examples of a row, 0 is padding. None where a row holds one example."""
+    row_ids_B: torch.Tensor
+    """int64; the rows' numbers within the global batch, the same at every topology. Keys the LoRA dropout."""
+    num_loss_tokens: int
+    """Target tokens of the whole global batch over all replicas and microbatches: the loss's denominator."""
+    num_tokens: int
+    """Tokens of the whole global batch that are not padding."""
+
+    @property
+    def seq_len(self) -> int:
+        return self.input_ids_BS.shape[1]
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})

@@ -1,0 +1,30 @@
+"""What trains, as the optimizer, the checkpoints and the report see it: local tensors and how they make the whole."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class TrainableParameter:
+    """One trainable parameter of this process and its place in the whole, topology-free tensor.
+
+    The whole tensor is the concatenation of the TP shards along `shard_dim` (cut to `full_shape`, which leaves out
+    the rows that pad a vocabulary), or any one of them where `shard_dim` is None.
+    """
+
+    name: str
+    """Canonical, with the layer's global index: `layers.3.q_proj.lora_A`; the same on every topology."""
+    parameter: nn.Parameter
+    """This process's shard."""
+    full_shape: tuple[int, ...]
+    shard_dim: int | None
+    """Tensor dimension split over TP; None where every TP rank holds the whole."""
+    tp_partial_grad: bool
+    """True where each TP rank computes one summand of the gradient: summed over TP once a step."""
+    kind: str
+    """lora_A, lora_B, bias or base: its parameter group, and what the report counts it under."""
+    tied: bool = False
+    """True for the first and last stage's copies of the tied embedding, whose gradients are summed once a step."""
+    owned: bool = True
+    """False for the last stage's copy of the tied embedding: left out of the norm, of counts and of files."""
