@@ -1,0 +1,76 @@
+"""Sizes -> coordinates -> process groups and device: where this process stands. Passed on, never global."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coordinates:
+    """One process's place in the grid; TP varies fastest so that a TP group stays within a node."""
+
+    tp_rank: int
+    dp_rank: int
+    pp_rank: int
+
+
+def compute_coordinates(global_rank: int, *, tp_size: int, dp_size: int) -> Coordinates:
+    """Place of `global_rank` in the order TP, DP, PP (innermost first), Megatron's own."""
+    tp_rank = global_rank % tp_size
+    dp_rank = global_rank // tp_size % dp_size
+    return Coordinates(tp_rank=tp_rank, dp_rank=dp_rank, pp_rank=global_rank // (tp_size * dp_size))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """This process's ranks, groups and device."""
+
+    world_size: int
+    global_rank: int
+    local_rank: int
+    tp_size: int
+    tp_rank: int
+    pp_size: int
+    pp_rank: int
+    dp_size: int
+    dp_rank: int
+    sequence_parallel: bool
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    model_parallel_group: dist.ProcessGroup
+    """The TP x PP processes that hold one replica."""
+    embedding_group: dist.ProcessGroup | None
+    """First and last pipeline stage with this tp_rank; None on the others and where pp_size is 1."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def __str__(self) -> str:
+        return (
+            f"tp {self.tp_rank}/{self.tp_size} pp {self.pp_rank}/{self.pp_size} dp {self.dp_rank}/{self.dp_size}"
+            f" sp {'on' if self.sequence_parallel else 'off'} global_rank {self.global_rank}/{self.world_size} {self.device}"
+        )
+
+
+def get_world_size() -> int:
+    """Processes of this job as torchrun, srun or a DeepSpeed launcher announced them; 1 when started bare."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(requested: str, local_rank: int) -> torch.device:
+    """`auto` takes a GPU where there is one. ValueError when `cuda` is asked for and there is none."""
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise ValueError(f"device={requested}: local_rank {local_rank} has no GPU of its own among {num_gpus}; use device=cpu")
+    return torch.device("cuda", local_rank)
