@@ -1,0 +1,1 @@
+"""LoRA itself, in plain torch: targets, factors, dropout, the fused linear, merging."""

@@ -1,0 +1,74 @@
+"""LoRA dropout whose mask is a function of (seed, step, row, position, feature, adapter): the same at every topology.
+
+Hashing instead of drawing lets each rank compute just its slice, and backward compute it again instead of keeping it.
+Shapes: S sequence, B rows, H features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_dist.lora.factors import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DropoutKey:
+    """What identifies the tokens of one microbatch of one step."""
+
+    seed: int
+    step: int
+    row_ids_B: torch.Tensor
+    """Rows' numbers within the global batch."""
+
+
+class DropoutClock:
+    """Holds the key of the microbatch that is running forward; None outside training."""
+
+    def __init__(self) -> None:
+        self.key: DropoutKey | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DropoutMask:
+    """The mask of one adapter's input, computed on demand."""
+
+    key: DropoutKey
+    adapter_name: str
+    probability: float
+    position_offset: int = 0
+    """First position of this rank's sequence shard."""
+    feature_offset: int = 0
+    """First feature of this rank's input shard."""
+
+    def apply(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """x where kept, scaled by 1 / (1 - p), else 0."""
+        keep = self._compute_keep(x_SBH.shape, x_SBH.device)
+        return x_SBH * keep.to(x_SBH.dtype).mul_(1.0 / (1.0 - self.probability))
+
+    def _compute_keep(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        S, B, H = shape
+        seed = derive_seed(self.key.seed, "dropout", self.key.step, self.adapter_name)
+        position_S = torch.arange(self.position_offset, self.position_offset + S, device=device)
+        feature_H = torch.arange(self.feature_offset, self.feature_offset + H, device=device)
+        token_SB = _mix64(_mix64(self.key.row_ids_B.to(device) + seed % 2**40)[None, :] + position_S[:, None])
+        feature_H = _mix64(feature_H + seed // 2**40)
+        mixed = _mix32(token_SB.to(torch.int32)[:, :, None] ^ feature_H.to(torch.int32))
+        threshold = round(self.probability * 2**31)
+        return (mixed & 0x7FFFFFFF) >= threshold
+
+
+def _mix64(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of int64 that spreads every bit (multiply and fold, wrapping)."""
+    x = x * -7046029254386353131
+    x = (x ^ (x >> 31)) * -4658895280553007687
+    return x ^ (x >> 29)
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """The same for int32, in place: it runs over every element of the mask."""
+    x ^= x >> 15
+    x *= 739790447
+    x ^= x >> 14
+    x *= -1640531527
+    x ^= x >> 16
+    return x

@@ -1,0 +1,133 @@
+"""y = x W^T + bias + x A^T B^T on one tensor-parallel shard, with no collective the frozen base has not.
+
+Shapes: S sequence, B rows, H input features, O output features, R the summed ranks of the stacked adapters.
+
+| base linear | A            | B            | what stays TP-partial |
+| column      | whole        | this shard's | dA                    |
+| row         | this shard's | whole        | dB                    |
+
+The partial gradients are summed over TP once a step (`lora_dist.gradients`). `b_OR` comes scaled by alpha / lora_rank.
+With sequence parallelism z = x A^T of the local shard rides in the base's all-gather as extra columns, and its
+gradient in the base's reduce-scatter, so that the whole sequence is never kept.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from lora_dist.lora.dropout import DropoutMask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardCommunication:
+    """What the base linear communicates, and so what LoRA may ride on."""
+
+    allreduce_input_grad: bool
+    """Column-parallel without sequence parallelism: d(input) is summed over TP in backward."""
+    sequence_parallel: bool
+    """Column-parallel with it: the input is gathered in forward, d(input) reduce-scattered in backward."""
+    group: dist.ProcessGroup | None
+
+
+NO_COMMUNICATION = ShardCommunication(allreduce_input_grad=False, sequence_parallel=False, group=None)
+
+
+def lora_linear(
+    x_SBH: torch.Tensor,
+    weight_OH: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    a_RH: torch.Tensor,
+    b_OR: torch.Tensor,
+    *,
+    mask: DropoutMask | None = None,
+    communication: ShardCommunication = NO_COMMUNICATION,
+) -> torch.Tensor:
+    """The shard's output [S, B, O]; with sequence parallelism S is the local share on input, the whole on output."""
+    return _LoraLinear.apply(x_SBH, weight_OH, bias_O, a_RH, b_OR, mask, communication)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Saves x once, z, and the weight by reference; computes no gradient of a frozen weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SBH: torch.Tensor,
+        weight_OH: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        a_RH: torch.Tensor,
+        b_OR: torch.Tensor,
+        mask: DropoutMask | None,
+        communication: ShardCommunication,
+    ) -> torch.Tensor:
+        z_SBR = (x_SBH if mask is None else mask.apply(x_SBH)) @ a_RH.t()
+        gathered_SBH = x_SBH
+        if communication.sequence_parallel:
+            joined = _all_gather_sequence(torch.cat([x_SBH, z_SBR], dim=-1), communication.group)
+            gathered_SBH, z_SBR = joined.split([x_SBH.shape[-1], z_SBR.shape[-1]], dim=-1)
+            z_SBR = z_SBR.contiguous()  # a view would keep the gathered input alive
+        y_SBO = F.linear(gathered_SBH, weight_OH, bias_O)
+        y_SBO.view(-1, y_SBO.shape[-1]).addmm_(z_SBR.flatten(0, 1), b_OR.t())
+        ctx.save_for_backward(x_SBH, weight_OH, a_RH, b_OR, z_SBR)
+        ctx.mask, ctx.communication = mask, communication
+        return y_SBO
+
+    @staticmethod
+    def backward(ctx: Any, dy_SBO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x_SBH, weight_OH, a_RH, b_OR, z_SBR = ctx.saved_tensors
+        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
+        assert not needs_dweight, "the base weight of an adapted linear is frozen"
+        dy_NO = dy_SBO.flatten(0, 1)
+        dz_SBR = dy_SBO @ b_OR
+        dx_SBH = dy_SBO @ weight_OH if needs_dx else None
+        pending = None
+        if ctx.communication.sequence_parallel:
+            dx_SBH, dz_SBR, pending = _start_reduce_scatter(dx_SBH, dz_SBR, ctx.communication.group)
+        elif dx_SBH is not None:
+            _add_adapter_input_grad(dx_SBH, dz_SBR, a_RH, ctx.mask)
+            if ctx.communication.allreduce_input_grad:
+                pending = dist.all_reduce(dx_SBH, group=ctx.communication.group, async_op=True)
+        db_OR = dy_NO.t() @ z_SBR.flatten(0, 1)  # while the collective runs
+        dbias_O = dy_NO.sum(0) if needs_dbias else None
+        if ctx.communication.sequence_parallel:
+            pending.wait()
+            if dx_SBH is not None:
+                dx_SBH = dx_SBH.contiguous()
+                _add_adapter_input_grad(dx_SBH, dz_SBR, a_RH, ctx.mask)
+        dropped_SBH = x_SBH if ctx.mask is None else ctx.mask.apply(x_SBH)
+        da_RH = dz_SBR.flatten(0, 1).t() @ dropped_SBH.flatten(0, 1)
+        if pending is not None and not ctx.communication.sequence_parallel:
+            pending.wait()
+        return dx_SBH, None, dbias_O, da_RH, db_OR, None, None
+
+
+def _add_adapter_input_grad(
+    dx_SBH: torch.Tensor, dz_SBR: torch.Tensor, a_RH: torch.Tensor, mask: DropoutMask | None
+) -> None:
+    """dx += dz A, through the dropout's mask."""
+    if mask is None:
+        dx_SBH.view(-1, dx_SBH.shape[-1]).addmm_(dz_SBR.flatten(0, 1), a_RH)
+    else:
+        dx_SBH += mask.apply(dz_SBR @ a_RH)
+
+
+def _all_gather_sequence(x_SBH: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    gathered = x_SBH.new_empty((x_SBH.shape[0] * dist.get_world_size(group), *x_SBH.shape[1:]))
+    dist.all_gather_into_tensor(gathered, x_SBH, group=group)
+    return gathered
+
+
+def _start_reduce_scatter(
+    dx_SBH: torch.Tensor | None, dz_SBR: torch.Tensor, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor | None, torch.Tensor, dist.Work]:
+    """[dx | dz] summed over TP, this rank's sequence share of it: views that are filled once the work is waited for."""
+    joined = dz_SBR if dx_SBH is None else torch.cat([dx_SBH, dz_SBR], dim=-1)
+    scattered = joined.new_empty((joined.shape[0] // dist.get_world_size(group), *joined.shape[1:]))
+    work = dist.reduce_scatter_tensor(scattered, joined.contiguous(), group=group, async_op=True)
+    if dx_SBH is None:
+        return None, scattered, work
+    dx_local, dz_local = scattered.split([dx_SBH.shape[-1], dz_SBR.shape[-1]], dim=-1)
+    return dx_local, dz_local, work

@@ -1,0 +1,128 @@
+"""The adapters of one linear on one tensor-parallel shard, applied through the fused function.
+
+Shapes: S sequence, B rows, H input features, O output features, R the summed ranks of the stacked adapters.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_dist.lora.dropout import DropoutClock, DropoutMask
+from lora_dist.lora.factors import draw_lora_A, slice_shard
+from lora_dist.lora.function import ShardCommunication, lora_linear
+from lora_dist.lora.spec import AdapterSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardPlace:
+    """Where a linear's shard lies within the whole linear."""
+
+    column_parallel: bool
+    """True where the output features are split over TP, False where the input features are."""
+    tp_size: int
+    tp_rank: int
+    sequence_parallel: bool = False
+
+    @property
+    def a_shard_dim(self) -> int | None:
+        return None if self.column_parallel else 1
+
+    @property
+    def b_shard_dim(self) -> int | None:
+        return 0 if self.column_parallel else None
+
+
+class LoraShard(nn.Module):
+    """One adapter, or several over disjoint output rows (q, k, v of a fused projection), beside a frozen linear.
+
+    Parameters are fp32 and named `{target}_lora_A`, `{target}_lora_B`; they are cast to the input's dtype on use.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[AdapterSpec],
+        place: ShardPlace,
+        *,
+        seed: int,
+        clock: DropoutClock,
+        local_out_features: int,
+        rows: Mapping[str, torch.Tensor] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """`rows[target]`: the local output rows that target's B writes; None where one adapter writes all."""
+        super().__init__()
+        assert rows is not None or len(specs) == 1, "several adapters on one linear need to know their rows"
+        self.specs, self.place, self.clock, self.seed = tuple(specs), place, clock, seed
+        self.local_out_features = local_out_features
+        for spec in specs:
+            a = slice_shard(draw_lora_A(spec, seed), place.a_shard_dim, place.tp_size, place.tp_rank)
+            out_features = spec.out_features // (place.tp_size if place.column_parallel else 1)
+            self.register_parameter(f"{spec.target}_lora_A", nn.Parameter(a.to(device)))
+            b = torch.zeros(out_features, spec.lora_rank, device=device)
+            self.register_parameter(f"{spec.target}_lora_B", nn.Parameter(b))
+        stacked_rows = None if rows is None else torch.cat([rows[spec.target] for spec in specs]).to(device)
+        self.register_buffer("stacked_rows", stacked_rows, persistent=False)
+
+    def factors(self, spec: AdapterSpec) -> tuple[nn.Parameter, nn.Parameter]:
+        """This shard's A and B of one adapter."""
+        return self.get_parameter(f"{spec.target}_lora_A"), self.get_parameter(f"{spec.target}_lora_B")
+
+    def forward(
+        self,
+        x_SBH: torch.Tensor,
+        weight_OH: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        communication: ShardCommunication,
+    ) -> torch.Tensor:
+        a_RH, b_OR = self.stack_factors(x_SBH.dtype)
+        mask = self._build_mask(x_SBH)
+        return lora_linear(x_SBH, weight_OH, bias_O, a_RH, b_OR, mask=mask, communication=communication)
+
+    def stack_factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [R, H] stacked and B [O, R] in blocks on each adapter's rows, scaled: x A^T B^T is the whole update.
+
+        One B with zero blocks costs one pass over the output where one B an adapter would cost several.
+        """
+        pairs = [self.factors(spec) for spec in self.specs]
+        scaled_bs = [b * spec.scaling for (_, b), spec in zip(pairs, self.specs, strict=True)]
+        if self.stacked_rows is None:
+            return pairs[0][0].to(dtype), scaled_bs[0].to(dtype)
+        a_RH = torch.cat([a for a, _ in pairs])
+        block = torch.block_diag(*scaled_bs)
+        b_OR = block.new_zeros(self.local_out_features, a_RH.shape[0]).index_copy(0, self.stacked_rows, block)
+        return a_RH.to(dtype), b_OR.to(dtype)
+
+    def _build_mask(self, x_SBH: torch.Tensor) -> DropoutMask | None:
+        probability = self.specs[0].dropout
+        if probability == 0.0 or not self.training or self.clock.key is None:
+            return None
+        place = self.place
+        return DropoutMask(
+            key=self.clock.key,
+            adapter_name="+".join(spec.name for spec in self.specs),
+            probability=probability,
+            position_offset=place.tp_rank * x_SBH.shape[0] if place.sequence_parallel else 0,
+            feature_offset=0 if place.column_parallel else place.tp_rank * x_SBH.shape[2],
+        )
+
+    def compute_update(self) -> torch.Tensor:
+        """(alpha / lora_rank) B A of this shard, fp32 [O, H]: exact without any gather at every tp_size."""
+        a_RH, b_OR = self.stack_factors(torch.float32)
+        return b_OR @ a_RH
+
+
+def compute_qkv_rows(num_groups: int, num_query_heads_per_group: int, head_dim: int) -> dict[str, torch.Tensor]:
+    """Rows of q, k and v in Megatron's fused projection of `num_groups` local query groups.
+
+    Megatron lays out each group as its query heads, then its key head, then its value head. Rows of a target come in
+    the order of its heads, which is the order of the separate projection.
+    """
+    rows_per_group = (num_query_heads_per_group + 2) * head_dim
+    row = torch.arange(num_groups * rows_per_group).view(num_groups, num_query_heads_per_group + 2, head_dim)
+    return {
+        "q_proj": row[:, :num_query_heads_per_group].flatten(),
+        "k_proj": row[:, num_query_heads_per_group].flatten(),
+        "v_proj": row[:, num_query_heads_per_group + 1].flatten(),
+    }

@@ -1,0 +1,99 @@
+"""Which linears get adapters: canonical names, aliases and regular expressions resolved to specs."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from lora_dist.config import LoraConfig, ModelConfig
+from lora_dist.lora.spec import CANONICAL_TARGETS, AdapterSpec
+
+_ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+_ALIASES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("q", "wq", "linear_q", "query"), ("q_proj",)),
+    **dict.fromkeys(("k", "wk", "linear_k", "key"), ("k_proj",)),
+    **dict.fromkeys(("v", "wv", "linear_v", "value"), ("v_proj",)),
+    **dict.fromkeys(("o", "wo", "linear_o", "out_proj", "linear_proj", "attn.c_proj", "dense"), ("o_proj",)),
+    **dict.fromkeys(("c_attn", "attn.c_attn", "qkv", "linear_qkv", "query_key_value"), _ATTENTION_INPUTS),
+    **dict.fromkeys(("c_fc", "mlp.c_fc", "fc1", "linear_fc1", "dense_h_to_4h"), ("up_proj",)),
+    **dict.fromkeys(("mlp.c_proj", "fc2", "linear_fc2", "dense_4h_to_h"), ("down_proj",)),
+    "c_proj": ("o_proj", "down_proj"),
+    **dict.fromkeys(("all-linear", "all"), CANONICAL_TARGETS),
+}
+_Value = TypeVar("_Value")
+
+
+def compute_linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of each adaptable linear of a layer."""
+    h, f = model.hidden_size, model.ffn_hidden_size
+    return {"q_proj": (h, h), "k_proj": (h, h), "v_proj": (h, h), "o_proj": (h, h), "up_proj": (h, f), "down_proj": (f, h)}
+
+
+def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpec]:
+    """Every adapter the configuration asks for, ordered by layer and target.
+
+    ValueError for a pattern that matches nothing (with what exists) or a layer the model has not.
+    """
+    shapes = compute_linear_shapes(model)
+    layers = _check_layers(lora.layers, model.num_layers)
+    sites = [(layer, target) for layer in range(model.num_layers) for target in CANONICAL_TARGETS]
+    chosen: set[tuple[int, str]] = set()
+    for pattern in lora.target_modules:
+        chosen.update(_match("lora.target_modules", pattern, sites))
+    adapted = [site for site in sites if site in chosen and site[0] in layers]
+    if not adapted:
+        raise ValueError(f"lora.layers={lora.layers} leaves none of lora.target_modules={lora.target_modules}")
+    lora_ranks = _resolve_pattern("lora.rank_pattern", lora.rank_pattern, adapted)
+    alphas = _resolve_pattern("lora.alpha_pattern", lora.alpha_pattern, adapted)
+    return [
+        AdapterSpec(
+            layer=layer,
+            target=target,
+            lora_rank=lora_ranks.get((layer, target), lora.rank),
+            alpha=alphas.get((layer, target), lora.alpha),
+            in_features=shapes[target][0],
+            out_features=shapes[target][1],
+            dropout=lora.dropout,
+        )
+        for layer, target in adapted
+    ]
+
+
+def _match(key: str, pattern: str, sites: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Sites that a canonical name, an alias or a regular expression over `layers.N.target` names."""
+    sites = list(sites)
+    named = (pattern,) if pattern in CANONICAL_TARGETS else _ALIASES.get(pattern, _ALIASES.get(pattern.lower()))
+    if named is not None:
+        matched = [site for site in sites if site[1] in named]
+    else:
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{key}: {pattern!r} is neither a known name nor a regular expression: {error}") from None
+        matched = [(layer, target) for layer, target in sites if expression.fullmatch(f"layers.{layer}.{target}")]
+    if not matched:
+        existing = ", ".join(sorted({target for _, target in sites}))
+        num_layers = 1 + max(layer for layer, _ in sites)
+        raise ValueError(
+            f"{key}: {pattern!r} matches nothing; there are {existing} in layers 0 to {num_layers - 1}"
+            f" (a regular expression must match all of e.g. 'layers.0.q_proj')"
+        )
+    return matched
+
+
+def _resolve_pattern(
+    key: str, patterns: Mapping[str, _Value], sites: list[tuple[int, str]]
+) -> dict[tuple[int, str], _Value]:
+    """Value of each site; a later pattern wins over an earlier one."""
+    resolved: dict[tuple[int, str], _Value] = {}
+    for pattern, value in patterns.items():
+        resolved.update(dict.fromkeys(_match(key, pattern, sites), value))
+    return resolved
+
+
+def _check_layers(layers: list[int] | None, num_layers: int) -> set[int]:
+    if layers is None:
+        return set(range(num_layers))
+    outside = [layer for layer in layers if not 0 <= layer < num_layers]
+    if outside:
+        raise ValueError(f"lora.layers={outside} do not exist; the model has layers 0 to {num_layers - 1}")
+    return set(layers)

@@ -1,0 +1,125 @@
+"""LoRA put into a Megatron shard: which of its linears holds which targets, and what then trains."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from lora_dist.lora.layer import LoraShard, ShardPlace, compute_qkv_rows
+from lora_dist.lora.spec import AdapterSpec
+from lora_dist.mcore.base_parameters import describe_base_parameters
+from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
+from lora_dist.mcore.model import ShardedGpt
+from lora_dist.parameters import TrainableParameter
+
+_LINEAR_OF_TARGET = {
+    "q_proj": "self_attention.linear_qkv",
+    "k_proj": "self_attention.linear_qkv",
+    "v_proj": "self_attention.linear_qkv",
+    "o_proj": "self_attention.linear_proj",
+    "up_proj": "mlp.linear_fc1",
+    "down_proj": "mlp.linear_fc2",
+}
+
+
+def apply_lora(
+    gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed: int
+) -> list[TrainableParameter]:
+    """Freeze the base, put this stage's adapters into its linears, and list what trains here.
+
+    `bias` none, lora_only (biases of adapted linears) or all. Another stage's specs are that stage's business.
+    """
+    gpt.requires_grad_(False)
+    trainable: list[TrainableParameter] = []
+    adapted_linears: set[str] = set()
+    for (layer, linear_name), group in _group_by_linear(gpt, specs).items():
+        linear = gpt.decoder.layers[layer - gpt.first_layer].get_submodule(linear_name)
+        assert isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear)
+        linear.lora = _build_shard(gpt, linear, group, seed)
+        trainable += _describe_factors(linear.lora)
+        adapted_linears.add(f"decoder.layers.{layer}.{linear_name}")
+    return trainable + _enable_biases(gpt, bias, adapted_linears)
+
+
+def find_shards(gpt: ShardedGpt) -> list[LoraShard]:
+    """Every LoraShard of this stage, in the order of its layers."""
+    return [module for module in gpt.modules() if isinstance(module, LoraShard)]
+
+
+def _group_by_linear(
+    gpt: ShardedGpt, specs: Sequence[AdapterSpec]
+) -> dict[tuple[int, str], list[AdapterSpec]]:
+    groups: dict[tuple[int, str], list[AdapterSpec]] = defaultdict(list)
+    stage_layers = range(gpt.first_layer, gpt.first_layer + gpt.num_stage_layers)
+    for spec in specs:
+        if spec.layer in stage_layers:
+            groups[spec.layer, _LINEAR_OF_TARGET[spec.target]].append(spec)
+    return groups
+
+
+def _build_shard(
+    gpt: ShardedGpt,
+    linear: LoraColumnParallelLinear | LoraRowParallelLinear,
+    specs: Sequence[AdapterSpec],
+    seed: int,
+) -> LoraShard:
+    topology = gpt.topology
+    column_parallel = isinstance(linear, LoraColumnParallelLinear)
+    place = ShardPlace(
+        column_parallel=column_parallel,
+        tp_size=topology.tp_size,
+        tp_rank=topology.tp_rank,
+        sequence_parallel=column_parallel and topology.sequence_parallel,
+    )
+    return LoraShard(
+        specs,
+        place,
+        seed=seed,
+        clock=gpt.clock,
+        local_out_features=linear.weight.shape[0],
+        rows=_compute_local_qkv_rows(gpt) if specs[0].target in ("q_proj", "k_proj", "v_proj") else None,
+        device=topology.device,
+    )
+
+
+def _compute_local_qkv_rows(gpt: ShardedGpt) -> dict[str, torch.Tensor]:
+    config = gpt.config
+    num_groups = config.num_query_groups // gpt.topology.tp_size
+    return compute_qkv_rows(num_groups, config.num_attention_heads // config.num_query_groups, config.kv_channels)
+
+
+def _describe_factors(shard: LoraShard) -> list[TrainableParameter]:
+    """A of a column linear and B of a row linear are replicated, their gradients one TP rank's summand each."""
+    place, split = shard.place, shard.place.tp_size > 1
+    described = []
+    for spec in shard.specs:
+        a, b = shard.factors(spec)
+        shapes = {"lora_A": (spec.lora_rank, spec.in_features), "lora_B": (spec.out_features, spec.lora_rank)}
+        dims = {"lora_A": place.a_shard_dim, "lora_B": place.b_shard_dim}
+        for kind, parameter in (("lora_A", a), ("lora_B", b)):
+            described.append(
+                TrainableParameter(
+                    name=f"{spec.name}.{kind}",
+                    parameter=parameter,
+                    full_shape=shapes[kind],
+                    shard_dim=dims[kind],
+                    tp_partial_grad=split and dims[kind] is None,
+                    kind=kind,
+                )
+            )
+    return described
+
+
+def _enable_biases(gpt: ShardedGpt, bias: str, adapted_linears: set[str]) -> list[TrainableParameter]:
+    if bias == "none":
+        return []
+    chosen = [
+        described
+        for described in describe_base_parameters(gpt)
+        if described.kind == "bias" and (bias == "all" or described.name.removesuffix(".bias") in adapted_linears)
+    ]
+    for described in chosen:
+        described.parameter.requires_grad_(True)
+    return chosen
+
+

@@ -1,0 +1,114 @@
+"""Output layer and cross-entropy in one: target tokens only, vocabulary split over TP, no logits kept.
+
+Shapes: N target tokens, H hidden, V this rank's vocabulary rows (with padding), C tokens of one chunk.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_MAX_CHUNK_LOGITS = 2**24
+"""Logits of one chunk, so that their fp32 copies stay at 64 MiB whatever the batch."""
+
+
+def compute_target_loss(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    labels_N: torch.Tensor,
+    *,
+    vocab_size: int,
+    label_smoothing: float,
+    tp_rank: int,
+    group: dist.ProcessGroup | None,
+) -> torch.Tensor:
+    """Sum over the N tokens of the cross-entropy, fp32 scalar, equal on every TP rank.
+
+    With smoothing e the loss of a token is (1 - e) (-log p_label) + e mean_v(-log p_v) over the true vocabulary.
+    d(hidden) is this rank's summand: the caller's input must sum it over TP in backward.
+    """
+    return _HeadLoss.apply(hidden_NH, weight_VH, labels_N, vocab_size, label_smoothing, tp_rank, group)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Computes the gradients while the logits of a chunk are at hand; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        labels_N: torch.Tensor,
+        vocab_size: int,
+        label_smoothing: float,
+        tp_rank: int,
+        group: dist.ProcessGroup | None,
+    ) -> torch.Tensor:
+        needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
+        num_rows = weight_VH.shape[0]
+        first_row = tp_rank * num_rows
+        num_valid = min(max(vocab_size - first_row, 0), num_rows)
+        total = torch.zeros((), dtype=_upcast(hidden_NH[:0]).dtype, device=hidden_NH.device)
+        dhidden_NH = torch.empty_like(hidden_NH) if needs_dhidden else None
+        dweight_VH = torch.zeros_like(weight_VH, dtype=total.dtype) if needs_dweight else None
+        chunk_size = max(1, _MAX_CHUNK_LOGITS // num_rows)
+        for start in range(0, hidden_NH.shape[0], chunk_size):
+            rows = slice(start, start + chunk_size)
+            hidden_CH = hidden_NH[rows]
+            logits_CV = _upcast(hidden_CH @ weight_VH.t())
+            logits_CV[:, num_valid:] = float("-inf")
+            loss_C, dlogits_CV = _cross_entropy(
+                logits_CV, labels_N[rows] - first_row, num_valid, vocab_size, label_smoothing, group
+            )
+            total += loss_C.sum()
+            if dhidden_NH is not None:
+                torch.mm(dlogits_CV.to(weight_VH.dtype), weight_VH, out=dhidden_NH[rows])
+            if dweight_VH is not None:
+                dweight_VH += dlogits_CV.to(hidden_CH.dtype).t() @ hidden_CH
+        ctx.save_for_backward(dhidden_NH, dweight_VH)
+        ctx.weight_dtype = weight_VH.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        dhidden_NH, dweight_VH = ctx.saved_tensors
+        dhidden = None if dhidden_NH is None else dhidden_NH * dtotal.to(dhidden_NH.dtype)
+        dweight = None if dweight_VH is None else (dweight_VH * dtotal).to(ctx.weight_dtype)
+        return dhidden, dweight, None, None, None, None, None
+
+
+def _upcast(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _cross_entropy(
+    logits_CV: torch.Tensor,
+    local_labels_C: torch.Tensor,
+    num_valid: int,
+    vocab_size: int,
+    label_smoothing: float,
+    group: dist.ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each token and d(loss)/d(logits) of this rank's rows, written over the logits.
+
+    Two small collectives a chunk: the maximum, then the sums of exponentials, label logits and logits.
+    """
+    max_C = logits_CV.max(dim=-1).values
+    if group is not None:
+        dist.all_reduce(max_C, op=dist.ReduceOp.MAX, group=group)
+    logits_CV -= max_C[:, None]
+    here_C = (local_labels_C >= 0) & (local_labels_C < num_valid)
+    row_C = torch.where(here_C, local_labels_C, 0)
+    label_logit_C = logits_CV.gather(1, row_C[:, None])[:, 0].masked_fill(~here_C, 0.0)
+    logit_sum_C = logits_CV[:, :num_valid].sum(-1) if label_smoothing else torch.zeros_like(max_C)
+    probabilities_CV = logits_CV.exp_()
+    sums_3C = torch.stack([probabilities_CV.sum(-1), label_logit_C, logit_sum_C])
+    if group is not None:
+        dist.all_reduce(sums_3C, group=group)
+    exp_sum_C, label_logit_C, logit_sum_C = sums_3C
+    loss_C = exp_sum_C.log() - (1.0 - label_smoothing) * label_logit_C - label_smoothing / vocab_size * logit_sum_C
+    probabilities_CV /= exp_sum_C[:, None]
+    if label_smoothing:
+        probabilities_CV[:, :num_valid] -= label_smoothing / vocab_size
+    probabilities_CV.scatter_add_(1, row_C[:, None], (here_C.to(loss_C.dtype) * (label_smoothing - 1.0))[:, None])
+    return loss_C, probabilities_CV

@@ -1,0 +1,146 @@
+"""The modules of one transformer layer that differ from Megatron's own: norm, attention core, LoRA linears, recompute.
+
+Shapes: S sequence, B rows, A attention heads of this rank, D head dimension, H hidden.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
+
+from lora_dist.lora.dropout import DropoutClock
+from lora_dist.lora.function import ShardCommunication
+from lora_dist.lora.layer import LoraShard
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm with Megatron's constructor; Megatron's own torch norm refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+
+
+class SdpaAttention(nn.Module):
+    """Attention core through torch's fused kernels: no [S, S] tensor is kept, and V100 has the kernel too."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query_SBAD: torch.Tensor,
+        key_SBAD: torch.Tensor,
+        value_SBAD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """[S, B, A * D]. `attention_mask` [B, 1, S, S] is True where a query may look; None means causal."""
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBAD, key_SBAD, value_SBAD))
+        dropout = self.dropout if self.training else 0.0
+        if dropout:
+            with get_cuda_rng_tracker().fork():
+                out = _attend(query, key, value, attention_mask, dropout)
+        else:
+            out = _attend(query, key, value, attention_mask, 0.0)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+    )
+
+
+class LoraColumnParallelLinear(ColumnParallelLinear):
+    """Megatron's column-parallel linear, whose shard product takes in its adapters where it has some."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # The bias goes into the GEMM here; Megatron would add it in a pass of its own.
+        super().__init__(*args, **{**options, "skip_bias_add": False})
+        self.lora: LoraShard | None = None
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        if self.lora is None:
+            return super()._forward_impl(input=input, weight=weight, **options)
+        communication = ShardCommunication(
+            allreduce_input_grad=options["allreduce_dgrad"],
+            sequence_parallel=options["sequence_parallel"],
+            group=options["tp_group"],
+        )
+        return self.lora(input, weight, options["bias"], communication)
+
+
+class LoraRowParallelLinear(RowParallelLinear):
+    """Megatron's row-parallel linear; its adapters' partial product joins the base's before the one reduction."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.lora: LoraShard | None = None
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        if self.lora is None:
+            return super()._forward_impl(input=input, weight=weight, **options)
+        nothing = ShardCommunication(allreduce_input_grad=False, sequence_parallel=False, group=None)
+        return self.lora(input, weight, options["bias"], nothing)
+
+
+class Layer(TransformerLayer):
+    """Megatron's transformer layer with recomputation that works over a frozen base.
+
+    A recomputed region needs an input that requires grad, which a frozen embedding's output does not: the region's
+    input is detached and made to. The dropout key of the microbatch is put back when backward runs the region again,
+    since by then a pipeline has moved on to another microbatch.
+    """
+
+    recompute: str = "none"
+    clock: DropoutClock | None = None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        if not self._recomputes("full", hidden_states):
+            return super().forward(hidden_states, *args, **options)
+
+        def whole_layer(hidden: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = super(Layer, self).forward(hidden, *args, **options)[0]
+            return output
+
+        return self._checkpoint(whole_layer, hidden_states), None
+
+    def _forward_mlp(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if not self._recomputes("selective", hidden_states):
+            return super()._forward_mlp(hidden_states, *args, **options)
+
+        def mlp(hidden: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = super(Layer, self)._forward_mlp(hidden, *args, **options)
+            return output
+
+        return self._checkpoint(mlp, hidden_states)
+
+    def _recomputes(self, kind: str, hidden_states: torch.Tensor) -> bool:
+        if self.recompute != kind or not (self.training and torch.is_grad_enabled()):
+            return False
+        return hidden_states.requires_grad or any(p.requires_grad for p in self.parameters())
+
+    def _checkpoint(self, region: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        assert self.clock is not None
+        clock, key = self.clock, self.clock.key
+
+        def keyed_region(hidden: torch.Tensor) -> torch.Tensor:
+            outer, clock.key = clock.key, key
+            try:
+                return region(hidden)
+            finally:
+                clock.key = outer
+
+        if not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        return tensor_parallel.checkpoint(keyed_region, False, hidden)

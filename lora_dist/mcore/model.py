@@ -1,0 +1,147 @@
+"""Megatron's GPTModel in GPT-2's form: its specification, its loss, and one shard of it built, filled and described.
+
+Shapes: S sequence, B rows, H hidden, V vocabulary rows of this rank, N target tokens.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lora_dist.config import ModelConfig
+from lora_dist.lora.dropout import DropoutClock
+from lora_dist.mcore.head_loss import compute_target_loss
+from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, Norm, SdpaAttention
+from lora_dist.topology import Topology
+
+_VOCAB_ROWS_MULTIPLE = 8
+"""Each rank's vocabulary rows are a multiple of this, for the GPU's matrix units."""
+
+
+class ShardedGpt(GPTModel):
+    """One pipeline stage's tensor-parallel shard. With labels the last stage returns the summed loss, else logits."""
+
+    def __init__(self, *args: Any, true_vocab_size: int, topology: Topology, clock: DropoutClock, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.true_vocab_size, self.topology, self.clock = true_vocab_size, topology, clock
+        self.label_smoothing = 0.0
+
+    @property
+    def num_stage_layers(self) -> int:
+        return self.config.num_layers // self.topology.pp_size
+
+    @property
+    def first_layer(self) -> int:
+        """Global index of this stage's first layer."""
+        return self.topology.pp_rank * self.num_stage_layers
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        labels_BS, loss_mask_BS = options.get("labels"), options.get("loss_mask")
+        if not self.post_process or labels_BS is None:
+            return super()._postprocess(hidden_states, *args, **options)
+        return self._compute_loss(hidden_states, labels_BS, loss_mask_BS)
+
+    def _compute_loss(
+        self, hidden_SBH: torch.Tensor, labels_BS: torch.Tensor, loss_mask_BS: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross-entropy summed over the target tokens (eq. 1 of the paper); the output layer sees no others."""
+        hidden_SBH = self._enter_output_layer(hidden_SBH)
+        chosen_N = loss_mask_BS.t().flatten().nonzero()[:, 0]
+        return compute_target_loss(
+            hidden_SBH.flatten(0, 1).index_select(0, chosen_N),
+            self.shared_embedding_or_output_weight(),
+            labels_BS.t().flatten()[chosen_N],
+            vocab_size=self.true_vocab_size,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+            tp_rank=self.topology.tp_rank,
+            group=self.topology.tp_group if self.topology.tp_size > 1 else None,
+        )
+
+    def _enter_output_layer(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        """The whole sequence on every TP rank; backward sums the ranks' gradients."""
+        if self.topology.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden_SBH, group=self.topology.tp_group)
+        return copy_to_tensor_model_parallel_region(hidden_SBH, group=self.topology.tp_group)
+
+
+def compute_padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    multiple = _VOCAB_ROWS_MULTIPLE * tp_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(
+    model: ModelConfig, topology: Topology, *, dtype: torch.dtype, recompute: str, clock: DropoutClock
+) -> ShardedGpt:
+    """This process's shard, on its device, its weights not yet set."""
+    config = _build_transformer_config(model, topology, dtype)
+    gpt = ShardedGpt(
+        config=config,
+        transformer_layer_spec=_build_block_spec(model.num_layers // topology.pp_size),
+        vocab_size=compute_padded_vocab_size(model.vocab_size, topology.tp_size),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        position_embedding_type="learned_absolute",
+        share_embeddings_and_output_weights=True,
+        true_vocab_size=model.vocab_size,
+        topology=topology,
+        clock=clock,
+    )
+    for layer in gpt.decoder.layers:
+        layer.recompute, layer.clock = recompute, clock
+    if topology.is_first_stage and topology.pp_size > 1:
+        gpt.embedding.register_forward_hook(_require_grad)
+    return gpt.to(device=topology.device, dtype=dtype)
+
+
+def _require_grad(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+    """A pipeline's backward starts from each stage's output, so the first stage's must have a graph behind it."""
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
+    return output
+
+
+def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        layernorm_epsilon=model.layernorm_epsilon,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        activation_func=partial(F.gelu, approximate="tanh"),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=topology.tp_size,
+        pipeline_model_parallel_size=topology.pp_size,
+        sequence_parallel=topology.sequence_parallel,
+        perform_initialization=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        batch_p2p_comm=topology.device.type == "cuda",
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def _build_block_spec(num_stage_layers: int) -> TransformerBlockSubmodules:
+    spec = get_gpt_layer_local_spec()
+    spec.module = Layer
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    mlp = layer.mlp.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
+    attention.core_attention = SdpaAttention
+    attention.linear_qkv = mlp.linear_fc1 = LoraColumnParallelLinear
+    attention.linear_proj = mlp.linear_fc2 = LoraRowParallelLinear
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_stage_layers, layer_norm=Norm)

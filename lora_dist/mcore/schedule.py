@@ -1,0 +1,88 @@
+"""One step's forward and backward passes over a shard, by Megatron's schedules (1F1B where there are stages)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from lora_dist.data.batch import Batch
+from lora_dist.lora.dropout import DropoutKey
+from lora_dist.mcore.model import ShardedGpt
+
+ScaleLoss = Callable[[torch.Tensor], torch.Tensor]
+
+
+def forward_backward(
+    gpt: ShardedGpt, batches: Sequence[Batch], *, seed: int, step: int, scale_loss: ScaleLoss | None
+) -> float:
+    """Run every microbatch; gradients accumulate in `.grad`, averaged so that a mean over DP gives the step's gradient.
+
+    Returns the mean loss a target token of the global batch, the same on every process.
+    """
+    gpt.train()
+    gpt.config.grad_scale_func = scale_loss
+    losses = _run_schedule(gpt, batches, seed=seed, step=step, forward_only=False)
+    return _sum_over_processes(gpt, losses) / max(1, batches[0].num_loss_tokens)
+
+
+@torch.no_grad()
+def evaluate_loss(gpt: ShardedGpt, batches: Sequence[Batch]) -> float:
+    """Loss summed over the target tokens of one global batch, the same on every process; no dropout, no smoothing."""
+    gpt.eval()
+    return _sum_over_processes(gpt, _run_schedule(gpt, batches, seed=0, step=0, forward_only=True))
+
+
+def _run_schedule(
+    gpt: ShardedGpt, batches: Sequence[Batch], *, seed: int, step: int, forward_only: bool
+) -> list[torch.Tensor]:
+    """Loss sums of this stage's microbatches; empty on all but the last stage."""
+    weight = len(batches) * gpt.topology.dp_size / max(1, batches[0].num_loss_tokens)
+
+    def loss_function(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # The schedule divides by the number of microbatches and ZeRO by dp_size.
+        return loss_sum * weight, loss_sum.detach()
+
+    def forward_step(iterator: "object", stage: ShardedGpt) -> tuple[torch.Tensor, Callable]:
+        batch = next(iterator).to(gpt.topology.device)  # type: ignore[call-overload]
+        gpt.clock.key = None if forward_only else DropoutKey(seed=seed, step=step, row_ids_B=batch.row_ids_B)
+        output = stage(
+            batch.input_ids_BS,
+            batch.position_ids_BS,
+            compute_attention_mask(batch.segment_ids_BS),
+            labels=batch.labels_BS,
+            loss_mask=batch.loss_mask_BS,
+        )
+        return output, loss_function
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[gpt],
+        num_microbatches=len(batches),
+        seq_length=batches[0].seq_len,
+        micro_batch_size=batches[0].input_ids_BS.shape[0],
+        forward_only=forward_only,
+    )
+
+
+def compute_attention_mask(segment_ids_BS: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, 1, S, S], True where a position may look: at or before itself, within its own packed example.
+
+    None (plain causal) where a row holds one example. Padding looks at itself, so that no row of the softmax is empty.
+    """
+    if segment_ids_BS is None:
+        return None
+    S = segment_ids_BS.shape[1]
+    causal_SS = torch.ones(S, S, dtype=torch.bool, device=segment_ids_BS.device).tril()
+    same_BSS = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
+    return (same_BSS & causal_SS)[:, None]
+
+
+def _sum_over_processes(gpt: ShardedGpt, losses: list[torch.Tensor]) -> float:
+    """Sum over microbatches and replicas, each counted once, told to every process."""
+    total = torch.zeros((), dtype=torch.float64, device=gpt.topology.device)
+    if gpt.topology.tp_rank == 0 and losses:
+        total += torch.stack(losses).double().sum()
+    dist.all_reduce(total)
+    return total.item()
