@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from lora_dist.data.batch import Batch
+from lora_dist.batch import Batch
 from lora_dist.lora.dropout import DropoutKey
 from lora_dist.mcore.model import ShardedGpt
 

@@ -1,0 +1,75 @@
+"""The seam between the loop and the backends: Megatron's schedule inside ZeRO's step."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lora_dist.batch import Batch
+from lora_dist.gradients import (
+    assert_every_gradient,
+    check_replicas,
+    sum_tied_embedding_gradients,
+    sum_tp_partial_gradients,
+)
+from lora_dist.mcore.model import ShardedGpt
+from lora_dist.mcore.schedule import evaluate_loss, forward_backward
+from lora_dist.parameters import TrainableParameter
+from lora_dist.topology import Topology
+from lora_dist.zero.engine import ZeroEngine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """One optimizer step, the same on every process."""
+
+    loss: float
+    """Mean over the target tokens of the global batch, before the step."""
+    grad_norm: float
+    """True global norm before clipping; every parameter counted once."""
+    skipped: bool
+    """True where a gradient was not finite and nothing changed."""
+    loss_scale: float
+
+
+class Engine:
+    """What the loop asks of a model that trains."""
+
+    def __init__(
+        self,
+        gpt: ShardedGpt,
+        zero: ZeroEngine,
+        trainable: list[TrainableParameter],
+        topology: Topology,
+        *,
+        seed: int,
+    ) -> None:
+        self.gpt, self.zero, self.trainable, self.topology, self.seed = gpt, zero, trainable, topology, seed
+        self._gradients_checked = False
+
+    def train_step(self, batches: Sequence[Batch], *, step: int, lr: float) -> StepResult:
+        """Forward and backward over this replica's microbatches, then one optimizer step. All processes call it.
+
+        RuntimeError in the first step if a trainable parameter got no gradient.
+        """
+        self.zero.set_lr(lr)
+        with self.zero.accumulate():
+            loss = forward_backward(self.gpt, batches, seed=self.seed, step=step, scale_loss=self.zero.scale_loss)
+            if not self._gradients_checked:
+                assert_every_gradient(self.trainable)
+                self._gradients_checked = True
+            sum_tp_partial_gradients(self.trainable, self.topology)
+            sum_tied_embedding_gradients(self.trainable, self.topology)
+        loss_scale = self.zero.loss_scale
+        outcome = self.zero.step()
+        return StepResult(loss=loss, grad_norm=outcome.grad_norm, skipped=outcome.skipped, loss_scale=loss_scale)
+
+    def evaluate(self, global_batches: Iterable[Sequence[Batch]]) -> float:
+        """Mean loss a target token over the whole split."""
+        total, num_tokens = 0.0, 0
+        for batches in global_batches:
+            total += evaluate_loss(self.gpt, batches)
+            num_tokens += batches[0].num_loss_tokens
+        return total / max(1, num_tokens)
+
+    def check_replicas(self) -> None:
+        """RuntimeError where a factor that TP replicates is no longer bit-identical."""
+        check_replicas(self.trainable, self.topology)

@@ -1,0 +1,85 @@
+"""The training loop: steps, validation, checkpoints. Measuring is called here, not written here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lora_dist.config import LoopConfig, OptimConfig
+from lora_dist.data.loader import Loader
+from lora_dist.engine import Engine, StepResult
+from lora_dist.measure.meter import Meter
+from lora_dist.optim import compute_lr
+
+Observe = Callable[[dict[str, float | int | bool | None]], None]
+"""Takes one step's metrics; called on every process, acts where it has something to write."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """What the report needs of the loop."""
+
+    valid_loss_before: float | None
+    valid_loss_after: float | None
+    num_steps_done: int
+
+
+def train(
+    engine: Engine,
+    train_loader: Loader,
+    valid_loader: Loader | None,
+    *,
+    loop: LoopConfig,
+    optim: OptimConfig,
+    first_step: int,
+    meter: Meter,
+    observe: Observe,
+    save: Callable[[int], None],
+    valid_loss_before: float | None,
+) -> TrainResult:
+    """Steps `first_step` to `loop.num_steps`; `save(n)` after n steps, the last one included."""
+    valid_loss = None
+    if first_step == 0:
+        valid_loss_before = valid_loss = validate(engine, valid_loader)
+        observe({"step": 0, "valid_loss": valid_loss})
+    for step in range(first_step, loop.num_steps):
+        batches = train_loader.batches_at(step)
+        lr = compute_lr(optim, step=step, num_steps=loop.num_steps)
+        with meter.step(num_tokens=batches[0].num_tokens, num_loss_tokens=batches[0].num_loss_tokens):
+            result = engine.train_step(batches, step=step, lr=lr)
+        done = step + 1
+        if _is_due(done, loop.check_replicas_every):
+            engine.check_replicas()
+        is_last = done == loop.num_steps
+        valid_loss = validate(engine, valid_loader) if is_last or _is_due(done, loop.eval_every) else None
+        observe(_describe_step(done, result, lr, valid_loss))
+        if is_last or _is_due(done, loop.save_every):
+            save(done)
+    if first_step >= loop.num_steps:
+        valid_loss = validate(engine, valid_loader)
+    return TrainResult(
+        valid_loss_before=valid_loss_before, valid_loss_after=valid_loss, num_steps_done=loop.num_steps
+    )
+
+
+def validate(engine: Engine, loader: Loader | None) -> float | None:
+    """Mean validation loss a target token; None without a validation split."""
+    return None if loader is None else engine.evaluate(loader.validation_batches())
+
+
+def _is_due(num_steps_done: int, every: int) -> bool:
+    return every > 0 and num_steps_done % every == 0
+
+
+def _describe_step(
+    done: int, result: StepResult, lr: float, valid_loss: float | None
+) -> dict[str, float | int | bool | None]:
+    metrics: dict[str, float | int | bool | None] = {
+        "step": done,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "skipped": result.skipped,
+        "loss_scale": result.loss_scale,
+    }
+    if valid_loss is not None:
+        metrics["valid_loss"] = valid_loss
+    return metrics

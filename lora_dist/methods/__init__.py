@@ -1,0 +1,42 @@
+"""What each method adds to the model and what it lets train. One more method is one more function in the table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lora_dist.config import METHODS, RunConfig
+from lora_dist.lora.spec import AdapterSpec
+from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.mcore.adapters import apply_lora
+from lora_dist.mcore.base_parameters import describe_base_parameters
+from lora_dist.mcore.model import ShardedGpt
+from lora_dist.parameters import TrainableParameter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AppliedMethod:
+    """What trains on this process, and the adapters of the whole model."""
+
+    trainable: list[TrainableParameter]
+    specs: list[AdapterSpec] = field(default_factory=list)
+    """All layers' adapters, other pipeline stages' too; empty where the method has none."""
+
+
+def apply_method(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
+    """Make `gpt` train what `config.method` says. ValueError where a LoRA target matches nothing."""
+    return _METHODS[config.method](gpt, config)
+
+
+def _apply_lora(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
+    specs = build_adapter_specs(config.lora, config.model)
+    return AppliedMethod(
+        trainable=apply_lora(gpt, specs, bias=config.lora.bias, seed=config.loop.seed), specs=specs
+    )
+
+
+def _apply_full(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
+    gpt.requires_grad_(True)
+    return AppliedMethod(trainable=describe_base_parameters(gpt))
+
+
+_METHODS: dict[str, Callable[[ShardedGpt, RunConfig], AppliedMethod]] = {"lora": _apply_lora, "full": _apply_full}
+assert tuple(_METHODS) == METHODS
