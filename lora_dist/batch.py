@@ -32,4 +32,6 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        return Batch(
+            **{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
+        )

@@ -34,7 +34,14 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for key in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "vocab_size", "max_position_embeddings"):
+        for key in (
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "ffn_hidden_size",
+            "vocab_size",
+            "max_position_embeddings",
+        ):
             _require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
         _require(
             self.hidden_size % self.num_heads == 0,
@@ -289,7 +296,9 @@ def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None
     tp_size, pp_size = topology.tp_size, topology.pp_size
     for key in ("num_heads", "ffn_hidden_size"):
         size = getattr(model, key)
-        _require(size % tp_size == 0, f"tp {tp_size} does not divide {key} {size}; choose a divisor for topology.tp_size")
+        _require(
+            size % tp_size == 0, f"tp {tp_size} does not divide {key} {size}; choose a divisor for topology.tp_size"
+        )
     _require(
         model.num_layers % pp_size == 0,
         f"pp {pp_size} does not divide num_layers {model.num_layers}; choose a divisor for topology.pp_size",

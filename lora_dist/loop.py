@@ -55,9 +55,7 @@ def train(
             save(done)
     if first_step >= loop.num_steps:
         valid_loss = validate(engine, valid_loader)
-    return TrainResult(
-        valid_loss_before=valid_loss_before, valid_loss_after=valid_loss, num_steps_done=loop.num_steps
-    )
+    return TrainResult(valid_loss_before=valid_loss_before, valid_loss_after=valid_loss, num_steps_done=loop.num_steps)
 
 
 def validate(engine: Engine, loader: Loader | None) -> float | None:

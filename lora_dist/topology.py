@@ -72,5 +72,7 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
-        raise ValueError(f"device={requested}: local_rank {local_rank} has no GPU of its own among {num_gpus}; use device=cpu")
+        raise ValueError(
+            f"device={requested}: local_rank {local_rank} has no GPU of its own among {num_gpus}; use device=cpu"
+        )
     return torch.device("cuda", local_rank)

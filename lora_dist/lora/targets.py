@@ -25,7 +25,14 @@ _Value = TypeVar("_Value")
 def compute_linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """(in_features, out_features) of each adaptable linear of a layer."""
     h, f = model.hidden_size, model.ffn_hidden_size
-    return {"q_proj": (h, h), "k_proj": (h, h), "v_proj": (h, h), "o_proj": (h, h), "up_proj": (h, f), "down_proj": (f, h)}
+    return {
+        "q_proj": (h, h),
+        "k_proj": (h, h),
+        "v_proj": (h, h),
+        "o_proj": (h, h),
+        "up_proj": (h, f),
+        "down_proj": (f, h),
+    }
 
 
 def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpec]:

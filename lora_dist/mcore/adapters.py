@@ -22,9 +22,7 @@ _LINEAR_OF_TARGET = {
 }
 
 
-def apply_lora(
-    gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed: int
-) -> list[TrainableParameter]:
+def apply_lora(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed: int) -> list[TrainableParameter]:
     """Freeze the base, put this stage's adapters into its linears, and list what trains here.
 
     `bias` none, lora_only (biases of adapted linears) or all. Another stage's specs are that stage's business.
@@ -46,9 +44,7 @@ def find_shards(gpt: ShardedGpt) -> list[LoraShard]:
     return [module for module in gpt.modules() if isinstance(module, LoraShard)]
 
 
-def _group_by_linear(
-    gpt: ShardedGpt, specs: Sequence[AdapterSpec]
-) -> dict[tuple[int, str], list[AdapterSpec]]:
+def _group_by_linear(gpt: ShardedGpt, specs: Sequence[AdapterSpec]) -> dict[tuple[int, str], list[AdapterSpec]]:
     groups: dict[tuple[int, str], list[AdapterSpec]] = defaultdict(list)
     stage_layers = range(gpt.first_layer, gpt.first_layer + gpt.num_stage_layers)
     for spec in specs:
@@ -121,5 +117,3 @@ def _enable_biases(gpt: ShardedGpt, bias: str, adapted_linears: set[str]) -> lis
     for described in chosen:
         described.parameter.requires_grad_(True)
     return chosen
-
-

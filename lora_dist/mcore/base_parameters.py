@@ -37,9 +37,7 @@ def describe_base_parameters(gpt: ShardedGpt) -> list[TrainableParameter]:
 
 def canonical_name(gpt: ShardedGpt, local_name: str) -> str:
     """Megatron's name with the layer's global index, the same at every pipeline size."""
-    return re.sub(
-        r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{int(m[1]) + gpt.first_layer}.", local_name
-    )
+    return re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{int(m[1]) + gpt.first_layer}.", local_name)
 
 
 def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableParameter:

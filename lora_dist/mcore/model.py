@@ -30,7 +30,9 @@ _VOCAB_ROWS_MULTIPLE = 8
 class ShardedGpt(GPTModel):
     """One pipeline stage's tensor-parallel shard. With labels the last stage returns the summed loss, else logits."""
 
-    def __init__(self, *args: Any, true_vocab_size: int, topology: Topology, clock: DropoutClock, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, true_vocab_size: int, topology: Topology, clock: DropoutClock, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self.true_vocab_size, self.topology, self.clock = true_vocab_size, topology, clock
         self.label_smoothing = 0.0

@@ -28,9 +28,7 @@ def apply_method(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
 
 def _apply_lora(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
     specs = build_adapter_specs(config.lora, config.model)
-    return AppliedMethod(
-        trainable=apply_lora(gpt, specs, bias=config.lora.bias, seed=config.loop.seed), specs=specs
-    )
+    return AppliedMethod(trainable=apply_lora(gpt, specs, bias=config.lora.bias, seed=config.loop.seed), specs=specs)
 
 
 def _apply_full(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:

@@ -8,7 +8,9 @@ from lora_dist.lora.dropout import DropoutKey, DropoutMask
 S, B, H = 64, 8, 256
 
 
-def mask(probability: float = 0.3, *, seed: int = 0, step: int = 0, name: str = "a", rows: range = range(B), **offsets: int) -> DropoutMask:
+def mask(
+    probability: float = 0.3, *, seed: int = 0, step: int = 0, name: str = "a", rows: range = range(B), **offsets: int
+) -> DropoutMask:
     key = DropoutKey(seed=seed, step=step, row_ids_B=torch.tensor(list(rows)))
     return DropoutMask(key=key, adapter_name=name, probability=probability, **offsets)
 
