@@ -1,0 +1,207 @@
+"""One partitioned optimizer over what trains: accumulate a step's microbatches, reduce once, step once."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_dist.config import OptimConfig, ZeroConfig
+from lora_dist.gradients import all_gradients_finite, compute_grad_norm
+from lora_dist.parameters import TrainableParameter
+from lora_dist.topology import Topology
+from lora_dist.zero.ds_config import build_ds_config
+from lora_dist.zero.loss_scale import LossScale
+from lora_dist.zero.state import materialize_adam_state
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutcome:
+    """What one optimizer step did; the same on every process."""
+
+    grad_norm: float
+    skipped: bool
+
+
+def build_zero_engine(
+    model: nn.Module,
+    trainable: list[TrainableParameter],
+    *,
+    zero: ZeroConfig,
+    optim: OptimConfig,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    topology: Topology,
+) -> "ZeroEngine":
+    """Hand the model's trainable parameters to DeepSpeed. Every process calls it, those without any too.
+
+    `dtype` is the activations'. Adapters are fp32 and need no masters; trainable base weights in bf16 or fp16 get
+    DeepSpeed's. At stage 3 the frozen parameters are partitioned as well.
+    """
+    if topology.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("ERROR")
+    parameters = [one.parameter for one in trainable] or [_add_placeholder(model, topology.device)]
+    for one in trainable:
+        # What DeepSpeed's norm asks for: sharded parameters count on every TP rank, others on the first alone.
+        one.parameter.tensor_model_parallel = one.shard_dim is not None
+        one.parameter.ds_pipe_replicated = not one.owned
+    master_dtypes = {p.dtype for p in parameters}
+    master_dtype = "fp32" if master_dtypes == {torch.float32} else {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    optimizer = torch.optim.AdamW(
+        _build_groups(trainable, parameters, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=parameters,
+        mpu=_Groups(topology),
+        config=build_ds_config(
+            zero,
+            optim,
+            micro_batch_size=micro_batch_size,
+            master_dtype=master_dtype,
+            on_gpu=topology.device.type == "cuda",
+        ),
+        dist_init_required=False,
+    )
+    scale = LossScale(dynamic=dtype == torch.float16 and master_dtype == "fp32")
+    return ZeroEngine(engine, trainable, zero.stage, optim.clip_grad_norm, scale, topology)
+
+
+class ZeroEngine:
+    """DeepSpeed's engine as this project uses it: Megatron runs forward and backward, ZeRO reduces and steps."""
+
+    def __init__(
+        self,
+        engine: "object",
+        trainable: list[TrainableParameter],
+        stage: int,
+        clip_grad_norm: float,
+        scale: LossScale,
+        topology: Topology,
+    ) -> None:
+        self.deepspeed, self.trainable, self.stage = engine, trainable, stage
+        self.clip_grad_norm, self.scale, self.topology = clip_grad_norm, scale, topology
+        self._owns_masters = not (engine.fp16_enabled() or engine.bfloat16_enabled())
+        self._finite = True
+        self._lr_ratios = [group.pop("lr_ratio", 1.0) for group in self.adam.param_groups]
+        materialize_adam_state(self)
+
+    @property
+    def adam(self) -> torch.optim.AdamW:
+        """The torch optimizer that DeepSpeed drives."""
+        optimizer = self.deepspeed.optimizer
+        return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scale.value if self._owns_masters else float(self.deepspeed.optimizer.cur_scale_or_one())
+
+    def set_lr(self, lr: float) -> None:
+        """Base learning rate; lora_B's group takes it times optim.lora_plus_ratio."""
+        for group, ratio in zip(self.deepspeed.optimizer.param_groups, self._lr_ratios, strict=True):
+            group["lr"] = lr * ratio
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss that backward starts from."""
+        return loss * self.scale.value if self._owns_masters else self.deepspeed.scale(loss)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Around one step's microbatches and the sums over TP: gradients stay in `.grad`, reduced over DP on leaving."""
+        if self.stage == 0:
+            yield
+            self._unscale()
+            self.deepspeed.allreduce_gradients()
+            return
+        with self.deepspeed.coalesce_grad_reduction():
+            yield
+            self._unscale()
+
+    def _unscale(self) -> None:
+        """Undo the loss scale and agree on whether all gradients are finite; DeepSpeed does both for its own fp16."""
+        if not self._owns_masters:
+            return
+        if self.scale.value != 1.0:
+            for one in self.trainable:
+                if one.parameter.grad is not None:
+                    one.parameter.grad.mul_(1.0 / self.scale.value)
+        self._finite = all_gradients_finite(self.trainable, self.topology)
+
+    def step(self) -> StepOutcome:
+        """Clip by the true global norm, step, clear the gradients. A step that is not finite changes nothing."""
+        if self._owns_masters:
+            self.scale.update(finite=self._finite)
+            if not self._finite:
+                self._discard_gradients()
+                return StepOutcome(grad_norm=float("nan"), skipped=True)
+        grad_norm = self._clip() if self.stage == 0 else None
+        self.deepspeed.step()
+        if grad_norm is None:
+            grad_norm = float(self.deepspeed.get_global_grad_norm())
+        skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        return StepOutcome(grad_norm=grad_norm, skipped=skipped)
+
+    def _clip(self) -> float:
+        norm = compute_grad_norm(self.trainable, self.topology)
+        if self.clip_grad_norm > 0:
+            factor = (self.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            for one in self.trainable:
+                one.parameter.grad.mul_(factor)
+        return norm.item()
+
+    def _discard_gradients(self) -> None:
+        self.deepspeed.optimizer.zero_grad()
+        for one in self.trainable:
+            one.parameter.grad = None
+
+
+class _Groups:
+    """Megatron's process groups under the names DeepSpeed asks for."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def get_model_parallel_rank(self) -> int:
+        return self._topology.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._topology.tp_size
+
+    def get_model_parallel_group(self) -> torch.distributed.ProcessGroup:
+        return self._topology.model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._topology.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._topology.dp_size
+
+    def get_data_parallel_group(self) -> torch.distributed.ProcessGroup:
+        return self._topology.dp_group
+
+
+def _add_placeholder(model: nn.Module, device: torch.device) -> nn.Parameter:
+    """DeepSpeed needs a parameter on a pipeline stage that adapts nothing; this one never gets a gradient."""
+    placeholder = nn.Parameter(torch.zeros(1, device=device))
+    model.register_parameter("nothing_trains_here", placeholder)
+    return placeholder
+
+
+def _build_groups(
+    trainable: list[TrainableParameter], parameters: list[nn.Parameter], optim: OptimConfig
+) -> list[dict[str, object]]:
+    """Matrices decay, vectors do not; lora_B has its own learning rate where LoRA+ asks for one."""
+    if not trainable:
+        return [{"params": parameters, "weight_decay": 0.0, "lr_ratio": 1.0}]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for one in trainable:
+        decay = optim.weight_decay if len(one.full_shape) > 1 else 0.0
+        ratio = optim.lora_plus_ratio if one.kind == "lora_B" else 1.0
+        groups.setdefault((decay, ratio), []).append(one.parameter)
+    return [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in groups.items()]
