@@ -164,7 +164,7 @@ class DataConfig:
         )
         _require(
             self.format != "fake" or (self.train is None and self.valid is None),
-            f"data.format=fake reads no file, but data.train={self.train} and data.valid={self.valid}; set them to null",
+            f"data.format=fake reads no file; set data.train={self.train} and data.valid={self.valid} to null",
         )
         for key in ("max_train_examples", "max_valid_examples", "num_fake_examples"):
             count = getattr(self, key)

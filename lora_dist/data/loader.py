@@ -42,7 +42,7 @@ class BatchShape:
 
 
 class Loader:
-    """Batches of one split as pure functions of (configuration, step): nothing is consumed, so nothing is to be saved."""
+    """Batches of one split, each a pure function of (configuration, step): nothing is consumed, nothing to be saved."""
 
     def __init__(self, examples: Examples, shape: BatchShape, *, seed: int) -> None:
         self._examples, self._shape, self._seed = examples, shape, seed

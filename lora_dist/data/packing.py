@@ -32,10 +32,7 @@ class Layout:
 
 def build_layout(lengths: NDArray[np.int64], *, seq_len: int, collate: str) -> Layout:
     """Rows of at most `seq_len` positions (`pack`), or of one example each in file order (`pad`)."""
-    if collate == "pad":
-        rows = [[example] for example in range(len(lengths))]
-    else:
-        rows = _pack(lengths, seq_len)
+    rows = _pack(lengths, seq_len) if collate == "pack" else [[example] for example in range(len(lengths))]
     ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
     return Layout(
         slot_examples=np.array([example for row in rows for example in row], dtype=np.int64),

@@ -18,7 +18,7 @@ _SPACED_SIGNS = re.compile("([\u00a3-])")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One example as text, and the line of its file where it starts."""
+    """One example as text, and the line of its file where it starts, from 1."""
 
     line: int
     context: str

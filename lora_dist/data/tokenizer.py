@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
+from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast  # type: ignore[attr-defined]
 
 from lora_dist.config import ModelConfig
 
 
 def load_model_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer in model.tokenizer, or else beside the weights in model.checkpoint. ValueError where it is unfit."""
+    """The tokenizer in model.tokenizer or else in model.checkpoint, beside the weights; ValueError where unfit."""
     directory = model.tokenizer or model.checkpoint
     if directory is None:
         raise ValueError(
@@ -24,7 +24,7 @@ def load_tokenizer(directory: str, vocab_size: int) -> PreTrainedTokenizerFast:
     ValueError where files are missing or broken, where the sizes differ, or where no token ends a text.
     """
     _check_files(Path(directory))
-    tokenizer = GPT2TokenizerFast.from_pretrained(directory, local_files_only=True)
+    tokenizer: PreTrainedTokenizerFast = GPT2TokenizerFast.from_pretrained(directory, local_files_only=True)
     # Where transformers does not find a vocabulary it goes on with the end-of-text token alone.
     if len(tokenizer) != vocab_size:
         raise ValueError(
@@ -37,7 +37,7 @@ def load_tokenizer(directory: str, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _check_files(directory: Path) -> None:
-    """Needed because transformers takes a missing directory for a name on its hub and a missing file for an empty one."""
+    """transformers takes a missing directory for a name on its hub, and a missing vocabulary for an empty one."""
     names = ("tokenizer.json",) if (directory / "tokenizer.json").is_file() else ("vocab.json", "merges.txt")
     for name in names:
         path = directory / name
