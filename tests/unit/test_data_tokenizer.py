@@ -37,7 +37,9 @@ def test_tokenizer_json_alone(tmp_path: Path) -> None:
 
 def test_vocabulary_of_another_model(tmp_path: Path) -> None:
     directory = write_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match=rf"{directory} has 290 tokens, but model.vocab_size=50257; set model.tokenizer"):
+    with pytest.raises(
+        ValueError, match=rf"{directory} has 290 tokens, but model.vocab_size=50257; set model.tokenizer"
+    ):
         load_tokenizer(str(directory), 50257)
 
 
@@ -47,7 +49,7 @@ def test_vocabulary_without_an_end_token(tmp_path: Path) -> None:
     vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
     del vocab[END_OF_TEXT]
     (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    with pytest.raises(ValueError, match="has 290 tokens, but model.vocab_size=289"):
+    with pytest.raises(ValueError, match=r"has 290 tokens, but model.vocab_size=289"):
         load_tokenizer(str(directory), VOCAB_SIZE - 1)
 
 
@@ -60,7 +62,7 @@ def test_missing_file(tmp_path: Path, name: str) -> None:
 
 
 def test_missing_directory() -> None:
-    with pytest.raises(ValueError, match="gpt2/vocab.json does not exist"):
+    with pytest.raises(ValueError, match=r"gpt2/vocab.json does not exist"):
         load_tokenizer("gpt2", 50257)
 
 
@@ -79,7 +81,7 @@ def test_directory_of_the_model(tmp_path: Path) -> None:
     model.tokenizer, model.checkpoint = None, str(tmp_path)
     assert len(load_model_tokenizer(model)) == VOCAB_SIZE
     model.checkpoint = None
-    with pytest.raises(ValueError, match="model.tokenizer is not set; give the directory"):
+    with pytest.raises(ValueError, match=r"model.tokenizer is not set; give the directory"):
         load_model_tokenizer(model)
 
 
@@ -100,9 +102,7 @@ def test_form_of_an_example() -> None:
 
 
 def test_end_token_spelt_in_a_file_is_plain_text() -> None:
-    examples = encode_pairs(
-        [Pair(1, "a", f"b {END_OF_TEXT}")], tiny_tokenizer(), seq_len=40, bad=BadRows("f", "error")
-    )
+    examples = encode_pairs([Pair(1, "a", f"b {END_OF_TEXT}")], tiny_tokenizer(), seq_len=40, bad=BadRows("f", "error"))
     assert examples.tokens.tolist().count(END) == 2
 
 
