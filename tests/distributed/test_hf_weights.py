@@ -5,18 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from hf_toy import VOCAB_SIZE, build_hf_model, compute_hf_logits, draw_tokens, read_toy_config, write_toy_checkpoint
+from hf_toy import (
+    build_hf_model,
+    build_shard,
+    compute_hf_logits,
+    compute_logits,
+    count_processes,
+    read_toy_config,
+    write_toy_checkpoint,
+)
 from processes import run_distributed
 from safetensors.torch import load_file
 
-from lora_dist.config import ModelConfig, TopologyConfig
 from lora_dist.files import hf_checkpoint
-from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
-from lora_dist.mcore.model import ShardedGpt, build_model
-from lora_dist.mcore.parallel import build_topology
 
 TOPOLOGIES = [
     {},
@@ -35,38 +38,6 @@ FILES = [
     {"dtype": torch.float16},
     {"dtype": torch.bfloat16, "max_shard_size": "40KB"},
 ]
-
-
-def count_processes(options: dict) -> int:
-    return options.get("tp_size", 1) * options.get("pp_size", 1) * options.get("dp_size", 1)
-
-
-def build_shard(options: dict, model: ModelConfig, dtype: torch.dtype = torch.float32) -> ShardedGpt:
-    topology = build_topology(TopologyConfig(**options), device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
-    return build_model(model, topology, dtype=dtype, recompute="none", clock=DropoutClock())
-
-
-@torch.no_grad()
-def compute_logits(gpt: ShardedGpt) -> torch.Tensor | None:
-    """[B, S, V] on the last stage, gathered over TP, without the padded vocabulary; stages hand over by broadcast."""
-    topology, tokens_BS = gpt.topology, draw_tokens()
-    positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
-    local_len = tokens_BS.shape[1] // (topology.tp_size if topology.sequence_parallel else 1)
-    output = torch.empty(local_len, tokens_BS.shape[0], gpt.config.hidden_size)
-    gpt.eval()
-    for pp_rank in range(topology.pp_size):
-        if pp_rank == topology.pp_rank:
-            gpt.set_input_tensor(output)
-            output = gpt(tokens_BS, positions_BS, None)
-        if pp_rank < topology.pp_size - 1:
-            dist.broadcast(output, group=topology.pp_group, group_src=pp_rank)
-    if not topology.is_last_stage:
-        return None
-    parts = [torch.empty_like(output) for _ in range(topology.tp_size)]
-    dist.all_gather(parts, output.contiguous(), group=topology.tp_group)
-    logits = torch.cat(parts, -1)
-    assert (logits[..., VOCAB_SIZE:] == 0).all()
-    return logits[..., :VOCAB_SIZE]
 
 
 def load_and_compute(options: dict, directory: Path) -> torch.Tensor | None:
