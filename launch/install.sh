@@ -40,7 +40,12 @@ make_venv() {
     fi
 }
 
-pip_install() { .venv/bin/python -m pip install --disable-pip-version-check --no-input --quiet "$@"; }
+# On a terminal pip shows its progress bars; a log gets warnings and errors only.
+pip_install() {
+    local quiet=--quiet
+    [ ! -t 1 ] || quiet=--progress-bar=on
+    .venv/bin/python -m pip install --disable-pip-version-check --no-input "$quiet" "$@"
+}
 
 has_new_enough_torch() {
     .venv/bin/python - 2>/dev/null <<'PY'

@@ -51,7 +51,8 @@ def prepare_run_dir(config: RunConfig) -> Path:
 
 def format_config(config: RunConfig) -> str:
     """The whole configuration as YAML, with nothing left to resolve."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _check_parent(run_dir: Path) -> None:

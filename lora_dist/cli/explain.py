@@ -69,7 +69,9 @@ def _suggest(full_key: str) -> str:
     keys = [key.path for key in list_keys()]
     leaf = full_key.rpartition(".")[2]
     same_name = [key for key in keys if key.rpartition(".")[2] == leaf]
-    return f"; did you mean {' or '.join(same_name)}?" if same_name else _did_you_mean(full_key, [*keys, *list_groups()])
+    return (
+        f"; did you mean {' or '.join(same_name)}?" if same_name else _did_you_mean(full_key, [*keys, *list_groups()])
+    )
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:

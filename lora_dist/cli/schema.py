@@ -31,7 +31,7 @@ def list_keys(owner: type = config.RunConfig, prefix: str = "") -> Iterator[Key]
     docs = _read_field_docs(owner)
     for field in fields(owner):
         kind = hints[field.name]
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             yield from list_keys(kind, f"{prefix}{field.name}.")
             continue
         yield Key(
