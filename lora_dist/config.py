@@ -324,7 +324,8 @@ def compute_dp_size(topology: TopologyConfig, world_size: int) -> int:
     needed = model_parallel_size * dp_size
     _require(
         needed == world_size,
-        f"tp {topology.tp_size} x pp {topology.pp_size} x dp {dp_size} = {needed} processes, but {world_size} were started",
+        f"tp {topology.tp_size} x pp {topology.pp_size} x dp {dp_size} = {needed} processes,"
+        f" but the launcher started {world_size}; start {needed} or change the topology",
     )
     return dp_size
 
