@@ -23,7 +23,7 @@ class CeilingSample:
 
 
 class Ceilings:
-    """The largest frozen product of the model's layer at this batch, [tokens, hidden] x [hidden, ffn], and a long copy."""
+    """The largest frozen product of a layer at this batch, [tokens, hidden] x [hidden, ffn], and a long copy."""
 
     def __init__(self, config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
         num_tokens = config.loop.micro_batch_size * config.data.seq_len

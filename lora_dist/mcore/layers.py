@@ -1,4 +1,4 @@
-"""The modules of one transformer layer that differ from Megatron's own: norm, attention core, LoRA linears, recompute.
+"""The modules of one transformer layer that differ from Megatron's own: attention core, LoRA linears, recompute.
 
 Shapes: S sequence, B rows, A attention heads of this rank, D head dimension, H hidden.
 """
@@ -18,13 +18,6 @@ from torch import nn
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.function import NO_COMMUNICATION, ShardCommunication
 from lora_dist.lora.layer import LoraShard
-
-
-class Norm(nn.LayerNorm):
-    """LayerNorm with Megatron's constructor; Megatron's own torch norm refuses sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps, dtype=config.params_dtype)
 
 
 class SdpaAttention(nn.Module):
