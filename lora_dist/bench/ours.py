@@ -43,14 +43,15 @@ class OurContender:
         return self._engine.train_step(batches, step=step, lr=self._lr).loss
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        return self._gpt.parameters()
+        parameters: Iterator[torch.nn.Parameter] = self._gpt.parameters()
+        return parameters
 
 
 def open_single_topology(config: RunConfig, device: torch.device) -> Topology:
     """A group of this process alone, for the rest of the process."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return build_topology(config.topology, device=device, local_rank=0, seed=config.loop.seed)
 
 

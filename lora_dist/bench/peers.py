@@ -30,8 +30,8 @@ class PeerContender:
     """A plain training loop around transformers' GPT-2: backward, clip, AdamW.
 
     Tuned means what a careful user sets without writing kernels: the fused GELU of the same function, SDPA, adapters in
-    the model's dtype, the output layer on target tokens only, and an allocator that keeps its memory. Adapters on q, k or v are one adapter on the fused
-    c_attn, as PEFT has it for GPT-2: as many parameters as q and v apart at the same rank.
+    the model's dtype, the output layer on target tokens only, an allocator that keeps its memory. Adapters on q, k or v
+    are one adapter on the fused c_attn, as PEFT has it for GPT-2: as many parameters as q and v apart at the same rank.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, dtype: torch.dtype, *, lora: bool, tuned: bool) -> None:
@@ -39,7 +39,7 @@ class PeerContender:
         if tuned and device.type == "cpu":
             keep_freed_memory()
         options: dict[str, Any] = {"attn_implementation": "sdpa"} if tuned else {}
-        model = GPT2LMHeadModel.from_pretrained(config.model.checkpoint, dtype=dtype, **options)
+        model: Any = GPT2LMHeadModel.from_pretrained(config.model.checkpoint, dtype=dtype, **options)
         if tuned:
             for block in model.transformer.h:
                 block.mlp.act = torch.nn.GELU(approximate="tanh")
@@ -47,8 +47,8 @@ class PeerContender:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora:
             model = get_peft_model(model, build_peft_config(config), autocast_adapter_dtype=not tuned)
-        self._model = model.to(device).train()
-        self._gpt2 = model.get_base_model() if lora else model
+        self._model: torch.nn.Module = model.to(device).train()
+        self._gpt2: Any = model.get_base_model() if lora else model
         self._device, self._tuned, self._max_norm = device, tuned, config.optim.clip_grad_norm
         self._label_smoothing = config.optim.label_smoothing
         self._trained = [p for p in self._model.parameters() if p.requires_grad]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from lora_dist.measure.environment import describe_environment
 from lora_dist.run_dir import prepare_run_dir
 from lora_dist.topology import choose_device
 
+Context = SpawnContext | ForkContext
 RECORD_FILE = "bench.json"
 _Answer = TypeVar("_Answer")
 
@@ -66,14 +68,17 @@ def check_bench(config: RunConfig) -> None:
         )
 
 
-def measure_contenders(config: RunConfig, *, start_method: str = "spawn") -> Measurements:
-    """`num_warmup_rounds` untimed, then `num_rounds` timed, then the account of each contender."""
+def measure_contenders(config: RunConfig, *, context: Context | None = None) -> Measurements:
+    """`num_warmup_rounds` untimed, then `num_rounds` timed, then the account of each contender.
+
+    `context` starts the contenders' processes; spawned unless said otherwise. RuntimeError where one of them fails.
+    """
     settings, names = config.bench, config.bench.contenders
     device = choose_device(config.device, local_rank=0)
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads)
     measurements = Measurements(samples={name: [] for name in names})
-    with _open_workers(config, start_method) as workers:
+    with _open_workers(config, context or multiprocessing.get_context("spawn")) as workers:
         ceilings = Ceilings(config, device, DTYPES[config.dtype])
         num_rounds = settings.num_warmup_rounds + settings.num_rounds
         for round_ in tqdm(range(num_rounds), desc="bench rounds", unit="round"):
@@ -90,9 +95,8 @@ def measure_contenders(config: RunConfig, *, start_method: str = "spawn") -> Mea
 
 
 @contextmanager
-def _open_workers(config: RunConfig, start_method: str) -> Iterator[dict[str, Connection]]:
+def _open_workers(config: RunConfig, context: Context) -> Iterator[dict[str, Connection]]:
     """Built one after another, so that building takes no more memory than stepping."""
-    context = multiprocessing.get_context(start_method)
     connections: dict[str, Connection] = {}
     processes = []
     try:
@@ -103,7 +107,7 @@ def _open_workers(config: RunConfig, start_method: str) -> Iterator[dict[str, Co
             theirs.close()
             processes.append(process)
             connections[name] = connection
-            _ask(connection, None, str)
+            _ask(connection, None, str)  # ready
         yield connections
         for connection in connections.values():
             connection.send(None)
@@ -112,13 +116,17 @@ def _open_workers(config: RunConfig, start_method: str) -> Iterator[dict[str, Co
     finally:
         for process in processes:
             process.kill()
+            process.join()
 
 
 def _ask(connection: Connection, order: tuple[str, int] | None, kind: type[_Answer]) -> _Answer:
     """Send an order (None waits for the first answer) and wait. RuntimeError with the contender's own traceback."""
     if order is not None:
         connection.send(order)
-    answer = connection.recv()
+    try:
+        answer = connection.recv()
+    except EOFError:
+        raise RuntimeError("a contender's process ended without a word; was it killed for memory?") from None
     if isinstance(answer, str) and answer != "ready":
         raise RuntimeError(f"a contender failed: {answer}")
     assert isinstance(answer, kind)

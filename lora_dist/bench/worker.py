@@ -98,7 +98,8 @@ def _start_timer(device: torch.device) -> Callable[[], float]:
     def read() -> float:
         end.record()
         torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1e3
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3
 
     return read
 

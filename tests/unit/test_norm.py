@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lora_dist.measure.ledger import open_activation_ledger
 from lora_dist.mcore.norm import Norm
+from lora_dist.measure.ledger import open_activation_ledger
 
 S, B, H = 6, 3, 16
 
