@@ -64,7 +64,7 @@ def test_bench_end_to_end(started_config: RunConfig) -> None:
 
 def test_a_failing_contender_is_named(started_config: RunConfig) -> None:
     broken = replace(started_config, lora=LoraConfig(layers=[0]))
-    with pytest.raises(RuntimeError, match=r"a contender failed: peft: .*bench compares with PEFT"):
+    with pytest.raises(RuntimeError, match=r"(?s)a contender failed: peft: .*bench compares with PEFT"):
         measure_contenders(replace(broken, bench=BenchConfig(contenders=["lora", "peft"])), context=FORK)
     assert not multiprocessing.active_children()
 
