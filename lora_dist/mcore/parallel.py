@@ -11,6 +11,7 @@ from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from lora_dist.config import TopologyConfig, compute_dp_size
+from lora_dist.lora.factors import derive_seed
 from lora_dist.mcore.cpu import use_cpu_stand_ins
 from lora_dist.topology import Topology, compute_coordinates
 
@@ -30,6 +31,15 @@ def open_topology(config: TopologyConfig, *, device: torch.device, local_rank: i
         ps.destroy_model_parallel()
         if joined_here:
             dist.destroy_process_group()
+
+
+def seed_dropout(topology: Topology, *, seed: int, step: int) -> None:
+    """Seed Megatron's generators, from which the base model's own dropouts draw, anew for one step.
+
+    A resumed run then draws what the uninterrupted one would. TP ranks share what acts on whole activations.
+    """
+    derived = derive_seed(seed, "base_dropout", step, topology.pp_rank, topology.dp_rank)
+    model_parallel_cuda_manual_seed(derived % 2**62)
 
 
 def _join(device: torch.device, timeout_s: float) -> None:
