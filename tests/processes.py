@@ -1,6 +1,7 @@
 """Run a function on several local CPU processes joined by gloo, and bring back what each returns."""
 
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -56,6 +57,7 @@ def _work(
     global_rank: int, world_size: int, directory: Path, timeout_s: float, fn: Callable[..., Any], args: tuple
 ) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(global_rank)
     try:
         dist.init_process_group(
             "gloo",

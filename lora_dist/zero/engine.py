@@ -1,9 +1,11 @@
 """One partitioned optimizer over what trains: accumulate a step's microbatches, reduce once, step once."""
 
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +16,18 @@ from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
 from lora_dist.zero.ds_config import build_ds_config
 from lora_dist.zero.loss_scale import LossScale
-from lora_dist.zero.state import materialize_adam_state
+from lora_dist.zero.state import (
+    iterate_step_counters,
+    materialize_adam_state,
+    read_parameter_state,
+    write_parameter_state,
+)
+
+_SCALE_KEYS = (
+    *("value", "num_good_steps", "num_consecutive_skips"),
+    *("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"),
+)
+"""Of `LossScale`, and of DeepSpeed's loss scalers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,11 +53,7 @@ def build_zero_engine(
     `dtype` is the activations'. Adapters are fp32 and need no masters; trainable base weights in bf16 or fp16 get
     DeepSpeed's. At stage 3 the frozen parameters are partitioned as well.
     """
-    if topology.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed = _import_deepspeed(topology)
     parameters = [one.parameter for one in trainable] or [_add_placeholder(model, topology.device)]
     for one in trainable:
         # What DeepSpeed's norm asks for: sharded parameters count on every TP rank, others on the first alone.
@@ -78,7 +87,7 @@ class ZeroEngine:
 
     def __init__(
         self,
-        engine: "object",
+        engine: Any,
         trainable: list[TrainableParameter],
         stage: int,
         clip_grad_norm: float,
@@ -90,7 +99,7 @@ class ZeroEngine:
         self._owns_masters = not (engine.fp16_enabled() or engine.bfloat16_enabled())
         self._finite = True
         self._lr_ratios = [group.pop("lr_ratio", 1.0) for group in self.adam.param_groups]
-        materialize_adam_state(self)
+        materialize_adam_state(self.deepspeed.optimizer, self.adam, stage)
 
     @property
     def adam(self) -> torch.optim.AdamW:
@@ -100,7 +109,43 @@ class ZeroEngine:
 
     @property
     def loss_scale(self) -> float:
-        return self.scale.value if self._owns_masters else float(self.deepspeed.optimizer.cur_scale_or_one())
+        return self.scale.value if self._owns_masters else float(self.deepspeed.optimizer.loss_scale)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that Adam has taken, skipped ones left out."""
+        counters = list(iterate_step_counters(self.deepspeed.optimizer, self.adam, self.stage))
+        return int(counters[0].item())
+
+    @num_steps.setter
+    def num_steps(self, value: int) -> None:
+        for counter in iterate_step_counters(self.deepspeed.optimizer, self.adam, self.stage):
+            counter.fill_(value)
+
+    def read_state(self, one: TrainableParameter) -> dict[str, torch.Tensor]:
+        """`value`, `exp_avg` and `exp_avg_sq` of this TP shard, whole over DP, fp32 on the CPU. Collective over DP."""
+        return read_parameter_state(one.parameter, self.adam, self.stage)
+
+    def read_value(self, one: TrainableParameter) -> dict[str, torch.Tensor]:
+        """`value` alone, as `read_state` gives it. Collective over DP."""
+        return read_parameter_state(one.parameter, self.adam, self.stage, ("value",))
+
+    def write_state(self, one: TrainableParameter, state: Mapping[str, torch.Tensor]) -> None:
+        """Set what `read_state` reads, from the same whole shard on every replica."""
+        write_parameter_state(one.parameter, state, self.adam, self.stage)
+
+    def read_loss_scale(self) -> dict[str, float]:
+        """The loss scale and its counters: this project's, or DeepSpeed's where DeepSpeed holds the masters."""
+        return {key: getattr(self._scale_holder, key) for key in _SCALE_KEYS if hasattr(self._scale_holder, key)}
+
+    def write_loss_scale(self, state: Mapping[str, float]) -> None:
+        """Set what `read_loss_scale` read; what the other kind of loss scale counted is left out."""
+        for key in self.read_loss_scale().keys() & state.keys():
+            setattr(self._scale_holder, key, state[key])
+
+    @property
+    def _scale_holder(self) -> Any:
+        return self.scale if self._owns_masters else self.deepspeed.optimizer.loss_scaler
 
     def set_lr(self, lr: float) -> None:
         """Base learning rate; lora_B's group takes it times optim.lora_plus_ratio."""
@@ -159,6 +204,19 @@ class ZeroEngine:
         self.deepspeed.optimizer.zero_grad()
         for one in self.trainable:
             one.parameter.grad = None
+
+
+def _import_deepspeed(topology: Topology) -> Any:
+    """deepspeed for this device; on the CPU without its compiled extras, so that no compiler is needed."""
+    if topology.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("ERROR")
+    if topology.device.type == "cpu":
+        # Asking this table for the first time compiles test programs; gloo serves for what it would offer.
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    return deepspeed
 
 
 class _Groups:
