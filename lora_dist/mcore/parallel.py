@@ -55,6 +55,15 @@ def _join(device: torch.device, timeout_s: float) -> None:
     )
 
 
+def seed_base_dropout(topology: Topology, *, seed: int, step: int) -> None:
+    """Make the base's dropouts of one step a function of the run's seed, so that a resumed run draws the same ones.
+
+    Regions that TP splits get a generator of their own on each TP rank, the others one that TP ranks share.
+    """
+    parts = derive_seed(seed, "base dropout", step, topology.dp_rank, topology.pp_rank)
+    model_parallel_cuda_manual_seed(parts % 2**31)
+
+
 def build_topology(config: TopologyConfig, *, device: torch.device, local_rank: int, seed: int) -> Topology:
     """Megatron's groups over the processes that torch.distributed already joined, and this process's place."""
     if device.type == "cpu":

@@ -126,6 +126,10 @@ class ZeroEngine:
         """`value`, `exp_avg` and `exp_avg_sq` of this TP shard, whole over DP, fp32 on the CPU. Collective over DP."""
         return read_parameter_state(one.parameter, self.adam, self.stage)
 
+    def read_value(self, one: TrainableParameter) -> dict[str, torch.Tensor]:
+        """`value` alone, as `read_state` gives it. Collective over DP."""
+        return read_parameter_state(one.parameter, self.adam, self.stage, ("value",))
+
     def write_state(self, one: TrainableParameter, state: Mapping[str, torch.Tensor]) -> None:
         """Set what `read_state` reads, from the same whole shard on every replica."""
         write_parameter_state(one.parameter, state, self.adam, self.stage)

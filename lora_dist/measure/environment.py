@@ -1,0 +1,103 @@
+"""What a run ran on, for environment.json: versions, commit, hardware, threads. No host names, no paths, no keys."""
+
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "safetensors", "hydra-core", "wandb", "lora-dist")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def describe_environment() -> dict[str, Any]:
+    """JSON-able. None stands for what is not there or cannot be read."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _read_version(name) for name in _PACKAGES}},
+        "git": describe_checkout(Path(__file__).resolve().parents[2]),
+        "system": {"platform": platform.platform(), "machine": platform.machine()},
+        "cpu": {
+            "model": _read_cpu_model(),
+            "num_cores": os.cpu_count(),
+            "num_usable_cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        },
+        "gpus": _describe_gpus(),
+        "threads": {
+            "torch": torch.get_num_threads(),
+            "torch_interop": torch.get_num_interop_threads(),
+            **{name: os.environ.get(name) for name in _THREAD_VARIABLES},
+        },
+    }
+
+
+def describe_checkout(directory: Path) -> dict[str, Any] | None:
+    """Commit of the source and whether it was changed since; None where the source is not a git checkout."""
+    if not (directory / ".git").exists():
+        return None
+    commit = _run_git(directory, "rev-parse", "HEAD")
+    changes = _run_git(directory, "status", "--porcelain", "--untracked-files=no")
+    return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
+
+
+def _run_git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of another owner
+        return None
+    return done.stdout.strip()
+
+
+def _read_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _read_cpu_model() -> str | None:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return match[1] if match else None
+
+
+def _describe_gpus() -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        return None
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return {
+        "devices": [
+            {
+                "name": device.name,
+                "memory_gib": round(device.total_memory / 2**30, 1),
+                "capability": f"{device.major}.{device.minor}",
+            }
+            for device in devices
+        ],
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, nccl)),
+        "driver": _read_driver_version(),
+    }
+
+
+def _read_driver_version() -> str | None:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout else None

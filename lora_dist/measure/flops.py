@@ -1,0 +1,156 @@
+"""FLOPs of one step: counted on the real operations, and the closed formula they must equal.
+
+Conventions: a multiply-add is 2; only matrix products and attention count; attention is counted in full, not halved for
+causality, as torch and NVIDIA do. Shapes: T tokens of a step with padding, M target tokens, S positions, H hidden.
+
+For one linear from `i` to `o` features with adapters of total rank `r`:
+
+| what               | frozen | frozen + LoRA        | trained |
+| forward            | 2 i o  | 2 i o + 2 r (i + o)  | 2 i o   |
+| d(input)           | 2 i o  | 2 i o + 2 r i        | 2 i o   |
+| other gradients    | -      | 2 r (i + o) + 2 r o  | 2 i o   |
+
+times T: a frozen linear costs 4 i o a token where a trained one costs 6 i o. The output layer is one more linear over M
+tokens, attention 4 S H a token forward and 10 S H backward (the kernel computes the scores again). Below the lowest
+adapted linear there is no backward at all, and it needs no d(input) itself. Recomputed regions add their forward.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from lora_dist.config import ModelConfig
+from lora_dist.lora.spec import AdapterSpec
+
+_LINEAR_OF_TARGET = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "o_proj": "proj",
+    "up_proj": "fc1",
+    "down_proj": "fc2",
+}
+_FORWARD_ORDER = ("qkv", "attention", "proj", "fc1", "fc2")
+
+
+def _count_addmm_(accumulated: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return int(2 * left[0] * left[1] * right[1])
+
+
+def _count_cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _count_cpu_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad_out, query, key, value))  # type: ignore[no-untyped-call]
+
+
+_aten = torch.ops.aten
+_MISSING_IN_TORCH = {
+    _aten.addmm_: _count_addmm_,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _count_cpu_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_cpu_attention_backward,
+}
+
+
+@contextmanager
+def count_flops() -> Iterator[FlopCounterMode]:
+    """Count what this process computes within: `.get_total_flops()`. Slows down what it watches."""
+    with FlopCounterMode(display=False, custom_mapping=_MISSING_IN_TORCH) as counter:
+        yield counter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepShape:
+    """What of a step the FLOPs depend on."""
+
+    num_tokens: int
+    """T: positions of the global batch, padding included."""
+    num_loss_tokens: int
+    """M: target tokens, the only ones the output layer sees."""
+    seq_len: int
+    num_vocab_rows: int
+    """Rows of the embedding with the padding that tensor parallelism adds."""
+    recompute: str = "none"
+    input_grad: bool = False
+    """True where a pipeline asks the first layer for d(input) though nothing below it trains."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """One linear (or the attention core) of one layer."""
+
+    name: str
+    forward: int
+    input_grad: int
+    other_grads: int
+    trains: bool = field(default=False)
+
+
+def compute_lora_flops(model: ModelConfig, specs: Sequence[AdapterSpec], shape: StepShape) -> int:
+    """FLOPs of one LoRA step of the whole model on one process (TP divides them, but for A's replicas)."""
+    ranks: Counter[tuple[int, str]] = Counter()
+    for spec in specs:
+        ranks[spec.layer, _LINEAR_OF_TARGET[spec.target]] += spec.lora_rank
+    layers = [
+        _build_layer(model, shape, {n: ranks[layer, n] for n in _FORWARD_ORDER}, full=False)
+        for layer in range(model.num_layers)
+    ]
+    head = 2 * shape.num_loss_tokens * model.hidden_size * shape.num_vocab_rows
+    return 2 * head + _sum_layers(layers, shape, full=False)
+
+
+def compute_full_flops(model: ModelConfig, shape: StepShape) -> int:
+    """FLOPs of one step of full fine-tuning of the whole model."""
+    layers = [_build_layer(model, shape, {}, full=True)] * model.num_layers
+    head = 2 * shape.num_loss_tokens * model.hidden_size * shape.num_vocab_rows
+    return 3 * head + _sum_layers(layers, shape, full=True)
+
+
+def _build_layer(model: ModelConfig, shape: StepShape, ranks: dict[str, int], *, full: bool) -> list[_Part]:
+    h, f, tokens = model.hidden_size, model.ffn_hidden_size, shape.num_tokens
+    features = {"qkv": (h, 3 * h), "proj": (h, h), "fc1": (h, f), "fc2": (f, h)}
+    score_flops = 2 * tokens * shape.seq_len * h
+    parts = []
+    for name in _FORWARD_ORDER:
+        if name == "attention":
+            parts.append(_Part(name=name, forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0))
+            continue
+        i, o = features[name]
+        base, r = 2 * i * o * tokens, ranks.get(name, 0)
+        down, up = 2 * r * i * tokens, 2 * r * o * tokens
+        parts.append(
+            _Part(
+                name=name,
+                forward=base + down + up,
+                input_grad=base + down,
+                other_grads=base if full else down + 2 * up,
+                trains=full or r > 0,
+            )
+        )
+    return parts
+
+
+def _sum_layers(layers: Sequence[Sequence[_Part]], shape: StepShape, *, full: bool) -> int:
+    total, needs_input_grad = 0, full or shape.input_grad
+    for layer in layers:
+        recomputes = _list_recomputed(layer, shape.recompute, needs_input_grad)
+        for part in layer:
+            # A recomputed region's input is made to require grad, whatever lies below it.
+            needs_input_grad = needs_input_grad or part.name in recomputes
+            total += part.forward * (2 if part.name in recomputes else 1)
+            total += part.other_grads + (part.input_grad if needs_input_grad else 0)
+            needs_input_grad = needs_input_grad or part.trains
+    return total
+
+
+def _list_recomputed(layer: Sequence[_Part], recompute: str, input_requires_grad: bool) -> set[str]:
+    """Names of the layer's parts that run twice."""
+    if recompute == "none" or not (input_requires_grad or any(part.trains for part in layer)):
+        return set()
+    return {part.name for part in layer} if recompute == "full" else {"fc1", "fc2"}

@@ -1,0 +1,62 @@
+"""FLOPs counted on the real step equal the closed formula, to the last one."""
+
+import pytest
+import torch
+from processes import run_distributed
+from toy import ALL_TARGETS, MODEL, NUM_ROWS, SEQ_LEN, Case, build_batches, build_case
+
+from lora_dist.config import LoraConfig
+from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.mcore.schedule import forward_backward
+from lora_dist.measure.flops import StepShape, compute_full_flops, compute_lora_flops, count_flops
+
+
+def count_step(case: Case) -> tuple[int, int]:
+    """FLOPs of this process and the step's target tokens."""
+    gpt, _, topology = build_case(case)
+    batches = build_batches(topology)
+    with count_flops() as counter:
+        forward_backward(gpt, batches, seed=0, step=0, scale_loss=None)
+    return counter.get_total_flops(), batches[0].num_loss_tokens
+
+
+def build_shape(num_loss_tokens: int, recompute: str = "none", tp_size: int = 1) -> StepShape:
+    multiple = 8 * tp_size
+    return StepShape(
+        num_tokens=NUM_ROWS * SEQ_LEN,
+        num_loss_tokens=num_loss_tokens,
+        seq_len=SEQ_LEN,
+        num_vocab_rows=-(-MODEL.vocab_size // multiple) * multiple,
+        recompute=recompute,
+    )
+
+
+LORAS = [
+    LoraConfig(rank=3, target_modules=ALL_TARGETS),
+    LoraConfig(rank=2, target_modules=["q_proj", "v_proj"]),
+    LoraConfig(rank=1, target_modules=["fc2"]),
+    LoraConfig(rank=5, target_modules=["o_proj", "up_proj"], layers=[1, 3]),
+]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("lora", LORAS, ids=lambda lora: ",".join(lora.target_modules))
+def test_lora_formula(lora: LoraConfig, recompute: str) -> None:
+    case = Case(lora=lora, recompute=recompute, dtype=torch.float32)
+    [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case)
+    assert counted == compute_lora_flops(
+        MODEL, build_adapter_specs(lora, MODEL), build_shape(num_loss_tokens, recompute)
+    )
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_full_formula(recompute: str) -> None:
+    case = Case(method="full", recompute=recompute, dtype=torch.float32)
+    [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case)
+    assert counted == compute_full_flops(MODEL, build_shape(num_loss_tokens, recompute))
+
+
+def test_processes_share_the_work() -> None:
+    """Full fine-tuning on TP x DP computes what one process would, vocabulary padding apart."""
+    results = run_distributed(count_step, 4, Case(method="full", tp_size=2, dp_size=2, dtype=torch.float32))
+    assert sum(counted for counted, _ in results) == compute_full_flops(MODEL, build_shape(results[0][1], tp_size=2))
