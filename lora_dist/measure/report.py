@@ -106,10 +106,12 @@ def _check_comparable(summaries: Sequence[Summary]) -> None:
     for summary in summaries[1:]:
         other = asdict(summary.setup)
         differing = [name for name in first if name not in ("lr", "adapters") and first[name] != other[name]]
-        if differing or summary.model != summaries[0].model:
+        values = [f"{name} {first[name]} / {other[name]}" for name in differing]
+        if summary.model != summaries[0].model:
+            values.append(f"model {summaries[0].model} / {summary.model}")
+        if values:
             raise ValueError(
-                f"cannot compare {summaries[0].method} on {summaries[0].model} with {summary.method} on"
-                f" {summary.model}: they differ in {', '.join(f'{name} {first[name]} / {other[name]}' for name in differing) or 'model'}"
+                f"cannot compare {summaries[0].method} with {summary.method}: they differ in {', '.join(values)}"
             )
 
 
