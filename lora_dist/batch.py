@@ -1,6 +1,7 @@
 """One microbatch of one replica. Shapes: B rows, S positions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -31,7 +32,10 @@ class Batch:
         return self.input_ids_BS.shape[1]
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Batch(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
-        )
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in values.items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)

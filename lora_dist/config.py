@@ -138,15 +138,20 @@ class DataConfig:
     format: str
     """e2e_text (`context||target`), e2e_csv (`mr,ref`), jsonl (`context`, `target`) or fake (random tokens)."""
     train: str | None = None
+    """Path of the training file."""
     valid: str | None = None
+    """Path of the validation file; null means no validation."""
     seq_len: int = 512
+    """Positions of a row, and the most an example may take up."""
     collate: str = "pack"
     """pack: several examples a row, attention kept apart; pad: one example a row, padded to the longest."""
     on_bad_row: str = "error"
     """error stops at the first bad row and names it; skip counts it."""
     max_train_examples: int | None = None
+    """Use only the file's first good rows, so many of them; null means all."""
     max_valid_examples: int | None = None
     num_fake_examples: int = 1024
+    """Training examples of format fake; validation gets an eighth of it."""
 
     def __post_init__(self) -> None:
         _one_of("data.format", self.format, ("e2e_text", "e2e_csv", "jsonl", "fake"))
@@ -157,6 +162,13 @@ class DataConfig:
             self.format == "fake" or self.train is not None,
             f"data.train is not set; give the path of a {self.format} file",
         )
+        _require(
+            self.format != "fake" or (self.train is None and self.valid is None),
+            f"data.format=fake reads no file; set data.train={self.train} and data.valid={self.valid} to null",
+        )
+        for key in ("max_train_examples", "max_valid_examples", "num_fake_examples"):
+            count = getattr(self, key)
+            _require(count is None or count >= 1, f"data.{key}={count} must be at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -277,16 +289,19 @@ class RunConfig:
         )
         _require(
             not (self.method == "full" and self.dtype != "fp32" and self.zero.stage == 0),
-            f"method=full with dtype={self.dtype} keeps fp32 masters in DeepSpeed's partitions; set zero.stage=1 or more",
+            f"method=full with dtype={self.dtype} keeps fp32 masters in DeepSpeed's partitions;"
+            " set zero.stage=1 or more",
         )
         _require(
             self.data.seq_len <= self.model.max_position_embeddings,
-            f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings={self.model.max_position_embeddings}",
+            f"data.seq_len={self.data.seq_len} exceeds"
+            f" model.max_position_embeddings={self.model.max_position_embeddings}",
         )
         if self.topology.sequence_parallel:
             _require(
                 self.data.seq_len % self.topology.tp_size == 0,
-                f"topology.sequence_parallel needs tp_size {self.topology.tp_size} to divide data.seq_len {self.data.seq_len}",
+                f"topology.sequence_parallel needs tp_size {self.topology.tp_size}"
+                f" to divide data.seq_len {self.data.seq_len}",
             )
         for method in [*self.compare.methods, *self.compare.lr]:
             _one_of("compare.methods", method, METHODS)
@@ -312,7 +327,8 @@ def compute_dp_size(topology: TopologyConfig, world_size: int) -> int:
     needed = model_parallel_size * dp_size
     _require(
         needed == world_size,
-        f"tp {topology.tp_size} x pp {topology.pp_size} x dp {dp_size} = {needed} processes, but {world_size} were started",
+        f"tp {topology.tp_size} x pp {topology.pp_size} x dp {dp_size} = {needed} processes,"
+        f" but the launcher started {world_size}; start {needed} or change the topology",
     )
     return dp_size
 

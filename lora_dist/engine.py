@@ -11,6 +11,7 @@ from lora_dist.gradients import (
     sum_tp_partial_gradients,
 )
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.mcore.parallel import seed_base_dropout
 from lora_dist.mcore.schedule import evaluate_loss, forward_backward
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
@@ -51,6 +52,8 @@ class Engine:
         RuntimeError in the first step if a trainable parameter got no gradient.
         """
         self.zero.set_lr(lr)
+        if self.gpt.has_dropout:
+            seed_base_dropout(self.topology, seed=self.seed, step=step)
         with self.zero.accumulate():
             loss = forward_backward(self.gpt, batches, seed=self.seed, step=step, scale_loss=self.zero.scale_loss)
             if not self._gradients_checked:

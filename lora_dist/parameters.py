@@ -1,6 +1,6 @@
 """What trains, as the optimizer, the checkpoints and the report see it: local tensors and how they make the whole."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -28,3 +28,8 @@ class TrainableParameter:
     """True for the first and last stage's copies of the tied embedding, whose gradients are summed once a step."""
     owned: bool = True
     """False for the last stage's copy of the tied embedding: left out of the norm, of counts and of files."""
+    local_shape: tuple[int, ...] = field(init=False)
+    """Of this process's shard, padding included; `parameter` itself is empty where ZeRO-3 partitions it."""
+
+    def __post_init__(self) -> None:
+        self.local_shape = tuple(self.parameter.shape)

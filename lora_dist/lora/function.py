@@ -46,7 +46,10 @@ def lora_linear(
     communication: ShardCommunication = NO_COMMUNICATION,
 ) -> torch.Tensor:
     """The shard's output [S, B, O]; with sequence parallelism S is the local share on input, the whole on output."""
-    return _LoraLinear.apply(x_SBH, weight_OH, bias_O, a_RH, b_OR, mask, communication)
+    y_SBO: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x_SBH, weight_OH, bias_O, a_RH, b_OR, mask, communication
+    )
+    return y_SBO
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -76,7 +79,7 @@ class _LoraLinear(torch.autograd.Function):
         return y_SBO
 
     @staticmethod
-    def backward(ctx: Any, dy_SBO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_SBO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_SBH, weight_OH, a_RH, b_OR, z_SBR = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         assert not needs_dweight, "the base weight of an adapted linear is frozen"
@@ -93,6 +96,7 @@ class _LoraLinear(torch.autograd.Function):
         db_OR = dy_NO.t() @ z_SBR.flatten(0, 1)  # while the collective runs
         dbias_O = dy_NO.sum(0) if needs_dbias else None
         if ctx.communication.sequence_parallel:
+            assert pending is not None
             pending.wait()
             if dx_SBH is not None:
                 dx_SBH = dx_SBH.contiguous()

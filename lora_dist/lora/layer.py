@@ -63,6 +63,7 @@ class LoraShard(nn.Module):
             b = torch.zeros(out_features, spec.lora_rank, device=device)
             self.register_parameter(f"{spec.target}_lora_B", nn.Parameter(b))
         stacked_rows = None if rows is None else torch.cat([rows[spec.target] for spec in specs]).to(device)
+        self.stacked_rows: torch.Tensor | None
         self.register_buffer("stacked_rows", stacked_rows, persistent=False)
 
     def factors(self, spec: AdapterSpec) -> tuple[nn.Parameter, nn.Parameter]:

@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
 from lora_dist.lora.layer import LoraShard, ShardPlace, compute_qkv_rows
 from lora_dist.lora.spec import AdapterSpec
@@ -114,6 +116,29 @@ def _enable_biases(gpt: ShardedGpt, bias: str, adapted_linears: set[str]) -> lis
         for described in describe_base_parameters(gpt)
         if described.kind == "bias" and (bias == "all" or described.name.removesuffix(".bias") in adapted_linears)
     ]
+    local_names = {id(parameter): name for name, parameter in gpt.named_parameters()}
     for described in chosen:
+        if described.parameter.dtype != torch.float32:
+            described.parameter = _keep_in_fp32(gpt, local_names[id(described.parameter)])
         described.parameter.requires_grad_(True)
     return chosen
+
+
+class _CastTo(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype)
+
+
+def _keep_in_fp32(gpt: ShardedGpt, local_name: str) -> nn.Parameter:
+    """Make a base parameter fp32, seen by its module in its old dtype: trained like the factors, without a master."""
+    module_name, _, name = local_name.rpartition(".")
+    module = gpt.get_submodule(module_name)
+    original = module.get_parameter(name)
+    cast = _CastTo(original.dtype)
+    setattr(module, name, nn.Parameter(original.detach().float()))
+    parametrize.register_parametrization(module, name, cast, unsafe=True)
+    return module.parametrizations[name].original

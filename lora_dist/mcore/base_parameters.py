@@ -37,6 +37,7 @@ def describe_base_parameters(gpt: ShardedGpt) -> list[TrainableParameter]:
 
 def canonical_name(gpt: ShardedGpt, local_name: str) -> str:
     """Megatron's name with the layer's global index, the same at every pipeline size."""
+    local_name = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", local_name)  # a bias that trains in fp32
     return re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{int(m[1]) + gpt.first_layer}.", local_name)
 
 

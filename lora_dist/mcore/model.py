@@ -42,6 +42,11 @@ class ShardedGpt(GPTModel):
         return self.config.num_layers // self.topology.pp_size
 
     @property
+    def has_dropout(self) -> bool:
+        """True where the base itself drops activations."""
+        return self.config.hidden_dropout > 0 or self.config.attention_dropout > 0
+
+    @property
     def first_layer(self) -> int:
         """Global index of this stage's first layer."""
         return self.topology.pp_rank * self.num_stage_layers

@@ -11,6 +11,7 @@ from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from lora_dist.config import TopologyConfig, compute_dp_size
+from lora_dist.lora.factors import derive_seed
 from lora_dist.mcore.cpu import use_cpu_stand_ins
 from lora_dist.topology import Topology, compute_coordinates
 
@@ -32,6 +33,15 @@ def open_topology(config: TopologyConfig, *, device: torch.device, local_rank: i
             dist.destroy_process_group()
 
 
+def seed_dropout(topology: Topology, *, seed: int, step: int) -> None:
+    """Seed Megatron's generators, from which the base model's own dropouts draw, anew for one step.
+
+    A resumed run then draws what the uninterrupted one would. TP ranks share what acts on whole activations.
+    """
+    derived = derive_seed(seed, "base_dropout", step, topology.pp_rank, topology.dp_rank)
+    model_parallel_cuda_manual_seed(derived % 2**62)
+
+
 def _join(device: torch.device, timeout_s: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -43,6 +53,15 @@ def _join(device: torch.device, timeout_s: float) -> None:
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def seed_base_dropout(topology: Topology, *, seed: int, step: int) -> None:
+    """Make the base's dropouts of one step a function of the run's seed, so that a resumed run draws the same ones.
+
+    Regions that TP splits get a generator of their own on each TP rank, the others one that TP ranks share.
+    """
+    parts = derive_seed(seed, "base dropout", step, topology.dp_rank, topology.pp_rank)
+    model_parallel_cuda_manual_seed(parts % 2**31)
 
 
 def build_topology(config: TopologyConfig, *, device: torch.device, local_rank: int, seed: int) -> Topology:

@@ -50,14 +50,17 @@ def iterate_step_counters(ds_optimizer: Any, adam: torch.optim.AdamW, stage: int
         yield adam.state[partition]["step"]
 
 
-def read_parameter_state(parameter: nn.Parameter, adam: torch.optim.AdamW, stage: int) -> dict[str, torch.Tensor]:
+def read_parameter_state(
+    parameter: nn.Parameter, adam: torch.optim.AdamW, stage: int, keys: Iterable[str] = STATE_KEYS
+) -> dict[str, torch.Tensor]:
     """fp32 master, first and second moment of one parameter on the CPU; collective over DP at stages 1 to 3."""
+    return {key: _read(parameter, adam, stage, key).detach().float().cpu().clone() for key in keys}
+
+
+def _read(parameter: nn.Parameter, adam: torch.optim.AdamW, stage: int, key: str) -> torch.Tensor:
     if stage == 0:
-        state = {"value": parameter.detach(), **{key: adam.state[parameter][key] for key in MOMENTS}}
-    else:
-        state = {"value": safe_get_full_fp32_param(parameter)}
-        state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-    return {key: tensor.detach().float().cpu().clone() for key, tensor in state.items()}
+        return parameter if key == "value" else adam.state[parameter][key]
+    return safe_get_full_fp32_param(parameter) if key == "value" else safe_get_full_optimizer_state(parameter, key)
 
 
 @torch.no_grad()

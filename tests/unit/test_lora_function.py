@@ -5,9 +5,8 @@ import torch
 
 from lora_dist.lora.dropout import DropoutClock, DropoutKey, DropoutMask
 from lora_dist.lora.factors import draw_lora_A, slice_shard
-from lora_dist.lora.function import lora_linear
+from lora_dist.lora.function import NO_COMMUNICATION, lora_linear
 from lora_dist.lora.layer import LoraShard, ShardPlace, compute_qkv_rows
-from lora_dist.lora.function import NO_COMMUNICATION
 from lora_dist.lora.spec import AdapterSpec
 
 S, B, H, R = 5, 3, 8, 3

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# One verb on this machine; with a topology of N processes it starts N here.
+#
+#   bash launch/local.sh train experiment=e2e_demo topology.dp_size=2
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$ROOT/launch/install.sh"
+# shellcheck source=launch/env.sh
+source "$ROOT/launch/env.sh"
+exec "$ROOT/.venv/bin/lora-dist" "$@"

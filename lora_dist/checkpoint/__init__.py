@@ -1,0 +1,1 @@
+"""What a run leaves behind: the adapter in PEFT's format, and the whole training state to resume from."""

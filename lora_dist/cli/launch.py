@@ -1,0 +1,117 @@
+"""Started bare, a verb starts its own processes on this machine, through torchrun's launcher."""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+USER_ERROR = 2
+_LAUNCHER_PID = "LORA_DIST_LAUNCHER_PID"
+
+
+def launch_local(verb: str, overrides: Sequence[str], num_processes: int) -> int:
+    """Run the verb on `num_processes` local processes; the exit code for the shell.
+
+    When one process fails the others are ended, and one line says what the first failure was. SIGINT, SIGTERM,
+    SIGHUP and SIGQUIT reach every process.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _silence_elastic_log()
+    os.environ[_LAUNCHER_PID] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
+    with tempfile.TemporaryDirectory() as directory:
+        launcher = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=directory),
+        )
+        try:
+            elastic_launch(launcher, sys.executable)("-m", "lora_dist.cli.main", verb, *overrides)
+        except ChildFailedError as error:
+            return _report_failures(list(error.failures.values()))
+        except SignalException as stop:
+            print(f"error: stopped by {stop.sigval.name}", file=sys.stderr)
+            return 128 + stop.sigval.value
+    return 0
+
+
+def end_with_launcher() -> None:
+    """In a process of `launch_local`: be ended when the launcher is killed, which could not tell us."""
+    launcher_pid = os.environ.get(_LAUNCHER_PID)
+    if launcher_pid is None or sys.platform != "linux":
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != int(launcher_pid):
+        sys.exit("error: the launcher is gone")
+
+
+def record_failure(error: Exception) -> bool:
+    """Leave `error` where a torchrun-style launcher looks for it; True where `launch_local` will print it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        details = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": describe_error(error), "extraInfo": details}}))
+    return file is not None and _LAUNCHER_PID in os.environ
+
+
+def describe_error(error: Exception) -> str:
+    """One line; the kind of error only where it was not the user's."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _report_failures(failures: "list[ProcessFailure]") -> int:
+    """One line for the failure that caused the others."""
+    first = min(failures, key=_order_as_cause)
+    if first.exitcode == USER_ERROR:
+        print(f"error: {_read_message(first)}", file=sys.stderr)
+        return USER_ERROR
+    name = signal.Signals(-first.exitcode).name if first.exitcode < 0 else f"exit code {first.exitcode}"
+    print(f"error: process {first.local_rank} failed ({name}): {_read_message(first)}", file=sys.stderr)
+    return 1
+
+
+def _order_as_cause(failure: "ProcessFailure") -> tuple[int, int]:
+    """A refusal, then a crash that left no time to write, then the earliest error; SIGTERM is the launcher's own."""
+    file = Path(failure.error_file)
+    if failure.exitcode == USER_ERROR:
+        return 0, 0
+    if failure.exitcode < 0:
+        return (3 if -failure.exitcode == signal.SIGTERM else 1), 0
+    return 2, file.stat().st_mtime_ns if file.is_file() else 0
+
+
+def _read_message(failure: "ProcessFailure") -> str:
+    file = Path(failure.error_file)
+    if not file.is_file():
+        return "it left no message"
+    return str(json.loads(file.read_text())["message"]["message"])
+
+
+def _silence_elastic_log() -> None:
+    """Its warnings on a failing process say less than our one line."""
+    log = logging.getLogger("torch.distributed.elastic")
+    log.addHandler(logging.NullHandler())
+    log.propagate = False

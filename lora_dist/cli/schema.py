@@ -1,0 +1,66 @@
+"""What there is to configure, read from lora_dist/config.py and conf/ without Hydra."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import get_origin, get_type_hints
+
+import lora_dist
+from lora_dist import config
+
+CONF_DIR = Path(lora_dist.__file__).resolve().parents[1] / "conf"
+ASSETS_DIR = Path(lora_dist.__file__).resolve().parent / "assets"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Key:
+    """One leaf of RunConfig."""
+
+    path: str
+    """Dotted, as written on the command line: `lora.rank`."""
+    type: str
+    doc: str
+    is_dictionary: bool
+
+
+def list_keys(owner: type = config.RunConfig, prefix: str = "") -> Iterator[Key]:
+    """Every leaf, in the order of the dataclasses."""
+    hints = get_type_hints(owner)
+    docs = _read_field_docs(owner)
+    for field in fields(owner):
+        kind = hints[field.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from list_keys(kind, f"{prefix}{field.name}.")
+            continue
+        yield Key(
+            path=prefix + field.name,
+            type=kind.__name__ if isinstance(kind, type) and not get_origin(kind) else str(kind),
+            doc=docs.get(field.name, ""),
+            is_dictionary=get_origin(kind) is dict,
+        )
+
+
+def list_groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
+    """Options of each configuration group: `model` -> [demo, gpt2_small, ...]."""
+    groups: dict[str, list[str]] = {}
+    for directory in sorted(path for path in conf_dir.iterdir() if path.is_dir()):
+        files = sorted(directory.rglob("*.yaml"))
+        groups[directory.name] = [str(file.relative_to(directory).with_suffix("")) for file in files]
+    return groups
+
+
+@cache
+def _read_field_docs(owner: type) -> dict[str, str]:
+    """The string under each field, which Python itself forgets."""
+    (definition,) = ast.parse(inspect.getsource(owner)).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, below in zip(definition.body, definition.body[1:], strict=False):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+            docs[field.target.id] = inspect.cleandoc(below.value.value).replace("\n", " ")
+    return docs

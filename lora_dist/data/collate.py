@@ -1,0 +1,52 @@
+"""Rows of examples -> the tensors of one microbatch. Shapes: B rows, S positions."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lora_dist.batch import Batch
+from lora_dist.data.examples import Examples
+
+
+def collate_rows(
+    examples: Examples,
+    rows: Sequence[NDArray[np.int64]],
+    *,
+    seq_len: int,
+    packed: bool,
+    row_ids: Sequence[int],
+    num_loss_tokens: int,
+    num_tokens: int,
+) -> Batch:
+    """Lay each row's examples one behind the other; what is left of a row, or an empty row, is padding.
+
+    The label of a position is the next token of the same example. Labels are kept where they are learnt: from the
+    target's first token, predicted at the separator, to its end token.
+    """
+    shape = (len(rows), seq_len)
+    input_ids, labels, positions, segments = (np.zeros(shape, dtype=np.int64) for _ in range(4))
+    loss_mask = np.zeros(shape, dtype=np.bool_)
+    for row, members in enumerate(rows):
+        first = 0
+        for segment, example in enumerate(members, 1):
+            tokens = examples.tokens[examples.starts[example] : examples.starts[example + 1]]
+            num_context = examples.num_context_tokens[example]
+            end = first + len(tokens) - 1
+            input_ids[row, first:end] = tokens[:-1]
+            labels[row, first + num_context : end] = tokens[num_context + 1 :]
+            loss_mask[row, first + num_context : end] = True
+            positions[row, first:end] = np.arange(end - first)
+            segments[row, first:end] = segment
+            first = end
+    return Batch(
+        input_ids_BS=torch.from_numpy(input_ids),
+        labels_BS=torch.from_numpy(labels),
+        loss_mask_BS=torch.from_numpy(loss_mask),
+        position_ids_BS=torch.from_numpy(positions),
+        segment_ids_BS=torch.from_numpy(segments) if packed else None,
+        row_ids_B=torch.tensor(row_ids, dtype=torch.int64),
+        num_loss_tokens=num_loss_tokens,
+        num_tokens=num_tokens,
+    )

@@ -1,0 +1,98 @@
+"""Examples as tokens: encoded from pairs of text, or drawn at random.
+
+An example is `context <|endoftext|> target <|endoftext|>`, as in the LoRA authors' GPT-2 experiments: the first end
+token asks for the target, the second is learnt with it. The context starts the row without a space; the target gets
+one space before it, so that its first word has the token it has in running text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from lora_dist.data.readers import BadRows, Pair
+from lora_dist.lora.factors import derive_seed
+
+TARGET_PREFIX = " "
+_TEXTS_PER_CALL = 2000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Examples:
+    """N examples, end to end in one array."""
+
+    tokens: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    """[N + 1]; example i is tokens[starts[i] : starts[i + 1]]."""
+    num_context_tokens: NDArray[np.int64]
+    """[N], without the end token that follows the context."""
+
+    def __len__(self) -> int:
+        return len(self.num_context_tokens)
+
+    @property
+    def num_positions(self) -> NDArray[np.int64]:
+        """[N]; positions an example takes up in a row: all its tokens but the last, which is only predicted."""
+        positions: NDArray[np.int64] = np.diff(self.starts) - 1
+        return positions
+
+    @property
+    def num_loss_tokens(self) -> NDArray[np.int64]:
+        """[N]; the target's tokens and its end."""
+        return self.num_positions - self.num_context_tokens
+
+
+def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, *, seq_len: int, bad: BadRows) -> Examples:
+    """Tokens of the pairs that fit into `seq_len` positions; the others go to `bad`."""
+    # E2E repeats each context some nine times.
+    distinct = list(dict.fromkeys(pair.context for pair in pairs))
+    contexts = dict(zip(distinct, _tokenize(distinct, tokenizer, "contexts"), strict=True))
+    targets = _tokenize([TARGET_PREFIX + pair.target for pair in pairs], tokenizer, "targets")
+    end = [int(tokenizer.eos_token_id)]
+    rows, num_context_tokens = [], []
+    for pair, target in zip(pairs, targets, strict=True):
+        context = contexts[pair.context]
+        num_positions = len(context) + 1 + len(target)
+        if num_positions > seq_len:
+            bad.add(pair.line, "too long", f"{num_positions} tokens, data.seq_len={seq_len}")
+            continue
+        rows.append([*context, *end, *target, *end])
+        num_context_tokens.append(len(context))
+    return _join(rows, num_context_tokens)
+
+
+def draw_fake_examples(num_examples: int, *, vocab_size: int, seq_len: int, seed: int) -> Examples:
+    """Random tokens; each example fills a row of `seq_len` positions, half of them context."""
+    generator = np.random.default_rng(derive_seed(seed, "fake"))
+    tokens = generator.integers(0, vocab_size, (num_examples, seq_len + 1), dtype=np.int32)
+    return Examples(
+        tokens=tokens.reshape(-1),
+        starts=np.arange(num_examples + 1, dtype=np.int64) * (seq_len + 1),
+        num_context_tokens=np.full(num_examples, (seq_len - 1) // 2, dtype=np.int64),
+    )
+
+
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, what: str) -> list[list[int]]:
+    """Plain text only: `<|endoftext|>` spelt out in a file does not become the end token."""
+    ids: list[list[int]] = []
+    silent = dist.is_initialized() and dist.get_rank() != 0
+    with tqdm(total=len(texts), desc=f"tokenizing {what}", delay=2.0, disable=silent) as bar:
+        for first in range(0, len(texts), _TEXTS_PER_CALL):
+            part = list(texts[first : first + _TEXTS_PER_CALL])
+            encoded = tokenizer(
+                part, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+            )
+            ids += encoded["input_ids"]
+            bar.update(len(part))
+    return ids
+
+
+def _join(rows: Sequence[Sequence[int]], num_context_tokens: Sequence[int]) -> Examples:
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+    tokens = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(starts[-1]))
+    return Examples(tokens=tokens, starts=starts, num_context_tokens=np.array(num_context_tokens, dtype=np.int64))

@@ -1,0 +1,103 @@
+"""Hugging Face GPT-2's tensor names and layouts against the canonical ones; pure functions.
+
+Hugging Face stores linears as [in, out] (Conv1D) and q, k, v side by side; Megatron stores [out, in] and lays out
+the fused projection's rows head by head.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from lora_dist.config import ModelConfig
+from lora_dist.lora.layer import compute_qkv_rows
+
+QKV_TARGETS = ("q_proj", "k_proj", "v_proj")
+IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+"""Buffers of old checkpoints: the causal mask, which every implementation makes for itself."""
+TIED_HEAD = "lm_head.weight"
+PREFIX = "transformer."
+
+_LAYER_MODULES = {
+    "input_layernorm": "ln_1",
+    "self_attention.linear_qkv": "attn.c_attn",
+    "self_attention.linear_proj": "attn.c_proj",
+    "pre_mlp_layernorm": "ln_2",
+    "mlp.linear_fc1": "mlp.c_fc",
+    "mlp.linear_fc2": "mlp.c_proj",
+}
+_OTHER_TENSORS = {
+    "embedding.word_embeddings.weight": "wte.weight",
+    "output_layer.weight": "wte.weight",
+    "embedding.position_embeddings.weight": "wpe.weight",
+    "decoder.final_layernorm.weight": "ln_f.weight",
+    "decoder.final_layernorm.bias": "ln_f.bias",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfTensor:
+    """Where one canonical parameter lies in a Hugging Face checkpoint."""
+
+    name: str
+    """Without the `transformer.` prefix."""
+    transposed: bool
+    is_qkv: bool
+
+
+def find_hf_tensor(canonical_name: str) -> HfTensor:
+    """`decoder.layers.3.mlp.linear_fc1.weight` -> `h.3.mlp.c_fc.weight`, transposed."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", canonical_name)
+    if match is None:
+        return HfTensor(name=_OTHER_TENSORS[canonical_name], transposed=False, is_qkv=False)
+    layer, module, kind = match.groups()
+    return HfTensor(
+        name=f"h.{layer}.{_LAYER_MODULES[module]}.{kind}",
+        transposed=kind == "weight" and "linear" in module,
+        is_qkv=module.endswith("linear_qkv"),
+    )
+
+
+def find_canonical_name(hf_name: str) -> str:
+    """The inverse of `find_hf_tensor`; KeyError where GPT-2 has no such tensor."""
+    match = re.fullmatch(r"h\.(\d+)\.(.+)\.(weight|bias)", hf_name)
+    if match is None:
+        return {hf: name for name, hf in _OTHER_TENSORS.items() if name != "output_layer.weight"}[hf_name]
+    layer, module, kind = match.groups()
+    modules = {hf: name for name, hf in _LAYER_MODULES.items()}
+    return f"decoder.layers.{layer}.{modules[module]}.{kind}"
+
+
+def compute_hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor a GPT-2 checkpoint must hold, without prefix, in the order it is written."""
+    h, f = model.hidden_size, model.ffn_hidden_size
+    linears = {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h), "mlp.c_fc": (h, f), "mlp.c_proj": (f, h)}
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (model.vocab_size, h)}
+    shapes["wpe.weight"] = (model.max_position_embeddings, h)
+    for layer in range(model.num_layers):
+        for module in _LAYER_MODULES.values():
+            weight = linears.get(module, (h,))
+            shapes[f"h.{layer}.{module}.weight"] = weight
+            shapes[f"h.{layer}.{module}.bias"] = weight[-1:]
+    return shapes | {"ln_f.weight": (h,), "ln_f.bias": (h,)}
+
+
+def to_hf_layout(whole: torch.Tensor, hf: HfTensor, num_heads: int) -> torch.Tensor:
+    """A whole canonical tensor as Hugging Face stores it."""
+    if hf.is_qkv:
+        whole = whole[_compute_whole_rows(whole.shape[0], num_heads)]
+    return whole.t() if hf.transposed else whole
+
+
+def from_hf_layout(stored: torch.Tensor, hf: HfTensor, num_heads: int) -> torch.Tensor:
+    """The inverse of `to_hf_layout`."""
+    whole = stored.t() if hf.transposed else stored
+    if not hf.is_qkv:
+        return whole
+    return torch.empty_like(whole).index_copy_(0, _compute_whole_rows(whole.shape[0], num_heads), whole)
+
+
+def _compute_whole_rows(num_rows: int, num_heads: int) -> torch.Tensor:
+    """Canonical row of each of Hugging Face's rows [all q, all k, all v]."""
+    rows = compute_qkv_rows(num_heads, 1, num_rows // (3 * num_heads))
+    return torch.cat([rows[target] for target in QKV_TARGETS])

@@ -1,0 +1,131 @@
+"""safetensors files one tensor at a time: headers checked, parts read, whole files written in order."""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_MAX_HEADER_BYTES = 100_000_000
+"""safetensors' own limit; a larger number is not a header's length."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One header entry."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes in a safetensors file. ValueError where the file is missing, truncated or not one."""
+    entries, data_start = _parse_header(path)
+    data_end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    promised, actual = data_start + data_end, path.stat().st_size
+    if promised != actual:
+        raise ValueError(
+            f"{path} is damaged: its header promises {promised} bytes, the file has {actual}; copy the file again"
+        )
+    return {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Header entries and the offset of the first data byte."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; copy the checkpoint again or name another one")
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= _MAX_HEADER_BYTES or 8 + length > path.stat().st_size:
+            raise ValueError(f"{path} is truncated or no safetensors file; copy the file again")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} has a damaged header ({error}); copy the file again") from None
+    return entries, 8 + length
+
+
+def read_part(
+    path: Path, name: str, *, dim: int | None = None, start: int = 0, size: int | None = None
+) -> torch.Tensor:
+    """One tensor, or its `size` entries from `start` along `dim`.
+
+    The file is opened for this one read, so that nothing of its other tensors stays mapped.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        if dim is None:
+            return file.get_tensor(name)
+        part = file.get_slice(name)
+        stop = part.get_shape()[dim] if size is None else start + size
+        return part[(slice(None),) * dim + (slice(start, stop),)]
+
+
+class SafetensorsWriter:
+    """Writes tensors of known shapes in the announced order, and hashes the file on the way."""
+
+    def __init__(
+        self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str]
+    ) -> None:
+        self._dtype, self._shapes, self._waiting = dtype, dict(shapes), list(shapes)
+        self._sha256 = hashlib.sha256()
+        self._file = path.open("xb")
+        self._append(_build_header(shapes, dtype, metadata))
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append the next tensor, converted to the file's dtype."""
+        expected = self._waiting.pop(0)
+        assert name == expected, f"{name} is written where {expected} is due"
+        assert tuple(tensor.shape) == self._shapes[name], f"{name} is {tuple(tensor.shape)}, not {self._shapes[name]}"
+        flat = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous().flatten()
+        self._append(memoryview(flat.view(torch.uint8).numpy()))
+
+    def close(self) -> str:
+        """Flush to the disk; the file's sha256. Everything announced must have been written."""
+        assert not self._waiting, f"not written: {self._waiting[:3]}"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._sha256.hexdigest()
+
+    def abandon(self) -> None:
+        self._file.close()
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._sha256.update(data)
+        self._file.write(data)
+
+
+@contextmanager
+def open_writer(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str] | None = None
+) -> Iterator[SafetensorsWriter]:
+    """A writer that is not left open on an error; the caller closes it for its sha256."""
+    writer = SafetensorsWriter(path, shapes, dtype, metadata or {"format": "pt"})
+    try:
+        yield writer
+    finally:
+        writer.abandon()
+
+
+def _build_header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw

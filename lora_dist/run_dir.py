@@ -1,0 +1,67 @@
+"""The run directory: who may write there, and the configuration written there. Standard library and YAML only."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from lora_dist.config import RunConfig
+
+CONFIG_FILE = "config.yaml"
+
+
+def check_run_dir(run_dir: Path, resume: str) -> None:
+    """ValueError, with the remedy, where a run must not write to `run_dir`. Touches nothing.
+
+    One process calls it, before any other can have made the directory.
+    """
+    if not run_dir.exists():
+        _check_parent(run_dir)
+        contents = []
+    elif not run_dir.is_dir():
+        raise ValueError(f"run_dir={run_dir} is not a directory; give another run_dir")
+    else:
+        _check_writable(run_dir, run_dir)
+        contents = sorted(entry.name for entry in run_dir.iterdir())
+    if contents and resume == "none":
+        raise ValueError(
+            f"run_dir={run_dir} is not empty ({contents[0]}, ...); continue that run with resume=auto,"
+            " or give another run_dir"
+        )
+    if contents and CONFIG_FILE not in contents:
+        raise ValueError(f"run_dir={run_dir} holds no {CONFIG_FILE}, so it is no run to resume; give another run_dir")
+    if resume == "must" and not any(run_dir.glob("**/checkpoints/*")):
+        raise ValueError(f"resume=must, but run_dir={run_dir} holds no checkpoint; start fresh with resume=none")
+
+
+def prepare_run_dir(config: RunConfig) -> Path:
+    """Check and make config.run_dir and write config.yaml. Global rank 0 alone calls it; the others wait for it."""
+    run_dir = Path(config.run_dir)
+    check_run_dir(run_dir, config.resume)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        unfinished = run_dir / f".{CONFIG_FILE}.tmp"
+        unfinished.write_text(format_config(config), encoding="utf-8")
+        unfinished.replace(run_dir / CONFIG_FILE)
+    except OSError as error:
+        raise ValueError(f"run_dir={run_dir} cannot be written: {error.strerror}; give another run_dir") from error
+    return run_dir
+
+
+def format_config(config: RunConfig) -> str:
+    """The whole configuration as YAML, with nothing left to resolve."""
+    text: str = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _check_parent(run_dir: Path) -> None:
+    parent = next(path for path in run_dir.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"run_dir={run_dir} cannot be made: {parent} is not a directory; give another run_dir")
+    _check_writable(parent, run_dir)
+
+
+def _check_writable(directory: Path, run_dir: Path) -> None:
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ValueError(f"run_dir={run_dir} cannot be written: no permission in {directory}; give another run_dir")

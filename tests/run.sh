@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Installs what the tests need, then runs every check. Arguments go to pytest: `bash tests/run.sh -k topology`.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/install.sh dev
+BIN=.venv/bin
+
+step() {
+    printf '[tests] %s\n' "$*"
+    "$@" || { printf '[tests] FAILED: %s\n' "$*" >&2; exit 1; }
+}
+
+step "$BIN/ruff" check .
+step "$BIN/ruff" format --check .
+step "$BIN/mypy"
+step "$BIN/lint-imports"
+step "$BIN/python" -m pytest "$@"
+printf '[tests] all passed\n'
