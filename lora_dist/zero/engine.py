@@ -160,7 +160,7 @@ class ZeroEngine:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Around one step's microbatches and the sums over TP: gradients stay in `.grad`, reduced over DP on leaving."""
+        """Around one step's microbatches and sums over TP: gradients stay in `.grad`, at its end reduced over DP."""
         if self.stage == 0:
             yield
             self._unscale()
