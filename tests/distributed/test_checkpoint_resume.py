@@ -2,13 +2,12 @@
 
 import resource
 import signal
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import toy
 import torch
+import toy
 from processes import run_distributed
 from safetensors.torch import load_file
 from toy import Case, build_batches, build_case, gather_whole
@@ -28,8 +27,11 @@ IDENTITY = {"loop.seed": 0, "lora": {"layers.0.q_proj": {"lora_rank": 3}}}
 Trained = tuple[list[float], dict[str, torch.Tensor]]
 
 
-def train(case: Case, stage: int, run_dir: Path, first_step: int, last_step: int, save: bool) -> Trained:
-    """Steps `first_step` to `last_step`, continuing `run_dir`'s newest checkpoint unless at 0; losses, whole state."""
+def train(case: Case, stage: int, run_dir: Path, first_step: int, last_step: int, save_at: int | None) -> Trained:
+    """Steps `first_step` to `last_step`, continuing `run_dir`'s newest checkpoint unless at 0; losses, whole state.
+
+    A checkpoint is written after `save_at` steps.
+    """
     gpt, trainable, topology = build_case(case)
     zero = build_zero_engine(
         gpt,
@@ -48,10 +50,11 @@ def train(case: Case, stage: int, run_dir: Path, first_step: int, last_step: int
         assert (content["step"], content["state"]["valid_loss_before"]) == (first_step, 1.5)
     engine = Engine(gpt, zero, trainable, topology, seed=0)
     losses = []
-    for step in range(first_step, last_step):
-        losses.append(engine.train_step(build_batches(topology, seed=step), step=step, lr=OPTIM.lr).loss)
-    if save:
-        save_checkpoint(run_dir, step=last_step, state={"valid_loss_before": 1.5}, keep=2, **common)
+    for step in range(first_step, last_step + 1):
+        if step == save_at:
+            save_checkpoint(run_dir, step=step, state={"valid_loss_before": 1.5}, keep=2, **common)
+        if step < last_step:
+            losses.append(engine.train_step(build_batches(topology, seed=step), step=step, lr=OPTIM.lr).loss)
     assert zero.num_steps == last_step
     whole = {}
     for one in trainable:
@@ -60,10 +63,9 @@ def train(case: Case, stage: int, run_dir: Path, first_step: int, last_step: int
     return losses, whole
 
 
-def resume(before: tuple[Case, int], after: tuple[Case, int], run_dir: Path) -> list[Trained]:
-    """Two steps on one topology and stage, a checkpoint, two more from it on another; new processes each time."""
-    run_distributed(train, before[0].world_size, *before, run_dir, 0, NUM_STEPS_BEFORE, True)
-    return run_distributed(train, after[0].world_size, *after, run_dir, NUM_STEPS_BEFORE, NUM_STEPS, False)
+def resume(case: Case, stage: int, run_dir: Path) -> list[Trained]:
+    """The remaining steps from the checkpoint in `run_dir`, in new processes."""
+    return run_distributed(train, case.world_size, case, stage, run_dir, NUM_STEPS_BEFORE, NUM_STEPS, None)
 
 
 SAME_TOPOLOGY = [
@@ -79,20 +81,30 @@ SAME_TOPOLOGY = [
 @pytest.mark.parametrize("case", [LORA, FULL], ids=lambda case: case.method)
 def test_resumed_is_uninterrupted_bit_for_bit(case: Case, options: dict, stage: int, tmp_path: Path) -> None:
     case = replace(case, **options)
-    expected = run_distributed(train, case.world_size, case, stage, tmp_path, 0, NUM_STEPS, False)
-    results = resume((case, stage), (case, stage), tmp_path)
+    expected = run_distributed(train, case.world_size, case, stage, tmp_path, 0, NUM_STEPS, NUM_STEPS_BEFORE)
+    results = resume(case, stage, tmp_path)
     for (losses, whole), (expected_losses, expected_whole) in zip(results, expected, strict=True):
         assert losses == expected_losses[NUM_STEPS_BEFORE:]
         assert whole.keys() == expected_whole.keys()
         assert all(torch.equal(whole[name], expected_whole[name]) for name in whole)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Trained, Path]]:
+    """One process without ZeRO, and the run directory of its checkpoint."""
+    runs = {}
+    for case in (LORA, FULL):
+        run_dir = tmp_path_factory.mktemp(case.method)
+        runs[case.method] = (run_distributed(train, 1, case, 0, run_dir, 0, NUM_STEPS, NUM_STEPS_BEFORE)[0], run_dir)
+    return runs
+
+
 RESHARDED = [
-    ({}, 1, {"tp_size": 2}, 1),
+    (None, 0, {"tp_size": 2}, 1),
+    (None, 0, {"pp_size": 2, "dp_size": 2}, 2),
     ({"dp_size": 2}, 1, {"dp_size": 2}, 3),
-    ({"tp_size": 2, "pp_size": 2}, 0, {"dp_size": 2}, 2),
+    ({"tp_size": 2, "pp_size": 2}, 1, {"dp_size": 2}, 1),
     ({"dp_size": 2}, 3, {"tp_size": 4}, 0),
-    ({"tp_size": 2}, 2, {"pp_size": 2, "dp_size": 2}, 1),
 ]
 
 
@@ -101,10 +113,20 @@ RESHARDED = [
 )
 @pytest.mark.parametrize("case", [LORA, FULL], ids=lambda case: case.method)
 def test_another_topology_goes_on_with_the_same_training(
-    case: Case, before: dict, stage_before: int, after: dict, stage_after: int, tmp_path: Path
+    case: Case,
+    before: dict | None,
+    stage_before: int,
+    after: dict,
+    stage_after: int,
+    uninterrupted: dict[str, tuple[Trained, Path]],
+    tmp_path: Path,
 ) -> None:
-    expected_losses, expected = run_distributed(train, 1, case, 0, tmp_path, 0, NUM_STEPS, False)[0]
-    results = resume((replace(case, **before), stage_before), (replace(case, **after), stage_after), tmp_path)
+    """`before` None continues the checkpoint of the one process."""
+    (expected_losses, expected), run_dir = uninterrupted[case.method]
+    if before is not None:
+        run_dir, first = tmp_path, replace(case, **before)
+        run_distributed(train, first.world_size, first, stage_before, run_dir, 0, NUM_STEPS_BEFORE, NUM_STEPS_BEFORE)
+    results = resume(replace(case, **after), stage_after, run_dir)
     seen = set()
     for losses, whole in results:
         assert losses == pytest.approx(expected_losses[NUM_STEPS_BEFORE:], abs=1e-6)
@@ -118,19 +140,19 @@ def test_another_topology_goes_on_with_the_same_training(
 def test_the_base_models_own_dropout_resumes_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(toy, "MODEL", replace(toy.MODEL, hidden_dropout=0.3, attention_dropout=0.2))
     case = replace(LORA, tp_size=2)
-    (expected, _), _ = run_distributed(train, 2, case, 1, tmp_path, 0, NUM_STEPS, False)
-    (losses, _), _ = resume((case, 1), (case, 1), tmp_path)
+    (expected, _), _ = run_distributed(train, 2, case, 1, tmp_path, 0, NUM_STEPS, NUM_STEPS_BEFORE)
+    (losses, _), _ = resume(case, 1, tmp_path)
     assert losses == expected[NUM_STEPS_BEFORE:]
     monkeypatch.setattr(toy, "MODEL", replace(toy.MODEL, hidden_dropout=0.0, attention_dropout=0.0))
-    (without, _), _ = run_distributed(train, 2, case, 1, tmp_path, 0, NUM_STEPS, False)
-    assert without != expected
+    (without, _), _ = run_distributed(train, 2, case, 1, tmp_path, 0, 1, None)
+    assert without[0] != expected[0]
 
 
 def test_every_topology_writes_the_same_tensors(tmp_path: Path) -> None:
     tensors = []
     for index, options in enumerate([{}, {"tp_size": 2, "pp_size": 2}, {"tp_size": 2, "dp_size": 2}]):
         case = replace(FULL, **options)
-        run_distributed(train, case.world_size, case, 1, tmp_path / str(index), 0, 0, True)
+        run_distributed(train, case.world_size, case, 1, tmp_path / str(index), 0, 0, 0)
         directory = tmp_path / str(index) / "checkpoints" / "step-000000"
         files = sorted(directory.glob("stage-*.safetensors"))
         assert len(files) == case.pp_size
@@ -141,13 +163,12 @@ def test_every_topology_writes_the_same_tensors(tmp_path: Path) -> None:
 
 
 def save_where_the_disk_is_full(run_dir: Path) -> str:
-    train(replace(LORA, pp_size=2), 1, run_dir, 0, 1, True)
+    """Every file that a process writes may have 20 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with warnings.catch_warnings():
-            train(replace(LORA, pp_size=2), 1, run_dir, 0, 2, True)
+        train(replace(LORA, pp_size=2), 1, run_dir, 1, 2, 2)
     except OSError as error:
         return str(error)
     finally:
@@ -156,6 +177,7 @@ def save_where_the_disk_is_full(run_dir: Path) -> str:
 
 
 def test_a_full_disk_leaves_the_old_generation(tmp_path: Path) -> None:
+    run_distributed(train, 1, LORA, 1, tmp_path, 0, 1, 1)
     for message in run_distributed(save_where_the_disk_is_full, 2, tmp_path):
         assert "global rank 0: " in message
         assert "global rank 1: " in message
@@ -185,7 +207,7 @@ def load_other(run_dir: Path, case: Case, identity: dict) -> tuple[str, bool]:
 
 
 def test_another_run_is_refused_and_nothing_is_set(tmp_path: Path) -> None:
-    run_distributed(train, 1, LORA, 1, tmp_path, 0, 1, True)
+    run_distributed(train, 1, LORA, 1, tmp_path, 0, 1, 1)
     other_rank = replace(LORA, lora=replace(LORA.lora, rank=2))
     changed = {**IDENTITY, "lora": {"layers.0.q_proj": {"lora_rank": 2}}}
     (message, unchanged), *_ = run_distributed(load_other, 1, tmp_path, other_rank, changed)
