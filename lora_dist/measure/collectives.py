@@ -122,7 +122,7 @@ class _CountingMode(TorchDispatchMode):
     """Every collective of torch.distributed passes the dispatcher, whoever calls it, also from within backward."""
 
     def __init__(self, counter: CollectiveCounter, group_names: dict[str, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._counter, self._group_names = counter, group_names
 
     def __torch_dispatch__(
