@@ -93,6 +93,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     keeper = open_keeper(config, topology, engine, method, loaders)
     meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
     result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter)
+    peak_memory = memory.read()
     keeper.write_model(config.loop.num_steps, {"valid_loss": result.valid_loss_after})
     return build_summary(
         config,
@@ -101,7 +102,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
         optimizer_state=optimizer_state,
         static=measure_static(engine.gpt, engine.trainable, engine.zero),
         first_step=first_step,
-        peak_memory=memory.read(),
+        peak_memory=peak_memory,
         throughput=meter.summarize(),
         data=asdict(loaders.report),
         valid_loss_before=result.valid_loss_before,

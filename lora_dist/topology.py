@@ -92,7 +92,7 @@ def check_device(device: torch.device, dtype: str) -> None:
     if not any(_runs_on(architecture, major, minor) for architecture in architectures):
         raise ValueError(
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, but torch"
-            f" {torch.__version__} was built for {', '.join(architectures)}; install a build that has it (V100: the cu126 wheels)"
+            f" {torch.__version__} was built for {', '.join(architectures)}; install a build that has it (V100: cu126)"
         )
     # torch.cuda.is_bf16_supported() counts emulation and says True on a V100.
     if dtype == "bf16" and major < 8:

@@ -75,6 +75,7 @@ def build_zero_engine(
             zero,
             optim,
             micro_batch_size=micro_batch_size,
+            num_trainable=sum(one.parameter.numel() for one in trainable),
             master_dtype=master_dtype,
             on_gpu=topology.device.type == "cuda",
         ),
