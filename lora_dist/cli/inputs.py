@@ -4,15 +4,17 @@ import os
 from pathlib import Path
 
 from lora_dist.config import RunConfig, compute_dp_size, compute_num_microbatches
+from lora_dist.files.hf_checkpoint import check_hf_checkpoint
 from lora_dist.lora.targets import build_adapter_specs
 
 
 def check_inputs(config: RunConfig, world_size: int) -> None:
-    """ValueError for what a run of `config` on `world_size` processes cannot use. Reads no weights and no data."""
+    """ValueError for what a run of `config` on `world_size` processes cannot use. Reads headers, no data."""
     dp_size = compute_dp_size(config.topology, world_size)
     compute_num_microbatches(config.loop, dp_size)
     build_adapter_specs(config.lora, config.model)
-    _check_directory("model.checkpoint", config.model.checkpoint)
+    if config.model.checkpoint is not None:
+        check_hf_checkpoint(config.model, config.model.checkpoint)
     _check_directory("model.tokenizer", config.model.tokenizer)
     _check_data_files(config)
 

@@ -62,7 +62,7 @@ def test_cfg_prints_and_runs_nothing(runs: list[tuple[str, RunConfig]], capsys: 
         (["train", "lora.rnk=8"], "unknown key lora.rnk"),
         (["train", *TINY, "loop.micro_batch_size=4", "loop.global_batch_size=6"], "6 is not a multiple of"),
         (["train", *TINY, "lora.target_modules=[nope]"], "nope"),
-        (["train", *TINY, "model.checkpoint=/nowhere"], "model.checkpoint=/nowhere is no directory"),
+        (["train", *TINY, "model.checkpoint=/nowhere"], "model.checkpoint=/nowhere is not a directory"),
         (["train", *TINY, "data=jsonl", "data.seq_len=64", "data.train=x"], "give model.tokenizer=DIR"),
         (
             ["train", *TINY, "data=jsonl", "data.seq_len=64", "data.train=no", "model.tokenizer=."],
