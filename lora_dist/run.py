@@ -20,8 +20,8 @@ from lora_dist.config import RunConfig
 from lora_dist.data.loader import Loaders, build_loaders
 from lora_dist.engine import Engine
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
-from lora_dist.lora.dropout import DropoutClock
 from lora_dist.loop import TrainResult, train_loop
+from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.base_parameters import initialize_base
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
 from lora_dist.mcore.model import ShardedGpt, build_model

@@ -12,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lora_dist.cli.explain import explain_composition_error
-from lora_dist.cli.hf_sizes import read_hf_sizes
 from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_keys
 from lora_dist.config import RunConfig
 
@@ -33,15 +32,18 @@ def compose_config(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> RunCo
 
 
 def _register() -> None:
-    """Tell Hydra the dataclasses and the words that conf/ uses: `${asset:NAME}`, `${hf:SIZE}`, `${ask:WHAT}`."""
+    """Tell Hydra the dataclasses and the words that conf/ uses: `${asset:NAME}`, `${hf:FIELD}`, `${ask:WHAT}`."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS_DIR / name), replace=True)
-    OmegaConf.register_new_resolver("hf", _read_hf_size, replace=True)
+    OmegaConf.register_new_resolver("hf", _read_hf_field, replace=True)
     OmegaConf.register_new_resolver("ask", _ask, replace=True)
 
 
-def _read_hf_size(name: str, *, _parent_: DictConfig) -> int | float:
-    return read_hf_sizes(_parent_.checkpoint)[name]
+def _read_hf_field(name: str, *, _parent_: DictConfig) -> object:
+    """Imported late because it brings torch."""
+    from lora_dist.files.hf_checkpoint import read_model_fields
+
+    return read_model_fields(_parent_.checkpoint)[name]
 
 
 def _ask(what: str) -> str:

@@ -18,9 +18,7 @@ Observe = Callable[[dict[str, float | int | bool | None]], None]
 
 
 @contextmanager
-def open_observers(
-    config: RunConfig, topology: Topology, meter: Meter, *, num_steps_done: int
-) -> Iterator[Observe]:
+def open_observers(config: RunConfig, topology: Topology, meter: Meter, *, num_steps_done: int) -> Iterator[Observe]:
     """The function that takes each step's metrics, every process's; the meter's numbers are those of this process."""
     if topology.global_rank != 0:
         yield lambda metrics: None

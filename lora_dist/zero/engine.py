@@ -60,7 +60,9 @@ def build_zero_engine(
         one.parameter.tensor_model_parallel = one.shard_dim is not None
         one.parameter.ds_pipe_replicated = not one.owned
     master_dtypes = {p.dtype for p in parameters}
-    master_dtype = "fp32" if master_dtypes == {torch.float32} else {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    master_dtype = (
+        "fp32" if master_dtypes == {torch.float32} else {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    )
     optimizer = torch.optim.AdamW(
         _build_groups(trainable, parameters, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
     )
@@ -158,7 +160,7 @@ class ZeroEngine:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Around one step's microbatches and the sums over TP: gradients stay in `.grad`, reduced over DP on leaving."""
+        """Around one step's microbatches and sums over TP: gradients stay in `.grad`, at its end reduced over DP."""
         if self.stage == 0:
             yield
             self._unscale()

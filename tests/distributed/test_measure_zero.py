@@ -49,7 +49,7 @@ def test_state_is_12_bytes_a_trainable_parameter_over_dp(method: str, stage: int
 
 
 def test_padding_is_stated() -> None:
-    """A, B and the biases, of 32, 32 and 96 elements, are three groups: 36, 36 and 96 at stage 1, 33, 33 and 96 at 3."""
+    """A, B and biases, of 32, 32 and 96 elements, are a group each: 36, 36 and 96 at stage 1, 33, 33 and 96 at 3."""
     for stage, num_elements in ((1, 168 // 3), (3, 162 // 3)):
         results = run_distributed(check, 3, Case(dp_size=3, lora=ODD), ZeroConfig(stage=stage))
         assert results == [(160, 12 * num_elements, 12 * num_elements - 12 * 160 // 3)] * 3
