@@ -15,7 +15,7 @@ import torch
 
 from lora_dist.checkpoint.adapter import write_adapter
 from lora_dist.checkpoint.identity import describe_run
-from lora_dist.checkpoint.resume import agree_on_newest, load_checkpoint, save_checkpoint
+from lora_dist.checkpoint.resume import find_newest_checkpoint, load_checkpoint, save_checkpoint
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import Loaders, build_loaders
 from lora_dist.engine import Engine
@@ -210,7 +210,7 @@ class Keeper:
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, where there is one. ValueError where it is another run's."""
-        newest = agree_on_newest(self.config.run_dir)
+        newest = run_on_first(self.topology, lambda: find_newest_checkpoint(self.config.run_dir))
         if newest is None:
             if self.config.resume == "must":
                 raise ValueError(f"resume=must but {self.config.run_dir} holds no checkpoint; use resume=auto")
