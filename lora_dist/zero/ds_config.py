@@ -19,9 +19,9 @@ def build_ds_config(
 ) -> dict[str, Any]:
     """DeepSpeed's JSON configuration as a dict.
 
-    `num_trainable` counts this process's elements. `master_dtype` is fp32 where the trainable parameters are fp32 themselves (adapters always), else the bf16 or fp16
-    of parameters that need fp32 masters. Stage 0 leaves clipping to `gradients.compute_grad_norm`: DeepSpeed's
-    own would count the tied embedding of a pipeline twice there.
+    `num_trainable` counts this process's elements. `master_dtype` is fp32 where the trainable parameters are fp32
+    themselves (adapters always), else the bf16 or fp16 of parameters that need fp32 masters. Stage 0 leaves
+    clipping to `gradients.compute_grad_norm`: DeepSpeed's own would count the tied embedding of a pipeline twice there.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
