@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def compare(config: RunConfig) -> list[Summary]:
         summaries = []
         for method in config.compare.methods:
             one = configure_method(config, method)
-            run_on_first(topology, lambda one=one: prepare_run_dir(one))
+            run_on_first(topology, partial(prepare_run_dir, one))
             summaries.append(train_method(one, topology))
         run_on_first(topology, lambda: write_comparison(config, summaries))
         return summaries
