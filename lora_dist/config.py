@@ -74,8 +74,8 @@ class LoraConfig:
     """Probability of zeroing an element of the adapter's input."""
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Canonical names, aliases, or regular expressions over `layers.N.target`."""
-    layers: list[int] | None = None
-    """Zero-based layers that get adapters; null means all."""
+    layers: list[str] | None = None
+    """Zero-based layers that get adapters, each a number or a range with both ends: [0-11,23]; null means all."""
     bias: str = "none"
     """Biases that train too: none, lora_only (those of adapted linears) or all."""
     rank_pattern: dict[str, int] = field(default_factory=dict)

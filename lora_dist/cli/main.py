@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         printed_by_launcher = record_failure(error)
-        if not isinstance(error, ValueError) or "LORA_DIST_TRACEBACK" in os.environ:
+        if not isinstance(error, ValueError | OSError) or "LORA_DIST_TRACEBACK" in os.environ:
             raise
         if not printed_by_launcher:
             print(f"error: {describe_error(error)}", file=sys.stderr)
