@@ -253,6 +253,31 @@ class CompareConfig:
 
 
 METHODS = ("lora", "full")
+CONTENDERS = ("lora", "full", "peft", "peft_tuned", "hf_full")
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchConfig:
+    """What `lora-dist bench` times side by side, on random tokens of data.seq_len."""
+
+    contenders: list[str] = field(default_factory=lambda: ["lora", "full", "peft", "peft_tuned"])
+    """lora and full are this project's; peft, peft_tuned and hf_full are transformers with PEFT or whole."""
+    num_rounds: int = 10
+    """Timed rounds; a round is one step of every contender."""
+    num_warmup_rounds: int = 3
+    target_fraction: float = 1.0
+    """Share of each row's positions, its last ones, that the loss is on."""
+    num_threads: int = 1
+    """CPU threads of a contender; on a GPU torch's default is left alone."""
+
+    def __post_init__(self) -> None:
+        for contender in self.contenders:
+            _one_of("bench.contenders", contender, CONTENDERS)
+        _require(len(self.contenders) == len(set(self.contenders)), "bench.contenders names one twice")
+        _require(bool(self.contenders), "bench.contenders is empty; name at least one, e.g. [lora,peft]")
+        for key in ("num_rounds", "num_warmup_rounds", "num_threads"):
+            _require(getattr(self, key) >= 1, f"bench.{key}={getattr(self, key)} must be at least 1")
+        _require(0.0 < self.target_fraction <= 1.0, f"bench.target_fraction={self.target_fraction} must lie in (0, 1]")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -270,6 +295,7 @@ class RunConfig:
     loop: LoopConfig
     track: TrackConfig
     compare: CompareConfig
+    bench: BenchConfig
     run_dir: str
     resume: str = "none"
     """none starts fresh, auto continues where there is a checkpoint, must refuses to start without one."""
