@@ -289,16 +289,19 @@ class RunConfig:
         )
         _require(
             not (self.method == "full" and self.dtype != "fp32" and self.zero.stage == 0),
-            f"method=full with dtype={self.dtype} keeps fp32 masters in DeepSpeed's partitions; set zero.stage=1 or more",
+            f"method=full with dtype={self.dtype} keeps fp32 masters in DeepSpeed's partitions;"
+            " set zero.stage=1 or more",
         )
         _require(
             self.data.seq_len <= self.model.max_position_embeddings,
-            f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings={self.model.max_position_embeddings}",
+            f"data.seq_len={self.data.seq_len} exceeds"
+            f" model.max_position_embeddings={self.model.max_position_embeddings}",
         )
         if self.topology.sequence_parallel:
             _require(
                 self.data.seq_len % self.topology.tp_size == 0,
-                f"topology.sequence_parallel needs tp_size {self.topology.tp_size} to divide data.seq_len {self.data.seq_len}",
+                f"topology.sequence_parallel needs tp_size {self.topology.tp_size}"
+                f" to divide data.seq_len {self.data.seq_len}",
             )
         for method in [*self.compare.methods, *self.compare.lr]:
             _one_of("compare.methods", method, METHODS)

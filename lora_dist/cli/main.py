@@ -12,7 +12,7 @@ from typing import Protocol
 
 from lora_dist.cli import compare, train
 from lora_dist.cli.help import describe_verb, describe_verbs
-from lora_dist.cli.inputs import check_inputs
+from lora_dist.cli.inputs import check_checkpoint, check_inputs
 from lora_dist.cli.launch import USER_ERROR, describe_error, end_with_launcher, launch_local, record_failure
 from lora_dist.cli.ranks import adopt_ranks, become_single_process, get_job_id
 from lora_dist.config import RunConfig
@@ -106,6 +106,7 @@ def _run(verb: str, overrides: list[str]) -> int:
     check_inputs(config, world_size)
     if given_world_size is None or os.environ["RANK"] == "0":
         check_run_dir(Path(config.run_dir), config.resume)
+        check_checkpoint(config.model)
     if given_world_size is None and world_size > 1:
         return launch_local(verb, overrides, world_size)
     if given_world_size is None:

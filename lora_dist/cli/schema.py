@@ -4,6 +4,7 @@ import ast
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_origin, get_type_hints
 
@@ -51,6 +52,7 @@ def list_groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
     return groups
 
 
+@cache
 def _read_field_docs(owner: type) -> dict[str, str]:
     """The string under each field, which Python itself forgets."""
     (definition,) = ast.parse(inspect.getsource(owner)).body
