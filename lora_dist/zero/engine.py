@@ -76,6 +76,7 @@ def build_zero_engine(
             optim,
             micro_batch_size=micro_batch_size,
             master_dtype=master_dtype,
+            num_trainable=sum(parameter.numel() for parameter in parameters),
             on_gpu=topology.device.type == "cuda",
         ),
         dist_init_required=False,
