@@ -18,9 +18,11 @@ from lora_dist.topology import Topology
 def open_fake_topology(config: TopologyConfig, *, world_size: int, global_rank: int) -> Iterator[Topology]:
     """Stand where `global_rank` of `world_size` processes would; collectives return at once and change nothing.
 
-    Random states are real tensors, which fake ones cannot be mixed with, so recomputation does not restore any:
-    for use in a process that does nothing else.
+    Random states are real tensors, which fake ones cannot be mixed with, so none is kept or restored: for use in a
+    process that does nothing else.
     """
+    mcore_random.CudaRNGStatesTracker.add = lambda tracker, name, seed: None
+    mcore_random.CudaRNGStatesTracker.fork = lambda tracker, name="": contextlib.nullcontext()
     mcore_random._get_all_rng_states = lambda: ()
     mcore_random._set_all_rng_states = lambda: None
     mcore_random._fork_rng = contextlib.nullcontext
