@@ -15,13 +15,13 @@ import torch
 
 from lora_dist.checkpoint.adapter import write_adapter
 from lora_dist.checkpoint.identity import describe_run
-from lora_dist.checkpoint.resume import agree_on_newest, load_checkpoint, save_checkpoint
+from lora_dist.checkpoint.resume import find_newest_checkpoint, load_checkpoint, save_checkpoint
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import Loaders, build_loaders
 from lora_dist.engine import Engine
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
-from lora_dist.lora.dropout import DropoutClock
 from lora_dist.loop import TrainResult, train_loop
+from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.base_parameters import initialize_base
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
 from lora_dist.mcore.model import ShardedGpt, build_model
@@ -93,6 +93,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     keeper = open_keeper(config, topology, engine, method, loaders)
     meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
     result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter)
+    peak_memory = memory.read()
     keeper.write_model(config.loop.num_steps, {"valid_loss": result.valid_loss_after})
     return build_summary(
         config,
@@ -101,7 +102,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
         optimizer_state=optimizer_state,
         static=measure_static(engine.gpt, engine.trainable, engine.zero),
         first_step=first_step,
-        peak_memory=memory.read(),
+        peak_memory=peak_memory,
         throughput=meter.summarize(),
         data=asdict(loaders.report),
         valid_loss_before=result.valid_loss_before,
@@ -110,12 +111,13 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     )
 
 
-def build_engine(config: RunConfig, topology: Topology) -> tuple[Engine, AppliedMethod]:
-    """The model's shard with its weights, what the method adds and lets train, and ZeRO around that."""
+def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) -> tuple[Engine, AppliedMethod]:
+    """The model's shard with its weights (not yet set where `fill` is False), what the method adds, ZeRO around that."""
     dtype = DTYPES[config.dtype]
     gpt = build_model(config.model, topology, dtype=dtype, recompute=config.loop.recompute, clock=DropoutClock())
     gpt.label_smoothing = config.optim.label_smoothing
-    fill_base(gpt, config)
+    if fill:
+        fill_base(gpt, config)
     method = apply_method(gpt, config)
     zero = build_zero_engine(
         gpt,
@@ -209,7 +211,7 @@ class Keeper:
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, where there is one. ValueError where it is another run's."""
-        newest = agree_on_newest(self.config.run_dir)
+        newest = run_on_first(self.topology, lambda: find_newest_checkpoint(self.config.run_dir))
         if newest is None:
             if self.config.resume == "must":
                 raise ValueError(f"resume=must but {self.config.run_dir} holds no checkpoint; use resume=auto")

@@ -61,7 +61,8 @@ class Topology:
     def __str__(self) -> str:
         return (
             f"tp {self.tp_rank}/{self.tp_size} pp {self.pp_rank}/{self.pp_size} dp {self.dp_rank}/{self.dp_size}"
-            f" sp {'on' if self.sequence_parallel else 'off'} global_rank {self.global_rank}/{self.world_size} {self.device}"
+            f" sp {'on' if self.sequence_parallel else 'off'}"
+            f" global_rank {self.global_rank}/{self.world_size} {self.device}"
         )
 
 
@@ -90,8 +91,8 @@ def check_device(device: torch.device, dtype: str) -> None:
     architectures = torch.cuda.get_arch_list()
     if not any(_runs_on(architecture, major, minor) for architecture in architectures):
         raise ValueError(
-            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, but torch {torch.__version__}"
-            f" was built for {', '.join(architectures)}; install a build that has it (V100: the cu126 wheels)"
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, but torch"
+            f" {torch.__version__} was built for {', '.join(architectures)}; install a build that has it (V100: cu126)"
         )
     # torch.cuda.is_bf16_supported() counts emulation and says True on a V100.
     if dtype == "bf16" and major < 8:

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_dist.config import DataConfig, RunConfig, compute_num_microbatches
-from lora_dist.files.directories import compute_sha256
+from lora_dist.config import RunConfig, compute_num_microbatches
 from lora_dist.lora.spec import AdapterSpec
 
 
@@ -19,7 +18,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """JSON-able; what decides what a step computes, except what may change: topology, ZeRO, optim, num_steps.
 
-    The global batch counts resolved, since the data's position is the step.
+    `data_hashes` says what the examples are; the global batch counts resolved, since the data's position is the step.
     """
     loop = config.loop
     identity: dict[str, Any] = {
@@ -37,16 +36,6 @@ def describe_run(
             spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha, "dropout": spec.dropout} for spec in specs
         }
     return identity
-
-
-def hash_data_files(data: DataConfig) -> dict[str, Any]:
-    """Contents of the training and validation files, and what is taken of them."""
-    hashes: dict[str, Any] = {"format": data.format, "max_train_examples": data.max_train_examples}
-    if data.format == "fake":
-        return hashes | {"num_fake_examples": data.num_fake_examples}
-    return hashes | {
-        split: compute_sha256(Path(path)) for split, path in (("train", data.train), ("valid", data.valid)) if path
-    }
 
 
 def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], path: Path, prefix: str = "") -> None:

@@ -148,7 +148,7 @@ def find_newest_checkpoint(run_dir: str | Path) -> Path | None:
     """The newest generation that is whole, every file hashed; None where none was ever saved.
 
     A generation that is not whole is passed over with a warning that names the file. ValueError where there are
-    generations but none is whole: starting over would throw them away. One process calls it (see `agree_on_newest`).
+    generations but none is whole: starting over would throw them away. One process calls it, for all.
     """
     generations = _list_generations(Path(run_dir) / _DIRECTORY)
     for path in generations:
@@ -164,20 +164,6 @@ def find_newest_checkpoint(run_dir: str | Path) -> Path | None:
             " remove that directory to start over, or name another run_dir"
         )
     return None
-
-
-def agree_on_newest(run_dir: str | Path) -> Path | None:
-    """`find_newest_checkpoint` by global rank 0, told to all. Collective."""
-    found: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            found[0] = find_newest_checkpoint(run_dir)
-        except ValueError as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found, src=0)
-    if found[1] is not None:
-        raise ValueError(found[1])
-    return found[0]
 
 
 def read_resume_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +183,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Set this process's parameters, moments, step count and loss scale; returns state.json's content.
 
-    `path` comes from `agree_on_newest`, which has verified it. Nothing is set unless run, names and shapes fit
+    `path` comes from `find_newest_checkpoint`, which has verified it. Nothing is set unless run, names and shapes fit
     (ValueError). Every process calls it, at any topology and ZeRO stage, and reads only its own part.
     """
     content = read_resume_state(path, identity)

@@ -1,4 +1,4 @@
-"""Megatron-core: the model's shards, the LoRA linears inside them, weights in, the schedule. The only importer of megatron."""
+"""Megatron-core, imported nowhere else: the model's shards, the LoRA linears in them, weights, the schedule."""
 
 import warnings
 

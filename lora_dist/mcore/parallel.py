@@ -33,15 +33,6 @@ def open_topology(config: TopologyConfig, *, device: torch.device, local_rank: i
             dist.destroy_process_group()
 
 
-def seed_dropout(topology: Topology, *, seed: int, step: int) -> None:
-    """Seed Megatron's generators, from which the base model's own dropouts draw, anew for one step.
-
-    A resumed run then draws what the uninterrupted one would. TP ranks share what acts on whole activations.
-    """
-    derived = derive_seed(seed, "base_dropout", step, topology.pp_rank, topology.dp_rank)
-    model_parallel_cuda_manual_seed(derived % 2**62)
-
-
 def _join(device: torch.device, timeout_s: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)

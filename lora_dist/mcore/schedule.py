@@ -9,7 +9,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from lora_dist.batch import Batch
 from lora_dist.lora.dropout import DropoutKey
 from lora_dist.mcore.model import ShardedGpt
-from lora_dist.mcore.parallel import seed_dropout
 
 ScaleLoss = Callable[[torch.Tensor], torch.Tensor]
 
@@ -22,8 +21,6 @@ def forward_backward(
     Returns the mean loss a target token of the global batch, the same on every process.
     """
     gpt.train()
-    if gpt.config.hidden_dropout or gpt.config.attention_dropout:
-        seed_dropout(gpt.topology, seed=seed, step=step)
     gpt.config.grad_scale_func = scale_loss
     losses = _run_schedule(gpt, batches, seed=seed, step=step, forward_only=False)
     return _sum_over_processes(gpt, losses) / max(1, batches[0].num_loss_tokens)

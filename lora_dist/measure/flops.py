@@ -43,11 +43,11 @@ def _count_addmm_(accumulated: Any, left: Any, right: Any, *_: Any, **__: Any) -
 
 
 def _count_cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _count_cpu_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad_out, query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_backward_flop_count(grad_out, query, key, value))
 
 
 _aten = torch.ops.aten

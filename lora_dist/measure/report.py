@@ -6,10 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_dist.config import RunConfig
+from lora_dist.measure.environment import describe_environment
 from lora_dist.measure.memory import LABELS
+from lora_dist.measure.metrics_file import METRICS_FILE, read_metrics
 from lora_dist.measure.plots import Curve, save_bars, save_curves, save_spread_bars
 from lora_dist.measure.report_table import BASELINE, Row, build_rows
 from lora_dist.measure.summary import Summary
+from lora_dist.measure.wandb_sink import open_wandb
 
 _MAX_COLUMNS = 100
 _MIB = 2**20
@@ -36,6 +40,20 @@ class Comparison:
         """The table under `columns`."""
         with_ratio = bool(_ratio_column(self.summaries))
         return [[row.label, *row.values, *([row.ratio] if with_ratio else []), row.paper] for row in self.rows]
+
+
+def write_comparison(config: RunConfig, summaries: Sequence[Summary]) -> Comparison:
+    """Report on the runs in config.run_dir/METHOD: files, W&B, the table on standard output. For global rank 0."""
+    run_dir = Path(config.run_dir)
+    metrics = [read_metrics(run_dir / summary.method / METRICS_FILE) for summary in summaries]
+    comparison = write_report(run_dir, summaries, metrics, describe_environment())
+    with open_wandb(
+        config.track, run_dir, asdict(config), name=f"compare-{config.model.name}", global_rank=0
+    ) as tracker:
+        tracker.log_report(comparison.columns, comparison.cells, comparison.plots)
+        tracker.log_summary({summary.method: asdict(summary) for summary in summaries})
+    print(f"\n{render_table(comparison)}\n{run_dir / 'report.md'}", flush=True)
+    return comparison
 
 
 def write_report(

@@ -12,14 +12,16 @@ from typing import Any
 import torch.distributed as dist
 
 from lora_dist.config import RunConfig, compute_num_microbatches
-from lora_dist.measure.collectives import Collective
+from lora_dist.measure.collectives import Collective, compute_count_per_layer
+from lora_dist.measure.first_step import FirstStep
 from lora_dist.measure.ledger import StaticLedger, StepLedger
 from lora_dist.measure.memory import PeakMemory
 from lora_dist.measure.meter import ThroughputSummary
 from lora_dist.measure.optimizer_state import OptimizerState
-from lora_dist.measure.probe import Probe
 from lora_dist.parameters import TrainableParameter
-from lora_dist.topology import Topology
+from lora_dist.topology import Topology, run_on_first
+
+SUMMARY_FILE = "summary.json"
 
 T = typing.TypeVar("T")
 
@@ -137,67 +139,91 @@ class _ProcessRecord:
     """Elements of each whole parameter it holds a shard of."""
     optimizer_state: OptimizerState
     static: StaticLedger
-    probe: Probe
-    peak: PeakMemory
+    first_step: FirstStep
+    peak_memory: PeakMemory
     throughput: ThroughputSummary | None
 
 
 def build_summary(
     config: RunConfig,
     topology: Topology,
-    trainable: Sequence[TrainableParameter],
     *,
+    trainable: Sequence[TrainableParameter],
     optimizer_state: OptimizerState,
     static: StaticLedger,
-    probe: Probe,
-    peak: PeakMemory,
+    first_step: FirstStep,
+    peak_memory: PeakMemory,
     throughput: ThroughputSummary | None,
-    checkpoint_bytes: int,
+    data: dict[str, Any],
     valid_loss_before: float | None,
     valid_loss_after: float | None,
-    num_steps: int,
-    data: dict[str, Any],
+    checkpoint_dir: Path,
 ) -> Summary:
-    """Every process calls it at the end of a run and gets the same summary. One collective over the world.
+    """Every process calls it at the end of a run, gets the same summary, and finds it in the run's summary.json.
 
-    `checkpoint_bytes` is global rank 0's: the only process sure to see the files.
+    Two collectives over the world. A finished run that was resumed has measured nothing: its earlier summary stands.
     """
     mine = _ProcessRecord(
         trainable={one.name: math.prod(one.full_shape) for one in trainable if one.owned},
         optimizer_state=optimizer_state,
         static=static,
-        probe=probe,
-        peak=peak,
+        first_step=first_step,
+        peak_memory=peak_memory,
         throughput=throughput,
     )
     gathered: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(gathered, (mine, checkpoint_bytes))
-    records: list[_ProcessRecord] = [record for record, _ in gathered]
+    dist.all_gather_object(gathered, mine)
+
+    def settle() -> Summary:
+        path = Path(config.run_dir) / SUMMARY_FILE
+        if throughput is None and path.exists():
+            return Summary.read(path)
+        measured = _combine(config, topology, gathered)
+        summary = Summary(
+            **measured,
+            checkpoint_bytes=measure_files([checkpoint_dir]),
+            valid_loss_before=valid_loss_before,
+            valid_loss_after=valid_loss_after,
+            num_steps=config.loop.num_steps,
+            data=data,
+        )
+        summary.write(path)
+        return summary
+
+    return run_on_first(topology, settle)
+
+
+def _combine(config: RunConfig, topology: Topology, records: Sequence[_ProcessRecord]) -> dict[str, Any]:
+    """The fields of a summary that come from all processes."""
     timed = [record.throughput for record in records if record.throughput is not None]
     whole_parameters = {name: size for record in records for name, size in record.trainable.items()}
-    return Summary(
-        method=config.method,
-        model=config.model.name,
-        setup=_describe_setup(config, topology),
-        num_base_parameters=config.model.num_parameters,
-        num_trainable_parameters=sum(whole_parameters.values()),
-        optimizer_state_bytes=sum(record.optimizer_state.state_bytes for record in records),
-        optimizer_state_bytes_per_process=max(record.optimizer_state.state_bytes for record in records),
-        optimizer_padding_bytes_per_process=max(record.optimizer_state.padding_bytes for record in records),
-        static_ledger=_take_largest(StaticLedger, [record.static for record in records]),
-        step_ledger=_take_largest(StepLedger, [record.probe.step for record in records]),
-        peak_memory=max((record.peak for record in records), key=lambda peak: peak.peak_bytes),
-        checkpoint_bytes=gathered[0][1],
-        throughput=max(timed, key=lambda one: one.step_time_ms.median, default=None),
-        cpu_seconds_per_step=sum(one.cpu_seconds_per_step.median for one in timed) if timed else None,
-        flops_per_step=sum(record.probe.flops for record in records),
-        tp_collectives_per_layer=max(record.probe.tp_collectives_per_layer for record in records),
-        collectives=records[0].probe.collectives,
-        valid_loss_before=valid_loss_before,
-        valid_loss_after=valid_loss_after,
-        num_steps=num_steps,
-        data=data,
-    )
+    setup = _describe_setup(config, topology)
+    return {
+        "method": config.method,
+        "model": config.model.name,
+        "setup": setup,
+        "num_base_parameters": config.model.num_parameters,
+        "num_trainable_parameters": sum(whole_parameters.values()),
+        "optimizer_state_bytes": sum(record.optimizer_state.state_bytes for record in records),
+        "optimizer_state_bytes_per_process": max(record.optimizer_state.state_bytes for record in records),
+        "optimizer_padding_bytes_per_process": max(record.optimizer_state.padding_bytes for record in records),
+        "static_ledger": _take_largest(StaticLedger, [record.static for record in records]),
+        "step_ledger": _take_largest(StepLedger, [record.first_step.ledger for record in records]),
+        "peak_memory": max((record.peak_memory for record in records), key=lambda peak: peak.peak_bytes),
+        "throughput": max(timed, key=lambda one: one.step_time_ms.median, default=None),
+        "cpu_seconds_per_step": sum(one.cpu_seconds_per_step.median for one in timed) if timed else None,
+        "flops_per_step": sum(record.first_step.flops for record in records),
+        "tp_collectives_per_layer": max(
+            compute_count_per_layer(
+                record.first_step.collectives,
+                group="tp",
+                num_layers=config.model.num_layers // topology.pp_size,
+                num_microbatches=setup.num_microbatches,
+            )
+            for record in records
+        ),
+        "collectives": records[0].first_step.collectives,
+    }
 
 
 def _describe_setup(config: RunConfig, topology: Topology) -> Setup:

@@ -11,21 +11,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lora_dist.batch import Batch
 from lora_dist.config import HardwareConfig, RunConfig, compute_dp_size, compute_num_microbatches
 from lora_dist.engine import Engine
-from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.fake import open_fake_topology
-from lora_dist.mcore.model import build_model, compute_padded_vocab_size
+from lora_dist.mcore.model import compute_padded_vocab_size
 from lora_dist.measure.collectives import CollectiveCounter, count_collectives
-from lora_dist.methods import apply_method
 from lora_dist.parameters import TrainableParameter
 from lora_dist.plan.answers import Answers
 from lora_dist.plan.attention import GpuAttention
-from lora_dist.plan.clock import DTYPE_NAMES, ComputeClock, compute_message_seconds
+from lora_dist.plan.clock import ComputeClock, compute_message_seconds
 from lora_dist.plan.live_bytes import ADAPTERS, BASE, COMMUNICATION, HOST, KINDS, OPTIMIZER, LiveBytes, watch_gradients
 from lora_dist.plan.observer import Observer
 from lora_dist.plan.process_plan import ProcessPlan, name_stage
 from lora_dist.plan.steady import WatchedBatches, Work, compute_num_executed, compute_num_warmup, count_calls
+from lora_dist.run import build_engine
 from lora_dist.topology import Topology
-from lora_dist.zero.engine import ZeroEngine, build_zero_engine
+from lora_dist.zero.engine import ZeroEngine
 from lora_dist.zero.fake import use_fake_stand_ins
 
 _CUDA_GRANULARITY = 512
@@ -68,7 +67,8 @@ class _FakeRun:
         live = LiveBytes(granularity=_CUDA_GRANULARITY if self.hardware.kind == "gpu" else 1)
         clock = ComputeClock(self.hardware)
         with self._open_modes(live, clock) as (answers, counter):
-            engine = self._build_engine(answers)
+            engine, _ = build_engine(config, topology, fill=False)
+            answers.know_step_counts(state["step"] for state in engine.zero.adam.state.values())
             declare_holdings(live, engine, adapters=config.method != "full", on_host=config.zero.offload_optimizer)
             setup_peak_bytes = live.peak_total
             live.restart_peak()
@@ -101,26 +101,6 @@ class _FakeRun:
             if self.hardware.kind == "gpu":
                 stack.enter_context(GpuAttention(self.hardware))
             yield answers, counter
-
-    def _build_engine(self, answers: Answers) -> Engine:
-        config, topology = self.config, self.topology
-        dtype = next(dtype for dtype, name in DTYPE_NAMES.items() if name == config.dtype)
-        gpt = build_model(
-            config.model, topology, dtype=dtype, recompute=config.loop.recompute, clock=DropoutClock()
-        )
-        gpt.label_smoothing = config.optim.label_smoothing
-        applied = apply_method(gpt, config)
-        zero = build_zero_engine(
-            gpt,
-            applied.trainable,
-            zero=config.zero,
-            optim=config.optim,
-            micro_batch_size=config.loop.micro_batch_size,
-            dtype=dtype,
-            topology=topology,
-        )
-        answers.know_step_counts(state["step"] for state in zero.adam.state.values())
-        return Engine(gpt, zero, applied.trainable, topology, seed=config.loop.seed)
 
     def _describe(
         self,

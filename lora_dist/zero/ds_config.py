@@ -4,19 +4,24 @@ from typing import Any
 
 from lora_dist.config import OptimConfig, ZeroConfig
 
-_MAX_BUCKET_ELEMENTS = 2**26
+_MAX_BUCKET_ELEMENTS = 200_000_000
+"""Of gradients reduced in one collective: 400 MB in half precision."""
 
 
 def build_ds_config(
-    zero: ZeroConfig, optim: OptimConfig, *, micro_batch_size: int, master_dtype: str, num_trainable: int, on_gpu: bool
+    zero: ZeroConfig,
+    optim: OptimConfig,
+    *,
+    micro_batch_size: int,
+    num_trainable: int,
+    master_dtype: str,
+    on_gpu: bool,
 ) -> dict[str, Any]:
     """DeepSpeed's JSON configuration as a dict.
 
-    `master_dtype` is fp32 where the trainable parameters are fp32 themselves (adapters always), else the bf16 or fp16
-    of parameters that need fp32 masters. Stage 0 leaves clipping to `gradients.compute_grad_norm`: DeepSpeed's
-    own would count the tied embedding of a pipeline twice there. `num_trainable`, elements on this process, bounds
-    the buffer that gradients are reduced in: DeepSpeed's default takes 2 GB of a GPU whatever trains. All gradients
-    are reduced after the last backward, so there is nothing to overlap that with.
+    `num_trainable` counts this process's elements. `master_dtype` is fp32 where the trainable parameters are fp32
+    themselves (adapters always), else the bf16 or fp16 of parameters that need fp32 masters. Stage 0 leaves
+    clipping to `gradients.compute_grad_norm`: DeepSpeed's own would count the tied embedding of a pipeline twice there.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -27,8 +32,10 @@ def build_ds_config(
         "steps_per_print": 2**31,
         "zero_optimization": {
             "stage": zero.stage,
+            # All gradients are reduced after the last backward; overlapping would only take a second buffer.
             "overlap_comm": False,
-            "reduce_bucket_size": min(num_trainable, _MAX_BUCKET_ELEMENTS),
+            # DeepSpeed sets aside a buffer of this many elements, whatever there is to reduce.
+            "reduce_bucket_size": max(1, min(num_trainable, _MAX_BUCKET_ELEMENTS)),
         },
     }
     if zero.offload_optimizer:

@@ -75,8 +75,8 @@ def build_zero_engine(
             zero,
             optim,
             micro_batch_size=micro_batch_size,
+            num_trainable=sum(one.parameter.numel() for one in trainable),
             master_dtype=master_dtype,
-            num_trainable=sum(parameter.numel() for parameter in parameters),
             on_gpu=topology.device.type == "cuda",
         ),
         dist_init_required=False,
@@ -161,7 +161,7 @@ class ZeroEngine:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Around one step's microbatches and the sums over TP: gradients stay in `.grad`, reduced over DP on leaving."""
+        """Around one step's microbatches and sums over TP: gradients stay in `.grad`, at its end reduced over DP."""
         if self.stage == 0:
             yield
             self._unscale()

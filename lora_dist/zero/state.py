@@ -16,7 +16,7 @@ STATE_KEYS = ("value", *MOMENTS)
 
 
 def _fragments() -> Any:
-    """DeepSpeed's access to what it has partitioned. It picks its accelerator on import: not before the device is known."""
+    """DeepSpeed's access to what it has partitioned; imported late, since it picks its accelerator on import."""
     import deepspeed
 
     return deepspeed.utils

@@ -12,7 +12,7 @@ from processes import run_distributed
 from safetensors.torch import load_file
 from toy import Case, build_batches, build_case, gather_whole
 
-from lora_dist.checkpoint.resume import agree_on_newest, load_checkpoint, save_checkpoint
+from lora_dist.checkpoint.resume import find_newest_checkpoint, load_checkpoint, save_checkpoint
 from lora_dist.config import LoraConfig, OptimConfig, ZeroConfig
 from lora_dist.engine import Engine
 from lora_dist.zero.engine import build_zero_engine
@@ -44,7 +44,7 @@ def train(case: Case, stage: int, run_dir: Path, first_step: int, last_step: int
     )
     common = {"engine": zero, "trainable": trainable, "topology": topology, "identity": IDENTITY}
     if first_step:
-        path = agree_on_newest(run_dir)
+        path = find_newest_checkpoint(run_dir)
         assert path is not None
         content = load_checkpoint(path, **common)
         assert (content["step"], content["state"]["valid_loss_before"]) == (first_step, 1.5)
@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_the_old_generation(tmp_path: Path) -> None:
         assert "global rank 1: " in message
         assert "File too large" in message
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
-    assert run_distributed(agree_on_newest, 2, tmp_path) == [tmp_path / "checkpoints" / "step-000001"] * 2
+    assert find_newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000001"
 
 
 def load_other(run_dir: Path, case: Case, identity: dict) -> tuple[str, bool]:
@@ -193,7 +193,7 @@ def load_other(run_dir: Path, case: Case, identity: dict) -> tuple[str, bool]:
         gpt, trainable, zero=ZeroConfig(), optim=OPTIM, micro_batch_size=1, dtype=case.dtype, topology=topology
     )
     before = {one.name: zero.read_state(one) for one in trainable}
-    path = agree_on_newest(run_dir)
+    path = find_newest_checkpoint(run_dir)
     assert path is not None
     try:
         load_checkpoint(path, engine=zero, trainable=trainable, topology=topology, identity=identity)

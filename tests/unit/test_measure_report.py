@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hf_toy import build_run_config
+from toy import MODEL
 
+from lora_dist.config import TrackConfig
 from lora_dist.measure.collectives import Collective
 from lora_dist.measure.ledger import StaticLedger, StepLedger
 from lora_dist.measure.memory import PeakMemory
 from lora_dist.measure.meter import Spread, ThroughputSummary
-from lora_dist.measure.report import Comparison, render_table, write_report
+from lora_dist.measure.metrics_file import METRICS_FILE, MetricsFile
+from lora_dist.measure.report import Comparison, render_table, write_comparison, write_report
 from lora_dist.measure.report_table import format_bytes
 from lora_dist.measure.summary import Setup, Summary, measure_files, read_summary
 
@@ -191,3 +195,17 @@ def test_files_are_measured(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "weights").write_bytes(bytes(100))
     (tmp_path / "config").write_bytes(bytes(7))
     assert measure_files([tmp_path / "adapter", tmp_path / "config"]) == 107
+
+
+def test_comparison_of_run_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for summary in (LORA, FULL):
+        (tmp_path / summary.method).mkdir()
+        with MetricsFile(tmp_path / summary.method / METRICS_FILE, num_steps_done=0) as file:
+            for line in build_metrics(summary.valid_loss_after or 0.0):
+                file.write(line)
+    config = build_run_config(MODEL, run_dir=str(tmp_path), track=TrackConfig(backend="none"))
+    comparison = write_comparison(config, [LORA, FULL])
+    assert capsys.readouterr().out.strip().endswith(str(tmp_path / "report.md"))
+    assert {"report.md", "report.json", *(plot.name for plot in comparison.plots)} <= {
+        p.name for p in tmp_path.iterdir()
+    }
