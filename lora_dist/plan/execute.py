@@ -139,14 +139,20 @@ class _FakeRun:
         )
 
     def _compute_communication_seconds(self, work: Work) -> float:
-        members = list_group_members(self.topology)
+        groups = list_group_members(self.topology)
         total = 0.0
         for one in work.list_collectives():
-            ranks = members[one.group]
+            ranks = self._list_neighbours() if one.op in ("send", "recv") else groups[one.group]
             nodes = {rank // self.hardware.gpus_per_node for rank in ranks}
             seconds = compute_message_seconds(one, len(ranks), within_node=len(nodes) == 1, hardware=self.hardware)
             total += one.count * seconds
         return total
+
+    def _list_neighbours(self) -> list[int]:
+        """This process and the one that it sends activations to, or has them from."""
+        topology = self.topology
+        distance = topology.tp_size * topology.dp_size
+        return [topology.global_rank, topology.global_rank + (-distance if topology.is_last_stage else distance)]
 
 
 def list_group_members(topology: Topology) -> Mapping[str, list[int]]:
