@@ -112,7 +112,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
 
 
 def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) -> tuple[Engine, AppliedMethod]:
-    """The model's shard with its weights (not yet set where `fill` is False), what the method adds, ZeRO around that."""
+    """The model's shard with its weights (unset where `fill` is False), what the method adds, ZeRO around that."""
     dtype = DTYPES[config.dtype]
     gpt = build_model(config.model, topology, dtype=dtype, recompute=config.loop.recompute, clock=DropoutClock())
     gpt.label_smoothing = config.optim.label_smoothing

@@ -6,7 +6,7 @@ from lora_dist.config import RunConfig
 
 
 def run(config: RunConfig) -> None:
-    """One process calls it. Writes plan.json and memory.png, or search.json, into the run directory; prints the table."""
+    """Print the table, and write plan.json and memory.png, or search.json, into the run directory."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # fake tensors, whatever this machine has
     from lora_dist.plan.job import list_variants, plan_jobs
     from lora_dist.plan.report import write_plan, write_search

@@ -70,7 +70,7 @@ class _FakeRun:
             engine, _ = build_engine(config, topology, fill=False)
             answers.know_step_counts(state["step"] for state in engine.zero.adam.state.values())
             declare_holdings(live, engine, adapters=config.method != "full", on_host=config.zero.offload_optimizer)
-            setup_peak_bytes = live.peak_total
+            setup_peak_bytes, held_bytes = live.peak_total, live.total
             live.restart_peak()
 
             def read_work() -> Work:
@@ -86,7 +86,9 @@ class _FakeRun:
         steady = batches.compute_steady(compute_num_warmup(topology.pp_rank, topology.pp_size))
         if steady is not None:
             work = work.plus(steady, num_microbatches - num_executed)
-        return self._describe(engine, live, setup_peak_bytes, work, steady, num_microbatches, num_executed)
+        return self._describe(
+            engine, live, (held_bytes, setup_peak_bytes), work, steady, (num_microbatches, num_executed)
+        )
 
     @contextmanager
     def _open_modes(self, live: LiveBytes, clock: ComputeClock) -> Iterator[tuple[Answers, CollectiveCounter]]:
@@ -106,13 +108,12 @@ class _FakeRun:
         self,
         engine: Engine,
         live: LiveBytes,
-        setup_peak_bytes: int,
+        setup: tuple[int, int],
         work: Work,
         steady: Work | None,
-        num_microbatches: int,
-        num_executed: int,
+        counts: tuple[int, int],
     ) -> ProcessPlan:
-        topology = self.topology
+        topology, (held_bytes, setup_peak_bytes), (num_microbatches, num_executed) = self.topology, setup, counts
         communication_seconds = self._compute_communication_seconds(work)
         if steady is None:
             microbatch_seconds = (work.seconds + communication_seconds) / num_microbatches
@@ -127,6 +128,7 @@ class _FakeRun:
             ledger={kind: live.peak[kind] for kind in KINDS},
             peak_bytes=max(live.peak_total, setup_peak_bytes),
             setup_peak_bytes=setup_peak_bytes,
+            held_bytes=held_bytes,
             largest=live.largest,
             num_in_flight=min(num_microbatches, compute_num_warmup(topology.pp_rank, topology.pp_size) + 1),
             num_microbatches=num_microbatches,
@@ -203,7 +205,7 @@ def compute_num_targets(config: RunConfig) -> int:
 
 
 def build_batches(config: RunConfig, topology: Topology, num_batches: int) -> list[Batch]:
-    """Microbatches of full rows; values do not matter. With data.collate=pack the attention has a mask."""
+    """Microbatches of full rows; of values only the number of targets counts. With data.collate=pack attention is masked."""
     B, S = config.loop.micro_batch_size, config.data.seq_len
     num_microbatches = compute_num_microbatches(config.loop, topology.dp_size)
     rows_per_step = B * num_microbatches * topology.dp_size
@@ -215,7 +217,7 @@ def build_batches(config: RunConfig, topology: Topology, num_batches: int) -> li
         Batch(
             input_ids_BS=row(),
             labels_BS=row(),
-            loss_mask_BS=torch.ones(B, S, dtype=torch.bool),
+            loss_mask_BS=torch.arange(B * S).view(B, S) < compute_num_targets(config),
             position_ids_BS=row(),
             segment_ids_BS=row() if config.data.collate == "pack" else None,
             row_ids_B=torch.zeros(B, dtype=torch.int64),

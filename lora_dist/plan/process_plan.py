@@ -21,6 +21,8 @@ class ProcessPlan:
     peak_bytes: int
     """Largest sum within the step, or while the model and its optimizer are made."""
     setup_peak_bytes: int
+    held_bytes: int
+    """Between steps."""
     largest: dict[str, int]
     """Largest bytes of each kind, whenever in the step."""
     num_in_flight: int
