@@ -205,7 +205,7 @@ def compute_num_targets(config: RunConfig) -> int:
 
 
 def build_batches(config: RunConfig, topology: Topology, num_batches: int) -> list[Batch]:
-    """Microbatches of full rows; of values only the number of targets counts. With data.collate=pack attention is masked."""
+    """Microbatches of full rows; of their values only the number of targets counts. Packed rows have a mask."""
     B, S = config.loop.micro_batch_size, config.data.seq_len
     num_microbatches = compute_num_microbatches(config.loop, topology.dp_size)
     rows_per_step = B * num_microbatches * topology.dp_size

@@ -1,7 +1,7 @@
 """What the plan predicts on fake tensors against the same step run for real: bytes, FLOPs, collectives."""
 
 import gc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -92,9 +92,12 @@ def run_for_real(config: RunConfig) -> Reality:
     batches = build_batches(config, topology, num_batches)
     held_bytes = count_tensor_bytes() - before
     state = check_optimizer_state(engine.zero, engine.gpt, engine.trainable, topology)
-    with open_step_ledger(engine.gpt, engine.trainable) as step, count_flops() as flops:
-        with count_collectives(topology) as collectives:
-            engine.train_step(batches, step=0, lr=1e-3)
+    with (
+        open_step_ledger(engine.gpt, engine.trainable) as step,
+        count_flops() as flops,
+        count_collectives(topology) as collectives,
+    ):
+        engine.train_step(batches, step=0, lr=1e-3)
     static = measure_static(engine.gpt, engine.trainable, engine.zero)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine.train_step(batches, step=1, lr=1e-3)
