@@ -112,12 +112,13 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     )
 
 
-def build_engine(config: RunConfig, topology: Topology) -> tuple[Engine, AppliedMethod]:
-    """The model's shard with its weights, what the method adds and lets train, and ZeRO around that."""
+def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) -> tuple[Engine, AppliedMethod]:
+    """The model's shard with its weights (unset where `fill` is False), what the method adds, ZeRO around that."""
     dtype = DTYPES[config.dtype]
     gpt = build_model(config.model, topology, dtype=dtype, recompute=config.loop.recompute, clock=DropoutClock())
     gpt.label_smoothing = config.optim.label_smoothing
-    fill_base(gpt, config)
+    if fill:
+        fill_base(gpt, config)
     method = apply_method(gpt, config)
     zero = build_zero_engine(
         gpt,

@@ -16,11 +16,14 @@ from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_keys
 from lora_dist.config import RunConfig
 
 
-def compose_config(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> RunConfig:
-    """The run that `key=value` overrides describe. ValueError, one line, names a wrong key, value or file."""
+def compose_config(overrides: Sequence[str], conf_dir: Path = CONF_DIR, *, on_paper: bool = False) -> RunConfig:
+    """The run that `key=value` overrides describe. ValueError, one line, names a wrong key, value or file.
+
+    `on_paper`: the run will not take place, so the files that its user would have to give may be missing.
+    """
     for override in overrides:
         _check_form(override)
-    _register()
+    _register(on_paper)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir)):
             composed = compose("config", overrides=[_open_dictionary(override) for override in overrides])
@@ -31,12 +34,12 @@ def compose_config(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> RunCo
     return config
 
 
-def _register() -> None:
+def _register(on_paper: bool) -> None:
     """Tell Hydra the dataclasses and the words that conf/ uses: `${asset:NAME}`, `${hf:FIELD}`, `${ask:WHAT}`."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS_DIR / name), replace=True)
     OmegaConf.register_new_resolver("hf", _read_hf_field, replace=True)
-    OmegaConf.register_new_resolver("ask", _ask, replace=True)
+    OmegaConf.register_new_resolver("ask", _leave_open if on_paper else _ask, replace=True)
 
 
 def _read_hf_field(name: str, *, _parent_: DictConfig) -> object:
@@ -49,6 +52,10 @@ def _read_hf_field(name: str, *, _parent_: DictConfig) -> object:
 def _ask(what: str) -> str:
     """The user has to give it. OmegaConf's own `???` gives way to a field's default in silence."""
     raise ValueError(f"not set; give {what}")
+
+
+def _leave_open(what: str) -> str:
+    return f"({what})"
 
 
 def _check_form(override: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import lora_dist
 from lora_dist import config
@@ -31,7 +31,7 @@ def list_keys(owner: type = config.RunConfig, prefix: str = "") -> Iterator[Key]
     hints = get_type_hints(owner)
     docs = _read_field_docs(owner)
     for field in fields(owner):
-        kind = hints[field.name]
+        kind = _unwrap_optional(hints[field.name])
         if isinstance(kind, type) and is_dataclass(kind):
             yield from list_keys(kind, f"{prefix}{field.name}.")
             continue
@@ -41,6 +41,12 @@ def list_keys(owner: type = config.RunConfig, prefix: str = "") -> Iterator[Key]
             doc=docs.get(field.name, ""),
             is_dictionary=get_origin(kind) is dict,
         )
+
+
+def _unwrap_optional(kind: object) -> object:
+    """`HardwareConfig | None` -> HardwareConfig, whose keys exist wherever a file of its group is picked."""
+    inner = [arg for arg in get_args(kind) if arg is not type(None)]
+    return inner[0] if len(inner) == 1 and is_dataclass(inner[0]) else kind
 
 
 def list_groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
