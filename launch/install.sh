@@ -28,7 +28,7 @@ find_python() {
 # What the installation depends on; the same text means there is nothing to do.
 fingerprint() {
     cat pyproject.toml "$PINS" launch/install.sh
-    printf '%s|%s|%s\n' "$PWD" "$EXTRA" "${LORA_DIST_TORCH:-}"
+    printf '%s|%s\n' "$PWD" "${LORA_DIST_TORCH:-}"
 }
 
 make_venv() {
@@ -96,17 +96,19 @@ PY
 }
 
 main() {
-    local stamp=".venv/installed-${EXTRA:-base}" wanted
+    local wanted done_before
     make_venv
     wanted=$(fingerprint | sha256sum)
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
-        say "up to date"
-        return
-    fi
+    for done_before in ".venv/installed-${EXTRA:-base}" .venv/installed-dev; do # dev holds the base
+        if [ -f "$done_before" ] && [ "$(cat "$done_before")" = "$wanted" ]; then
+            say "up to date"
+            return
+        fi
+    done
     install_torch
     say "lora_dist and what it needs, at the versions of $PINS"
     pip_install --constraint "$PINS" --editable ".${EXTRA:+[$EXTRA]}"
-    printf '%s' "$wanted" >"$stamp"
+    printf '%s' "$wanted" >".venv/installed-${EXTRA:-base}"
     say "done"
 }
 

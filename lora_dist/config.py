@@ -74,8 +74,8 @@ class LoraConfig:
     """Probability of zeroing an element of the adapter's input."""
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Canonical names, aliases, or regular expressions over `layers.N.target`."""
-    layers: list[int] | None = None
-    """Zero-based layers that get adapters; null means all."""
+    layers: list[str] | None = None
+    """Zero-based layers that get adapters, each a number or a range with both ends: [0-11,23]; null means all."""
     bias: str = "none"
     """Biases that train too: none, lora_only (those of adapted linears) or all."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -197,6 +197,9 @@ class OptimConfig:
         _require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing={self.label_smoothing} must lie in [0, 1)")
 
 
+RECOMPUTE = ("none", "selective", "full")
+
+
 @dataclass(kw_only=True, slots=True)
 class LoopConfig:
     """Steps, batches, and what happens between steps. A step is one optimizer step."""
@@ -220,7 +223,7 @@ class LoopConfig:
     """Steps between checks that replicated factors are bit-identical over TP; 0 never."""
 
     def __post_init__(self) -> None:
-        _one_of("loop.recompute", self.recompute, ("none", "selective", "full"))
+        _one_of("loop.recompute", self.recompute, RECOMPUTE)
         for key in ("num_steps", "micro_batch_size", "keep_checkpoints"):
             _require(getattr(self, key) >= 1, f"loop.{key}={getattr(self, key)} must be at least 1")
         for key in ("eval_every", "save_every", "num_warmup_steps_timing", "check_replicas_every"):
@@ -250,6 +253,74 @@ class CompareConfig:
     methods: list[str] = field(default_factory=lambda: ["lora", "full"])
     lr: dict[str, float] = field(default_factory=dict)
     """Learning rate of a method in place of optim.lr."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HardwareConfig:
+    """One kind of processor and how many of them are joined, for `lora-dist plan`. Per GPU, in the maker's units."""
+
+    name: str
+    kind: str
+    """gpu or cpu: which attention kernel runs and how memory is handed out."""
+    memory_gib: float
+    """What a process can allocate on an empty device."""
+    reserved_gib: float
+    """Taken before the first tensor: CUDA context, NCCL's channels, cuBLAS's workspace."""
+    peak_tflops: dict[str, float]
+    """Dense matrix products, by dtype; a dtype that is not named cannot run there."""
+    achievable_fraction: float
+    """Of the peak, by large matrix products."""
+    memory_gb_s: float
+    memory_fraction: float
+    """Of the memory's bandwidth, by a copy."""
+    gpus_per_node: int
+    link_gb_s: float
+    """Between GPUs of a node, one direction, as a large all-reduce gets it."""
+    network_gb_s: float
+    """Between nodes, one GPU's share, one direction."""
+    link_latency_us: float
+    network_latency_us: float
+    launch_us: float
+    """Shortest time of one kernel, however small."""
+    compute_capability: float = 0.0
+    """8.0 and above have flash attention; 0 where kind is cpu."""
+
+    def __post_init__(self) -> None:
+        _one_of("hardware.kind", self.kind, ("gpu", "cpu"))
+        for key in ("memory_gib", "memory_gb_s", "link_gb_s", "network_gb_s"):
+            _require(getattr(self, key) > 0, f"hardware.{key}={getattr(self, key)} must be positive")
+        for key in ("achievable_fraction", "memory_fraction"):
+            _require(0 < getattr(self, key) <= 1, f"hardware.{key}={getattr(self, key)} must lie in (0, 1]")
+        _require(self.gpus_per_node >= 1, f"hardware.gpus_per_node={self.gpus_per_node} must be at least 1")
+
+    @property
+    def available_gib(self) -> float:
+        """For tensors."""
+        return self.memory_gib - self.reserved_gib
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """What `lora-dist plan` works out."""
+
+    search: bool = False
+    """Look for the topologies that fit instead of planning the one of `topology`."""
+    num_gpus: int | None = None
+    """GPUs to plan for; null takes tp_size x pp_size x dp_size."""
+    recompute: list[str] = field(default_factory=lambda: ["none", "full"])
+    """Values of loop.recompute to show side by side."""
+    target_fraction: float = 1.0
+    """Share of the tokens that are target tokens: what the output layer has to see. 1 is the most it can be."""
+    num_processes: int = 2
+    """Local processes that work on the plan at once."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_gpus is None or self.num_gpus >= 1, f"plan.num_gpus={self.num_gpus} must be at least 1")
+        _require(self.num_processes >= 1, f"plan.num_processes={self.num_processes} must be at least 1")
+        _require(bool(self.recompute), "plan.recompute is empty; name at least one, e.g. [none,full]")
+        for recompute in self.recompute:
+            _one_of("plan.recompute", recompute, RECOMPUTE)
+        _require(0.0 < self.target_fraction <= 1.0, f"plan.target_fraction={self.target_fraction} must lie in (0, 1]")
 
 
 METHODS = ("lora", "full")
@@ -302,6 +373,9 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "fp32"
     """Of the base weights and activations; adapters and optimizer state are always fp32."""
+    hardware: HardwareConfig | None = None
+    """What `lora-dist plan` predicts for."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -315,16 +389,19 @@ class RunConfig:
         )
         _require(
             not (self.method == "full" and self.dtype != "fp32" and self.zero.stage == 0),
-            f"method=full with dtype={self.dtype} keeps fp32 masters in DeepSpeed's partitions; set zero.stage=1 or more",
+            f"method=full with dtype={self.dtype} keeps fp32 masters in DeepSpeed's partitions;"
+            " set zero.stage=1 or more",
         )
         _require(
             self.data.seq_len <= self.model.max_position_embeddings,
-            f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings={self.model.max_position_embeddings}",
+            f"data.seq_len={self.data.seq_len} exceeds"
+            f" model.max_position_embeddings={self.model.max_position_embeddings}",
         )
         if self.topology.sequence_parallel:
             _require(
                 self.data.seq_len % self.topology.tp_size == 0,
-                f"topology.sequence_parallel needs tp_size {self.topology.tp_size} to divide data.seq_len {self.data.seq_len}",
+                f"topology.sequence_parallel needs tp_size {self.topology.tp_size}"
+                f" to divide data.seq_len {self.data.seq_len}",
             )
         for method in [*self.compare.methods, *self.compare.lr]:
             _one_of("compare.methods", method, METHODS)

@@ -1,6 +1,7 @@
 """The training loop: steps, validation, checkpoints. Measuring is called here, not written here."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from lora_dist.config import LoopConfig, OptimConfig
@@ -22,7 +23,7 @@ class TrainResult:
     num_steps_done: int
 
 
-def train(
+def train_loop(
     engine: Engine,
     train_loader: Loader,
     valid_loader: Loader | None,
@@ -31,11 +32,15 @@ def train(
     optim: OptimConfig,
     first_step: int,
     meter: Meter,
+    open_probe: Callable[[], AbstractContextManager[object]],
     observe: Observe,
-    save: Callable[[int], None],
+    save: Callable[[int, float | None], None],
     valid_loss_before: float | None,
 ) -> TrainResult:
-    """Steps `first_step` to `loop.num_steps`; `save(n)` after n steps, the last one included."""
+    """Steps `first_step` to `loop.num_steps`; `save(n, valid_loss_before)` after n steps, the last one included.
+
+    `open_probe` looks closely at the first of these steps, which is slower for it.
+    """
     valid_loss = None
     if first_step == 0:
         valid_loss_before = valid_loss = validate(engine, valid_loader)
@@ -43,7 +48,8 @@ def train(
     for step in range(first_step, loop.num_steps):
         batches = train_loader.batches_at(step)
         lr = compute_lr(optim, step=step, num_steps=loop.num_steps)
-        with meter.step(num_tokens=batches[0].num_tokens, num_loss_tokens=batches[0].num_loss_tokens):
+        probe = open_probe() if step == first_step else nullcontext()
+        with meter.step(num_tokens=batches[0].num_tokens, num_loss_tokens=batches[0].num_loss_tokens), probe:
             result = engine.train_step(batches, step=step, lr=lr)
         done = step + 1
         if _is_due(done, loop.check_replicas_every):
@@ -52,7 +58,7 @@ def train(
         valid_loss = validate(engine, valid_loader) if is_last or _is_due(done, loop.eval_every) else None
         observe(_describe_step(done, result, lr, valid_loss))
         if is_last or _is_due(done, loop.save_every):
-            save(done)
+            save(done, valid_loss_before)
     if first_step >= loop.num_steps:
         valid_loss = validate(engine, valid_loader)
     return TrainResult(valid_loss_before=valid_loss_before, valid_loss_after=valid_loss, num_steps_done=loop.num_steps)

@@ -1,10 +1,14 @@
 """Sizes -> coordinates -> process groups and device: where this process stands. Passed on, never global."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +61,8 @@ class Topology:
     def __str__(self) -> str:
         return (
             f"tp {self.tp_rank}/{self.tp_size} pp {self.pp_rank}/{self.pp_size} dp {self.dp_rank}/{self.dp_size}"
-            f" sp {'on' if self.sequence_parallel else 'off'} global_rank {self.global_rank}/{self.world_size} {self.device}"
+            f" sp {'on' if self.sequence_parallel else 'off'}"
+            f" global_rank {self.global_rank}/{self.world_size} {self.device}"
         )
 
 
@@ -76,3 +81,44 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
             f"device={requested}: local_rank {local_rank} has no GPU of its own among {num_gpus}; use device=cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+def check_device(device: torch.device, dtype: str) -> None:
+    """ValueError where this GPU, or the installed torch, cannot compute in `dtype`."""
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    architectures = torch.cuda.get_arch_list()
+    if not any(_runs_on(architecture, major, minor) for architecture in architectures):
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, but torch"
+            f" {torch.__version__} was built for {', '.join(architectures)}; install a build that has it (V100: cu126)"
+        )
+    # torch.cuda.is_bf16_supported() counts emulation and says True on a V100.
+    if dtype == "bf16" and major < 8:
+        raise ValueError(f"dtype=bf16 needs compute capability 8.0, this GPU has {major}.{minor}; use dtype=fp16")
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Binaries (`sm_70`) run on the same major version from their minor one up; `compute_90` is compiled on loading."""
+    kind, _, number = architecture.partition("_")
+    digits = "".join(filter(str.isdigit, number))
+    built = int(digits[:-1]), int(digits[-1])
+    return built <= (major, minor) if kind == "compute" else built[0] == major and built[1] <= minor
+
+
+def run_on_first(topology: Topology, action: Callable[[], _Result]) -> _Result:
+    """What `action` returns on global rank 0, told to every process. Collective.
+
+    A ValueError or OSError of it is raised on all of them, so that nobody waits for a process that has given up.
+    """
+    told: list[_Result | ValueError | OSError | None] = [None]
+    if topology.global_rank == 0:
+        try:
+            told[0] = action()
+        except (ValueError, OSError) as error:
+            told[0] = (ValueError if isinstance(error, ValueError) else OSError)(str(error))
+    dist.broadcast_object_list(told, src=0)
+    if isinstance(told[0], ValueError | OSError):
+        raise told[0]
+    return told[0]  # type: ignore[return-value]

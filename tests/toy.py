@@ -24,7 +24,13 @@ from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
 
 MODEL = ModelConfig(
-    name="toy", num_layers=4, hidden_size=32, num_heads=4, ffn_hidden_size=64, vocab_size=101, max_position_embeddings=32
+    name="toy",
+    num_layers=4,
+    hidden_size=32,
+    num_heads=4,
+    ffn_hidden_size=64,
+    vocab_size=101,
+    max_position_embeddings=32,
 )
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 NUM_ROWS, SEQ_LEN = 4, 16
@@ -147,6 +153,8 @@ def merge_results(results: list[tuple[float, dict[str, torch.Tensor]]]) -> tuple
         assert other_loss == loss
         for name, gradient in gradients.items():
             if name in merged:
-                torch.testing.assert_close(gradient, merged[name], atol=1e-12, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    gradient, merged[name], atol=1e-12, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+                )
             merged[name] = gradient
     return loss, merged

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lora_dist.checkpoint.identity import check_same
 from lora_dist.config import ModelConfig, RunConfig
 from lora_dist.files.directories import open_new_directory, read_manifest, write_json, write_manifest
 from lora_dist.files.hf_gpt2 import compute_hf_shapes, find_hf_tensor
@@ -169,17 +170,4 @@ def _check_shapes(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
         if expected.get(name) != found.get(name):
             raise ValueError(
                 f"{path}: {name} has shape {found.get(name, 'none')}, the model needs {expected.get(name, 'none')}"
-            )
-
-
-def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], path: Path, prefix: str = "") -> None:
-    """ValueError naming the first key in which a stored description differs from this run's, with both values."""
-    for key in wanted:
-        ours, theirs = wanted[key], found.get(key)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            every = dict.fromkeys((*ours, *theirs))
-            check_same({k: ours.get(k) for k in every}, theirs, path, f"{prefix}{key}.")
-        elif ours != theirs:
-            raise ValueError(
-                f"{path}: {prefix}{key} is {theirs!r} there and {ours!r} in this run; they must be the same"
             )

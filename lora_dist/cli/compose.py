@@ -12,20 +12,21 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lora_dist.cli.explain import explain_composition_error
-from lora_dist.cli.hf_sizes import read_hf_sizes
 from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_keys
 from lora_dist.config import RunConfig
 
 
-def compose_config(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> RunConfig:
-    """The run that `key=value` overrides describe. ValueError, one line, names a wrong key, value or file."""
+def compose_config(overrides: Sequence[str], conf_dir: Path = CONF_DIR, *, on_paper: bool = False) -> RunConfig:
+    """The run that `key=value` overrides describe. ValueError, one line, names a wrong key, value or file.
+
+    `on_paper`: the run will not take place, so the files that its user would have to give may be missing.
+    """
     for override in overrides:
         _check_form(override)
-    _register()
+    _register(on_paper)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir)):
             composed = compose("config", overrides=[_open_dictionary(override) for override in overrides])
-        _fill_hf_sizes(composed)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(explain_composition_error(error, overrides, conf_dir)) from error
@@ -33,16 +34,28 @@ def compose_config(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> RunCo
     return config
 
 
-def _register() -> None:
-    """Tell Hydra the dataclasses and the two words that conf/ uses."""
+def _register(on_paper: bool) -> None:
+    """Tell Hydra the dataclasses and the words that conf/ uses: `${asset:NAME}`, `${hf:FIELD}`, `${ask:WHAT}`."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS_DIR / name), replace=True)
-    OmegaConf.register_new_resolver("ask", _ask, replace=True)
+    OmegaConf.register_new_resolver("hf", _read_hf_field, replace=True)
+    OmegaConf.register_new_resolver("ask", _leave_open if on_paper else _ask, replace=True)
+
+
+def _read_hf_field(name: str, *, _parent_: DictConfig) -> object:
+    """Imported late because it brings torch."""
+    from lora_dist.files.hf_checkpoint import read_model_fields
+
+    return read_model_fields(_parent_.checkpoint)[name]
 
 
 def _ask(what: str) -> str:
-    """`${ask:WHAT}`: the user has to give it. OmegaConf's own `???` gives way to a field's default in silence."""
+    """The user has to give it. OmegaConf's own `???` gives way to a field's default in silence."""
     raise ValueError(f"not set; give {what}")
+
+
+def _leave_open(what: str) -> str:
+    return f"({what})"
 
 
 def _check_form(override: str) -> None:
@@ -60,13 +73,3 @@ def _open_dictionary(override: str) -> str:
     key = override.partition("=")[0]
     dictionaries = [known.path for known in list_keys() if known.is_dictionary]
     return f"++{override}" if any(f"{key}.".startswith(f"{path}.") for path in dictionaries) else override
-
-
-def _fill_hf_sizes(composed: DictConfig) -> None:
-    """Read the model's sizes that are still missing from its checkpoint."""
-    missing = {key for key in OmegaConf.missing_keys(composed) if key.startswith("model.")}
-    if not missing:
-        return
-    for name, value in read_hf_sizes(composed.model.checkpoint).items():
-        if f"model.{name}" in missing:
-            composed.model[name] = value

@@ -14,7 +14,7 @@ _REWORDED = {
     r"is not Optional": "null is no value for it",
     r"is not a valid bool": "neither true nor false",
     r"is not a subclass of": "a group of keys, not a value; set one of them",
-    r"raised while resolving interpolation: (.*)": r"\1",
+    r".*raised while resolving interpolation: (.*)": r"\1",
 }
 
 

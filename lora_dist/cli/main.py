@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from lora_dist.cli import bench, compare, train
+from lora_dist.cli import bench, compare, plan, train
 from lora_dist.cli.help import describe_verb, describe_verbs
-from lora_dist.cli.inputs import check_inputs
+from lora_dist.cli.inputs import check_checkpoint, check_inputs
 from lora_dist.cli.launch import USER_ERROR, describe_error, end_with_launcher, launch_local, record_failure
 from lora_dist.cli.ranks import adopt_ranks, become_single_process, get_job_id
 from lora_dist.config import RunConfig
@@ -27,7 +27,9 @@ class Verb(Protocol):
     def run(self, config: RunConfig) -> None: ...
 
 
-VERBS: dict[str, Verb] = {"train": train, "compare": compare, "bench": bench}
+VERBS: dict[str, Verb] = {"train": train, "compare": compare, "plan": plan, "bench": bench}
+ON_PAPER = ("plan",)
+"""Verbs that describe a job instead of running it: in one process, and without its files."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         printed_by_launcher = record_failure(error)
-        if not isinstance(error, ValueError) or "LORA_DIST_TRACEBACK" in os.environ:
+        if not isinstance(error, ValueError | OSError) or "LORA_DIST_TRACEBACK" in os.environ:
             raise
         if not printed_by_launcher:
             print(f"error: {describe_error(error)}", file=sys.stderr)
@@ -61,7 +63,7 @@ def _dispatch(words: list[str]) -> int:
     for word in overrides:
         if word.startswith("-"):
             raise ValueError(f"unknown option {word}; options are --help and --cfg job")
-    return _print_config(overrides) if only_print else _run(verb, overrides)
+    return _print_config(verb, overrides) if only_print else _run(verb, overrides)
 
 
 def _take_cfg_option(words: list[str]) -> tuple[bool, list[str]]:
@@ -76,10 +78,10 @@ def _take_cfg_option(words: list[str]) -> tuple[bool, list[str]]:
     return False, words
 
 
-def _print_config(overrides: list[str]) -> int:
+def _print_config(verb: str, overrides: list[str]) -> int:
     from lora_dist.cli.compose import compose_config
 
-    return _print(format_config(compose_config(overrides)).rstrip("\n"))
+    return _print(format_config(compose_config(overrides, on_paper=verb in ON_PAPER)).rstrip("\n"))
 
 
 def _print(text: str) -> int:
@@ -95,6 +97,8 @@ def _run(verb: str, overrides: list[str]) -> int:
     """Check, then run the verb here, or on local processes where the topology wants several and no launcher is ours."""
     from lora_dist.cli.compose import compose_config
 
+    if verb in ON_PAPER:
+        return _run_on_paper(verb, overrides)
     config = compose_config(overrides)
     given_world_size = adopt_ranks(os.environ)
     if config.run_dir == "auto":
@@ -106,10 +110,22 @@ def _run(verb: str, overrides: list[str]) -> int:
     check_inputs(config, world_size)
     if given_world_size is None or os.environ["RANK"] == "0":
         check_run_dir(Path(config.run_dir), config.resume)
+        check_checkpoint(config.model)
     if given_world_size is None and world_size > 1:
         return launch_local(verb, overrides, world_size)
     if given_world_size is None:
         become_single_process(os.environ)
+    VERBS[verb].run(config)
+    return 0
+
+
+def _run_on_paper(verb: str, overrides: list[str]) -> int:
+    from lora_dist.cli.compose import compose_config
+
+    config = compose_config(overrides, on_paper=True)
+    if config.run_dir == "auto":
+        config = replace(config, run_dir=name_run_dir(verb, config, overrides, {}))
+    check_run_dir(Path(config.run_dir), config.resume)
     VERBS[verb].run(config)
     return 0
 

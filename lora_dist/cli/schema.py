@@ -4,8 +4,9 @@ import ast
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import lora_dist
 from lora_dist import config
@@ -30,7 +31,7 @@ def list_keys(owner: type = config.RunConfig, prefix: str = "") -> Iterator[Key]
     hints = get_type_hints(owner)
     docs = _read_field_docs(owner)
     for field in fields(owner):
-        kind = hints[field.name]
+        kind = _unwrap_optional(hints[field.name])
         if isinstance(kind, type) and is_dataclass(kind):
             yield from list_keys(kind, f"{prefix}{field.name}.")
             continue
@@ -42,6 +43,12 @@ def list_keys(owner: type = config.RunConfig, prefix: str = "") -> Iterator[Key]
         )
 
 
+def _unwrap_optional(kind: object) -> object:
+    """`HardwareConfig | None` -> HardwareConfig, whose keys exist wherever a file of its group is picked."""
+    inner = [arg for arg in get_args(kind) if arg is not type(None)]
+    return inner[0] if len(inner) == 1 and is_dataclass(inner[0]) else kind
+
+
 def list_groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
     """Options of each configuration group: `model` -> [demo, gpt2_small, ...]."""
     groups: dict[str, list[str]] = {}
@@ -51,6 +58,7 @@ def list_groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
     return groups
 
 
+@cache
 def _read_field_docs(owner: type) -> dict[str, str]:
     """The string under each field, which Python itself forgets."""
     (definition,) = ast.parse(inspect.getsource(owner)).body

@@ -66,10 +66,12 @@ def read_part(
     """
     with safe_open(str(path), framework="pt") as file:
         if dim is None:
-            return file.get_tensor(name)
+            whole: torch.Tensor = file.get_tensor(name)
+            return whole
         part = file.get_slice(name)
         stop = part.get_shape()[dim] if size is None else start + size
-        return part[(slice(None),) * dim + (slice(start, stop),)]
+        cut: torch.Tensor = part[(slice(None),) * dim + (slice(start, stop),)]
+        return cut
 
 
 class SafetensorsWriter:
@@ -89,7 +91,7 @@ class SafetensorsWriter:
         assert name == expected, f"{name} is written where {expected} is due"
         assert tuple(tensor.shape) == self._shapes[name], f"{name} is {tuple(tensor.shape)}, not {self._shapes[name]}"
         flat = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous().flatten()
-        self._append(memoryview(flat.view(torch.uint8).numpy()))
+        self._append(flat.view(torch.uint8).numpy().data)
 
     def close(self) -> str:
         """Flush to the disk; the file's sha256. Everything announced must have been written."""

@@ -46,7 +46,7 @@ class DropoutMask:
         return x_SBH * keep.to(x_SBH.dtype).mul_(1.0 / (1.0 - self.probability))
 
     def _compute_keep(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
-        S, B, H = shape
+        S, _, H = shape
         seed = derive_seed(self.key.seed, "dropout", self.key.step, self.adapter_name)
         position_S = torch.arange(self.position_offset, self.position_offset + S, device=device)
         feature_H = torch.arange(self.feature_offset, self.feature_offset + H, device=device)

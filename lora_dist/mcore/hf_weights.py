@@ -150,6 +150,6 @@ def _write_config(directory: Path, model: ModelConfig, dtype: torch.dtype) -> No
     config = {} if source is None else read_json(source / CONFIG)
     write_json(directory / CONFIG, config | describe_hf_config(model) | {"dtype": str(dtype).removeprefix("torch.")})
     tokenizer = source if model.tokenizer is None else Path(model.tokenizer)
-    for name in TOKENIZER_FILES if tokenizer is not None else ():
-        if (tokenizer / name).is_file():
+    for name in TOKENIZER_FILES:
+        if tokenizer is not None and (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, directory / name)

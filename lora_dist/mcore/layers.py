@@ -43,7 +43,8 @@ class SdpaAttention(nn.Module):
                 out = _attend(query, key, value, attention_mask, dropout)
         else:
             out = _attend(query, key, value, attention_mask, 0.0)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        # In a plain layout, or matmul would make one small product a position of the next linear's one large product.
+        return out.permute(2, 0, 1, 3).flatten(0, 1).view(*query_SBAD.shape[:2], -1)
 
 
 def _attend(

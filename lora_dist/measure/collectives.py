@@ -76,13 +76,13 @@ class CollectiveCounter:
             self._layer_depth += 1
             hidden = _find_tensor([*args, *options.values()])
             if hidden is not None and hidden.requires_grad:
-                hidden.register_hook(self._leave_backward)  # type: ignore[no-untyped-call]
+                hidden.register_hook(self._leave_backward)
 
         def after_forward(_layer: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             self._layer_depth -= 1
             hidden = _find_tensor(output if isinstance(output, tuple) else [output])
             if hidden is not None and hidden.requires_grad:
-                hidden.register_hook(self._enter_backward)  # type: ignore[no-untyped-call]
+                hidden.register_hook(self._enter_backward)
 
         return [
             layer.register_forward_pre_hook(before_forward, with_kwargs=True),
@@ -118,7 +118,7 @@ def count_collectives(topology: Topology, layers: Sequence[nn.Module] = ()) -> I
         yield counter
 
 
-class _CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _CountingMode(TorchDispatchMode):
     """Every collective of torch.distributed passes the dispatcher, whoever calls it, also from within backward."""
 
     def __init__(self, counter: CollectiveCounter, group_names: dict[str, str]) -> None:

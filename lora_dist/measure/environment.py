@@ -83,7 +83,7 @@ def _describe_gpus() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    nccl = torch.cuda.nccl.version()
     return {
         "devices": [
             {

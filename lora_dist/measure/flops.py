@@ -16,7 +16,7 @@ adapted linear there is no backward at all, and it needs no d(input) itself. Rec
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,11 +43,11 @@ def _count_addmm_(accumulated: Any, left: Any, right: Any, *_: Any, **__: Any) -
 
 
 def _count_cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _count_cpu_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad_out, query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_backward_flop_count(grad_out, query, key, value))
 
 
 _aten = torch.ops.aten
@@ -63,6 +63,11 @@ def count_flops() -> Iterator[FlopCounterMode]:
     """Count what this process computes within: `.get_total_flops()`. Slows down what it watches."""
     with FlopCounterMode(display=False, custom_mapping=_MISSING_IN_TORCH) as counter:
         yield counter
+
+
+def build_flop_formulas() -> dict[Any, Callable[..., int]]:
+    """What `count_flops` adds up, by operator: called with the operator's arguments and `out_val`, its result."""
+    return FlopCounterMode(display=False, custom_mapping=_MISSING_IN_TORCH).flop_registry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -117,10 +117,7 @@ def open_step_ledger(gpt: nn.Module, trainable: Sequence[TrainableParameter]) ->
         if parameter.grad is not None:
             gradients[id(parameter)] = _storage_key(parameter.grad), parameter.grad.untyped_storage().nbytes()
 
-    handles = [
-        parameter.register_post_accumulate_grad_hook(note_gradient)  # type: ignore[no-untyped-call]
-        for parameter in parameters
-    ]
+    handles = [parameter.register_post_accumulate_grad_hook(note_gradient) for parameter in parameters]
     try:
         with open_activation_ledger(gpt.parameters) as activations:
             yield ledger

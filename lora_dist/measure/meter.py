@@ -53,9 +53,12 @@ class Meter:
     """Times steps: `with meter.step(...)` around each one, `last()` for its metrics, `summarize()` at the end."""
 
     def __init__(self, topology: Topology, *, num_warmup_steps: int, memory: PeakMemoryMeter | None = None) -> None:
-        """`memory` measures since its own reset, so that building the model counts; default: from here on."""
+        """`memory` measures since its own reset, so that building the model counts; default: from here on.
+
+        The first step is warm-up whatever `num_warmup_steps`: it runs under instruments (`first_step`).
+        """
         self._device, self._world_size = topology.device, topology.world_size
-        self._num_warmup_steps = num_warmup_steps
+        self._num_warmup_steps = max(1, num_warmup_steps)
         self.memory = memory or PeakMemoryMeter(topology.device)
         self._steps: list[_Step] = []
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+METRICS_FILE = "metrics.jsonl"
+
 Metrics = Mapping[str, float | int | bool | None]
 
 

@@ -4,15 +4,24 @@ from typing import Any
 
 from lora_dist.config import OptimConfig, ZeroConfig
 
+_MAX_BUCKET_ELEMENTS = 200_000_000
+"""Of gradients reduced in one collective: 400 MB in half precision."""
+
 
 def build_ds_config(
-    zero: ZeroConfig, optim: OptimConfig, *, micro_batch_size: int, master_dtype: str, on_gpu: bool
+    zero: ZeroConfig,
+    optim: OptimConfig,
+    *,
+    micro_batch_size: int,
+    num_trainable: int,
+    master_dtype: str,
+    on_gpu: bool,
 ) -> dict[str, Any]:
     """DeepSpeed's JSON configuration as a dict.
 
-    `master_dtype` is fp32 where the trainable parameters are fp32 themselves (adapters always), else the bf16 or fp16
-    of parameters that need fp32 masters. Stage 0 leaves clipping to `gradients.compute_grad_norm`: DeepSpeed's
-    own would count the tied embedding of a pipeline twice there.
+    `num_trainable` counts this process's elements. `master_dtype` is fp32 where the trainable parameters are fp32
+    themselves (adapters always), else the bf16 or fp16 of parameters that need fp32 masters. Stage 0 leaves
+    clipping to `gradients.compute_grad_norm`: DeepSpeed's own would count the tied embedding of a pipeline twice there.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -21,7 +30,13 @@ def build_ds_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
-        "zero_optimization": {"stage": zero.stage, "overlap_comm": on_gpu},
+        "zero_optimization": {
+            "stage": zero.stage,
+            # All gradients are reduced after the last backward; overlapping would only take a second buffer.
+            "overlap_comm": False,
+            # DeepSpeed sets aside a buffer of this many elements, whatever there is to reduce.
+            "reduce_bucket_size": max(1, min(num_trainable, _MAX_BUCKET_ELEMENTS)),
+        },
     }
     if zero.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}

@@ -23,6 +23,12 @@ from lora_dist.zero.state import (
     write_parameter_state,
 )
 
+_SCALE_KEYS = (
+    *("value", "num_good_steps", "num_consecutive_skips"),
+    *("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"),
+)
+"""Of `LossScale`, and of DeepSpeed's loss scalers."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutcome:
@@ -54,7 +60,9 @@ def build_zero_engine(
         one.parameter.tensor_model_parallel = one.shard_dim is not None
         one.parameter.ds_pipe_replicated = not one.owned
     master_dtypes = {p.dtype for p in parameters}
-    master_dtype = "fp32" if master_dtypes == {torch.float32} else {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    master_dtype = (
+        "fp32" if master_dtypes == {torch.float32} else {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    )
     optimizer = torch.optim.AdamW(
         _build_groups(trainable, parameters, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
     )
@@ -67,6 +75,7 @@ def build_zero_engine(
             zero,
             optim,
             micro_batch_size=micro_batch_size,
+            num_trainable=sum(one.parameter.numel() for one in trainable),
             master_dtype=master_dtype,
             on_gpu=topology.device.type == "cuda",
         ),
@@ -120,9 +129,26 @@ class ZeroEngine:
         """`value`, `exp_avg` and `exp_avg_sq` of this TP shard, whole over DP, fp32 on the CPU. Collective over DP."""
         return read_parameter_state(one.parameter, self.adam, self.stage)
 
+    def read_value(self, one: TrainableParameter) -> dict[str, torch.Tensor]:
+        """`value` alone, as `read_state` gives it. Collective over DP."""
+        return read_parameter_state(one.parameter, self.adam, self.stage, ("value",))
+
     def write_state(self, one: TrainableParameter, state: Mapping[str, torch.Tensor]) -> None:
         """Set what `read_state` reads, from the same whole shard on every replica."""
         write_parameter_state(one.parameter, state, self.adam, self.stage)
+
+    def read_loss_scale(self) -> dict[str, float]:
+        """The loss scale and its counters: this project's, or DeepSpeed's where DeepSpeed holds the masters."""
+        return {key: getattr(self._scale_holder, key) for key in _SCALE_KEYS if hasattr(self._scale_holder, key)}
+
+    def write_loss_scale(self, state: Mapping[str, float]) -> None:
+        """Set what `read_loss_scale` read; what the other kind of loss scale counted is left out."""
+        for key in self.read_loss_scale().keys() & state.keys():
+            setattr(self._scale_holder, key, state[key])
+
+    @property
+    def _scale_holder(self) -> Any:
+        return self.scale if self._owns_masters else self.deepspeed.optimizer.loss_scaler
 
     def set_lr(self, lr: float) -> None:
         """Base learning rate; lora_B's group takes it times optim.lora_plus_ratio."""
@@ -135,7 +161,7 @@ class ZeroEngine:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Around one step's microbatches and the sums over TP: gradients stay in `.grad`, reduced over DP on leaving."""
+        """Around one step's microbatches and sums over TP: gradients stay in `.grad`, at its end reduced over DP."""
         if self.stage == 0:
             yield
             self._unscale()

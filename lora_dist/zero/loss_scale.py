@@ -26,8 +26,8 @@ class LossScale:
         self.num_consecutive_skips = 0 if finite else self.num_consecutive_skips + 1
         if self.num_consecutive_skips >= _MAX_CONSECUTIVE_SKIPS:
             raise FloatingPointError(
-                f"{_MAX_CONSECUTIVE_SKIPS} steps in a row had gradients that are not finite (loss scale {self.value:g});"
-                " lower optim.lr or check the data and the base checkpoint"
+                f"{_MAX_CONSECUTIVE_SKIPS} steps in a row had gradients that are not finite (loss scale"
+                f" {self.value:g}); lower optim.lr or check the data and the base checkpoint"
             )
         if not self.dynamic:
             return

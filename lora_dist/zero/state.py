@@ -8,19 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_KEYS = ("value", *MOMENTS)
 """What resuming one parameter takes, each fp32 in the shape of its TP shard."""
+
+
+def _fragments() -> Any:
+    """DeepSpeed's access to what it has partitioned; imported late, since it picks its accelerator on import."""
+    import deepspeed
+
+    return deepspeed.utils
 
 
 def iterate_partitions(ds_optimizer: Any, stage: int) -> Iterable[torch.Tensor]:
@@ -50,14 +49,21 @@ def iterate_step_counters(ds_optimizer: Any, adam: torch.optim.AdamW, stage: int
         yield adam.state[partition]["step"]
 
 
-def read_parameter_state(parameter: nn.Parameter, adam: torch.optim.AdamW, stage: int) -> dict[str, torch.Tensor]:
+def read_parameter_state(
+    parameter: nn.Parameter, adam: torch.optim.AdamW, stage: int, keys: Iterable[str] = STATE_KEYS
+) -> dict[str, torch.Tensor]:
     """fp32 master, first and second moment of one parameter on the CPU; collective over DP at stages 1 to 3."""
+    return {key: _read(parameter, adam, stage, key).detach().float().cpu().clone() for key in keys}
+
+
+def _read(parameter: nn.Parameter, adam: torch.optim.AdamW, stage: int, key: str) -> torch.Tensor:
     if stage == 0:
-        state = {"value": parameter.detach(), **{key: adam.state[parameter][key] for key in MOMENTS}}
-    else:
-        state = {"value": safe_get_full_fp32_param(parameter)}
-        state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-    return {key: tensor.detach().float().cpu().clone() for key, tensor in state.items()}
+        return parameter if key == "value" else adam.state[parameter][key]
+    return (
+        _fragments().safe_get_full_fp32_param(parameter)
+        if key == "value"
+        else _fragments().safe_get_full_optimizer_state(parameter, key)
+    )
 
 
 @torch.no_grad()
@@ -75,9 +81,9 @@ def write_parameter_state(
         for key in MOMENTS:
             adam.state[parameter][key].copy_(state[key])
         return
-    safe_set_full_fp32_param(parameter, state["value"])
+    _fragments().safe_set_full_fp32_param(parameter, state["value"])
     for key in MOMENTS:
-        safe_set_full_optimizer_state(parameter, state[key], key)
+        _fragments().safe_set_full_optimizer_state(parameter, state[key], key)
 
 
 def _write_stage3(parameter: Any, state: Mapping[str, torch.Tensor]) -> None:
@@ -93,6 +99,6 @@ def _write_stage3(parameter: Any, state: Mapping[str, torch.Tensor]) -> None:
     parameter.ds_tensor.copy_(cut(state["value"]))
     if parameter.numel() == parameter.ds_numel:  # at the moment gathered
         parameter.copy_(state["value"])
-    safe_set_local_fp32_param(parameter, cut(state["value"]))
+    _fragments().safe_set_local_fp32_param(parameter, cut(state["value"]))
     for key in MOMENTS:
-        safe_set_local_optimizer_state(parameter, cut(state[key]), key)
+        _fragments().safe_set_local_optimizer_state(parameter, cut(state[key]), key)

@@ -38,7 +38,7 @@ TOPOLOGIES = [
 LORA = LoraConfig(
     rank=3, target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"], bias="all", rank_pattern={"o": 5}
 )
-LAYER_SUBSET = LoraConfig(rank=1, target_modules=["v_proj"], layers=[3])
+LAYER_SUBSET = LoraConfig(rank=1, target_modules=["v_proj"], layers=["3"])
 
 
 def build_adapted(options: dict, base: Path, lora: LoraConfig) -> tuple[ShardedGpt, list[TrainableParameter]]:

@@ -19,7 +19,13 @@ Curve = tuple[list[float], list[float], set[str]]
 def build_engine(case: Case, stage: int) -> Engine:
     gpt, trainable, topology = build_case(case)
     zero = build_zero_engine(
-        gpt, trainable, zero=ZeroConfig(stage=stage), optim=OPTIM, micro_batch_size=1, dtype=case.dtype, topology=topology
+        gpt,
+        trainable,
+        zero=ZeroConfig(stage=stage),
+        optim=OPTIM,
+        micro_batch_size=1,
+        dtype=case.dtype,
+        topology=topology,
     )
     return Engine(gpt, zero, trainable, topology, seed=0)
 
@@ -37,7 +43,9 @@ def train(case: Case, stage: int) -> Curve:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("options", "stage"), [({}, 0), ({"dp_size": 2}, 1), ({"tp_size": 2, "pp_size": 2}, 1), ({"dp_size": 2}, 3)])
+@pytest.mark.parametrize(
+    ("options", "stage"), [({}, 0), ({"dp_size": 2}, 1), ({"tp_size": 2, "pp_size": 2}, 1), ({"dp_size": 2}, 3)]
+)
 def test_lora_over_a_low_precision_base(dtype: torch.dtype, options: dict, stage: int) -> None:
     exact = run_distributed(train, 1, replace(LORA, dtype=torch.float32), 0)[0][0]
     case = replace(LORA, dtype=dtype, **options)
@@ -48,7 +56,9 @@ def test_lora_over_a_low_precision_base(dtype: torch.dtype, options: dict, stage
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("options", "stage"), [({"dp_size": 2}, 1), ({"tp_size": 2, "dp_size": 2}, 2), ({"dp_size": 2}, 3)])
+@pytest.mark.parametrize(
+    ("options", "stage"), [({"dp_size": 2}, 1), ({"tp_size": 2, "dp_size": 2}, 2), ({"dp_size": 2}, 3)]
+)
 def test_full_fine_tuning_in_low_precision(dtype: torch.dtype, options: dict, stage: int) -> None:
     full = replace(LORA, method="full")
     exact = run_distributed(train, 1, replace(full, dtype=torch.float32), 0)[0][0]

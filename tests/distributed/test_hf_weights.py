@@ -16,10 +16,15 @@ from hf_toy import (
 )
 from processes import run_distributed
 from safetensors.torch import load_file
+from toy import MODEL, Case, build_batches, build_case, gather_whole
 
+from lora_dist.config import OptimConfig, ZeroConfig
+from lora_dist.engine import Engine
 from lora_dist.files import hf_checkpoint
+from lora_dist.files.hf_gpt2 import find_hf_tensor, to_hf_layout
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
+from lora_dist.zero.engine import build_zero_engine
 
 TOPOLOGIES = [
     {},
@@ -93,6 +98,35 @@ def test_round_trip_is_bit_equal(options: dict, tmp_path: Path) -> None:
     assert json.loads((target / "config.json").read_text())["bos_token_id"] == 100
     assert torch.equal(compute_hf_logits(source), compute_hf_logits(target))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def fine_tune_and_write(stage: int, target: Path) -> dict[str, torch.Tensor]:
+    """One step of full fine-tuning at TP 2 x DP 2, written from ZeRO's masters; the whole values it must have."""
+    gpt, trainable, topology = build_case(Case(method="full", tp_size=2, dp_size=2, dtype=torch.float32))
+    optim = OptimConfig(lr=1e-2)
+    zero = build_zero_engine(
+        gpt,
+        trainable,
+        zero=ZeroConfig(stage=stage),
+        optim=optim,
+        micro_batch_size=1,
+        dtype=torch.float32,
+        topology=topology,
+    )
+    Engine(gpt, zero, trainable, topology, seed=0).train_step(build_batches(topology), step=0, lr=optim.lr)
+    write_hf_checkpoint(gpt, target, model=MODEL, read=zero.read_value)
+    return {one.name: gather_whole(zero.read_value(one)["value"], one, topology) for one in trainable}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_fine_tuned_model_is_written_from_under_zero(stage: int, tmp_path: Path) -> None:
+    values = run_distributed(fine_tune_and_write, 4, stage, tmp_path / "model")[0]
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert len(written) == len(values)
+    for name, value in values.items():
+        hf = find_hf_tensor(name)
+        assert torch.equal(written[f"transformer.{hf.name}"], to_hf_layout(value, hf, MODEL.num_heads)), name
+    assert compute_hf_logits(tmp_path / "model").isfinite().all()
 
 
 def write_where_the_disk_is_full(source: Path, target: Path) -> str:

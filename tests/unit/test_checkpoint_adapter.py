@@ -23,12 +23,12 @@ CASES = {
     "all": LoraConfig(rank=3, alpha=16, target_modules=ALL),
     "k": LoraConfig(rank=1, alpha=5, target_modules=["k_proj"]),
     "o_only": LoraConfig(rank=2, target_modules=["o_proj"]),
-    "layers": LoraConfig(rank=2, target_modules=["v_proj", "down_proj"], layers=[1, 3]),
+    "layers": LoraConfig(rank=2, target_modules=["v_proj", "down_proj"], layers=["1", "3"]),
     "mixed": LoraConfig(rank=2, target_modules=["q_proj", r"layers\.[01]\.down_proj", r"layers\.2\.o_proj"]),
     "ranks": LoraConfig(rank=2, alpha=8, target_modules=ALL, rank_pattern={"v_proj": 5, r"layers\.1\.up_proj": 7}),
     "alphas": LoraConfig(rank=2, target_modules=ALL, alpha_pattern={"k_proj": 3.0, "down_proj": 64.0}),
     "lora_only": LoraConfig(rank=2, target_modules=["q_proj", "down_proj"], bias="lora_only"),
-    "bias_all": LoraConfig(rank=2, target_modules=["v_proj"], layers=[2], bias="all"),
+    "bias_all": LoraConfig(rank=2, target_modules=["v_proj"], layers=["2"], bias="all"),
 }
 
 

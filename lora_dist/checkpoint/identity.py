@@ -1,0 +1,51 @@
+"""What a run must share with the one it resumes: compared key by key, with both values in the error."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_dist.config import RunConfig, compute_num_microbatches
+from lora_dist.lora.spec import AdapterSpec
+
+
+def describe_run(
+    config: RunConfig,
+    specs: Sequence[AdapterSpec],
+    *,
+    base_fingerprint: str,
+    data_hashes: Mapping[str, Any],
+    dp_size: int,
+) -> dict[str, Any]:
+    """JSON-able; what decides what a step computes, except what may change: topology, ZeRO, optim, num_steps.
+
+    `data_hashes` says what the examples are; the global batch counts resolved, since the data's position is the step.
+    """
+    loop = config.loop
+    identity: dict[str, Any] = {
+        "method": config.method,
+        "base_fingerprint": base_fingerprint,
+        "data": dict(data_hashes),
+        "data.seq_len": config.data.seq_len,
+        "data.collate": config.data.collate,
+        "loop.seed": loop.seed,
+        "loop.global_batch_size": loop.micro_batch_size * dp_size * compute_num_microbatches(loop, dp_size),
+    }
+    if config.method == "lora":
+        identity["lora.bias"] = config.lora.bias
+        identity["lora"] = {
+            spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha, "dropout": spec.dropout} for spec in specs
+        }
+    return identity
+
+
+def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], path: Path, prefix: str = "") -> None:
+    """ValueError naming the first key in which a stored description differs from this run's, with both values."""
+    for key in wanted:
+        ours, theirs = wanted[key], found.get(key)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            every = dict.fromkeys((*ours, *theirs))
+            check_same({k: ours.get(k) for k in every}, theirs, path, f"{prefix}{key}.")
+        elif ours != theirs:
+            raise ValueError(
+                f"{path}: {prefix}{key} is {theirs!r} there and {ours!r} in this run; they must be the same"
+            )

@@ -1,0 +1,38 @@
+"""What the first step of a run tells about all of them: bytes that come and go, collectives, FLOPs."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lora_dist.measure.collectives import Collective, count_collectives
+from lora_dist.measure.flops import count_flops
+from lora_dist.measure.ledger import StepLedger, open_step_ledger
+from lora_dist.parameters import TrainableParameter
+from lora_dist.topology import Topology
+
+
+@dataclass(kw_only=True, slots=True)
+class FirstStep:
+    """Of this process; empty until the step has run (a finished run that is resumed has none)."""
+
+    ledger: StepLedger = field(default_factory=StepLedger)
+    collectives: list[Collective] = field(default_factory=list)
+    flops: int = 0
+
+
+@contextmanager
+def open_first_step_probe(
+    gpt: Any, trainable: Sequence[TrainableParameter], topology: Topology, first_step: FirstStep
+) -> Iterator[None]:
+    """Around one training step: fills `first_step`. The step is slower for it and must not be timed."""
+    layers: Sequence[nn.Module] = list(gpt.decoder.layers)
+    with (
+        count_collectives(topology, layers) as collectives,
+        count_flops() as flops,
+        open_step_ledger(gpt, trainable) as ledger,
+    ):
+        yield
+    first_step.ledger, first_step.collectives, first_step.flops = ledger, collectives.read(), flops.get_total_flops()

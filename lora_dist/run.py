@@ -1,0 +1,254 @@
+"""One run, from configuration to record: the file to read first.
+
+config -> topology -> model (frozen shards) -> method (what trains) -> engine (Megatron's schedule inside ZeRO) -> loop
+-> checkpoints and record. Every process of the job runs this file; what only one may do goes through `run_on_first`.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_dist.checkpoint.adapter import write_adapter
+from lora_dist.checkpoint.identity import describe_run
+from lora_dist.checkpoint.resume import find_newest_checkpoint, load_checkpoint, save_checkpoint
+from lora_dist.config import RunConfig
+from lora_dist.data.loader import Loaders, build_loaders
+from lora_dist.engine import Engine
+from lora_dist.files.hf_checkpoint import compute_base_fingerprint
+from lora_dist.loop import TrainResult, train_loop
+from lora_dist.lora.dropout import DropoutClock
+from lora_dist.mcore.base_parameters import initialize_base
+from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
+from lora_dist.mcore.model import ShardedGpt, build_model
+from lora_dist.mcore.parallel import open_topology
+from lora_dist.measure.first_step import FirstStep, open_first_step_probe
+from lora_dist.measure.ledger import measure_static
+from lora_dist.measure.memory import PeakMemoryMeter
+from lora_dist.measure.meter import Meter
+from lora_dist.measure.observers import open_observers
+from lora_dist.measure.optimizer_state import check_optimizer_state
+from lora_dist.measure.report import write_comparison
+from lora_dist.measure.summary import Summary, build_summary
+from lora_dist.methods import AppliedMethod, apply_method
+from lora_dist.run_dir import prepare_run_dir
+from lora_dist.topology import Topology, check_device, choose_device, run_on_first
+from lora_dist.zero.engine import build_zero_engine
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(config: RunConfig) -> Summary:
+    """Train `config.method` into `config.run_dir`. ValueError for what the user can mend, on every process."""
+    with open_job(config) as topology:
+        run_on_first(topology, lambda: prepare_run_dir(config))
+        return train_method(config, topology)
+
+
+def compare(config: RunConfig) -> list[Summary]:
+    """Train every method of `config.compare` on the same shards and data, one after the other, and write one report."""
+    with open_job(config) as topology:
+        run_on_first(topology, lambda: prepare_run_dir(config))
+        summaries = []
+        for method in config.compare.methods:
+            one = configure_method(config, method)
+            run_on_first(topology, partial(prepare_run_dir, one))
+            summaries.append(train_method(one, topology))
+        run_on_first(topology, lambda: write_comparison(config, summaries))
+        return summaries
+
+
+def configure_method(config: RunConfig, method: str) -> RunConfig:
+    """The run of one method of a comparison, in a directory of its own; a method not yet begun starts fresh."""
+    lr = config.compare.lr.get(method, config.optim.lr)
+    return replace(
+        config,
+        method=method,
+        optim=replace(config.optim, lr=lr),
+        run_dir=str(Path(config.run_dir) / method),
+        resume="none" if config.resume == "none" else "auto",
+    )
+
+
+@contextmanager
+def open_job(config: RunConfig) -> Iterator[Topology]:
+    """The processes of this job on their devices; RANK, WORLD_SIZE and LOCAL_RANK say which one this is."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = choose_device(config.device, local_rank)
+    check_device(device, config.dtype)
+    with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.loop.seed) as topology:
+        yield topology
+
+
+def train_method(config: RunConfig, topology: Topology) -> Summary:
+    """Build, train, save and measure one method in `config.run_dir`, which exists."""
+    memory = PeakMemoryMeter(topology.device)
+    loaders = build_loaders(config, dp_size=topology.dp_size, dp_rank=topology.dp_rank)
+    engine, method = build_engine(config, topology)
+    optimizer_state = check_optimizer_state(engine.zero, engine.gpt, engine.trainable, topology)
+    keeper = open_keeper(config, topology, engine, method, loaders)
+    meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
+    result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter)
+    peak_memory = memory.read()
+    keeper.write_model(config.loop.num_steps, {"valid_loss": result.valid_loss_after})
+    return build_summary(
+        config,
+        topology,
+        trainable=engine.trainable,
+        optimizer_state=optimizer_state,
+        static=measure_static(engine.gpt, engine.trainable, engine.zero),
+        first_step=first_step,
+        peak_memory=peak_memory,
+        throughput=meter.summarize(),
+        data=asdict(loaders.report),
+        valid_loss_before=result.valid_loss_before,
+        valid_loss_after=result.valid_loss_after,
+        checkpoint_dir=keeper.model_dir,
+    )
+
+
+def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) -> tuple[Engine, AppliedMethod]:
+    """The model's shard with its weights (unset where `fill` is False), what the method adds, ZeRO around that."""
+    dtype = DTYPES[config.dtype]
+    gpt = build_model(config.model, topology, dtype=dtype, recompute=config.loop.recompute, clock=DropoutClock())
+    gpt.label_smoothing = config.optim.label_smoothing
+    if fill:
+        fill_base(gpt, config)
+    method = apply_method(gpt, config)
+    zero = build_zero_engine(
+        gpt,
+        method.trainable,
+        zero=config.zero,
+        optim=config.optim,
+        micro_batch_size=config.loop.micro_batch_size,
+        dtype=dtype,
+        topology=topology,
+    )
+    return Engine(gpt, zero, method.trainable, topology, seed=config.loop.seed), method
+
+
+def fill_base(gpt: ShardedGpt, config: RunConfig) -> None:
+    """Pretrained weights, or drawn from the seed where the model names no checkpoint."""
+    if config.model.checkpoint is None:
+        initialize_base(gpt, config.model, config.loop.seed)
+    else:
+        load_hf_checkpoint(gpt, config.model.checkpoint)
+
+
+def _run_loop(
+    config: RunConfig, topology: Topology, engine: Engine, loaders: Loaders, keeper: "Keeper", meter: Meter
+) -> tuple[TrainResult, FirstStep]:
+    first_step = FirstStep()
+    with open_observers(config, topology, meter, num_steps_done=keeper.num_steps_done) as observe:
+        result = train_loop(
+            engine,
+            loaders.train,
+            loaders.valid,
+            loop=config.loop,
+            optim=config.optim,
+            first_step=keeper.num_steps_done,
+            meter=meter,
+            open_probe=lambda: open_first_step_probe(engine.gpt, engine.trainable, topology, first_step),
+            observe=observe,
+            save=keeper.save,
+            valid_loss_before=keeper.valid_loss_before,
+        )
+    return result, first_step
+
+
+@dataclass(kw_only=True, slots=True)
+class Keeper:
+    """Writes what a run leaves behind: resume checkpoints, and the adapter or the fine-tuned model."""
+
+    config: RunConfig
+    topology: Topology
+    engine: Engine
+    method: AppliedMethod
+    base_fingerprint: str
+    identity: dict[str, Any]
+    num_steps_done: int = 0
+    valid_loss_before: float | None = None
+
+    @property
+    def model_dir(self) -> Path:
+        """What is handed on: `adapter/` in PEFT's format, or `model/` in Hugging Face's."""
+        return Path(self.config.run_dir) / ("adapter" if self.method.specs else "model")
+
+    def save(self, num_steps: int, valid_loss_before: float | None) -> None:
+        """The state after `num_steps` steps. Every process calls it."""
+        save_checkpoint(
+            self.config.run_dir,
+            engine=self.engine.zero,
+            trainable=self.engine.trainable,
+            topology=self.topology,
+            step=num_steps,
+            identity=self.identity,
+            state={"valid_loss_before": valid_loss_before},
+            keep=self.config.loop.keep_checkpoints,
+        )
+
+    def write_model(self, num_steps: int, metrics: dict[str, float | None]) -> None:
+        """Every process calls it; an older one is replaced once the new one is whole."""
+        if not self.method.specs:
+            read = self.engine.zero.read_value
+            write_hf_checkpoint(self.engine.gpt, self.model_dir, model=self.config.model, read=read)
+            return
+        write_adapter(
+            self.model_dir,
+            trainable=self.engine.trainable,
+            specs=self.method.specs,
+            topology=self.topology,
+            config=self.config,
+            read=self.engine.zero.read_value,
+            base_fingerprint=self.base_fingerprint,
+            step=num_steps,
+            metrics=metrics,
+        )
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint, where there is one. ValueError where it is another run's."""
+        newest = run_on_first(self.topology, lambda: find_newest_checkpoint(self.config.run_dir))
+        if newest is None:
+            if self.config.resume == "must":
+                raise ValueError(f"resume=must but {self.config.run_dir} holds no checkpoint; use resume=auto")
+            return
+        content = load_checkpoint(
+            newest,
+            engine=self.engine.zero,
+            trainable=self.engine.trainable,
+            topology=self.topology,
+            identity=self.identity,
+        )
+        self.num_steps_done = content["step"]
+        self.valid_loss_before = content["state"]["valid_loss_before"]
+
+
+def open_keeper(
+    config: RunConfig, topology: Topology, engine: Engine, method: AppliedMethod, loaders: Loaders
+) -> Keeper:
+    """The keeper of this run, its state restored where `config.resume` asks for that."""
+    fingerprint = run_on_first(topology, lambda: compute_base_fingerprint(config.model, config.loop.seed))
+    hashes = {split: file.sha256 for split, file in loaders.report.files.items()}
+    identity = describe_run(
+        config,
+        method.specs,
+        base_fingerprint=fingerprint,
+        data_hashes={**hashes, "num_train_examples": loaders.report.num_train_examples},
+        dp_size=topology.dp_size,
+    )
+    keeper = Keeper(
+        config=config,
+        topology=topology,
+        engine=engine,
+        method=method,
+        base_fingerprint=fingerprint,
+        identity=identity,
+    )
+    if config.resume != "none":
+        keeper.resume()
+    return keeper

@@ -1,0 +1,146 @@
+"""Every file of conf/ composes into a RunConfig, overrides win, and the door refuses with one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_dist.cli.compose import compose_config
+from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups, list_keys
+from lora_dist.config import RunConfig
+from lora_dist.run_dir import format_config
+
+OPTIONS = [(group, option) for group, options in list_groups().items() for option in options]
+
+
+@pytest.fixture
+def hf_directory(tmp_path: Path) -> Path:
+    sizes = {"n_layer": 3, "n_embd": 24, "n_head": 2, "vocab_size": 99, "n_positions": 200, "layer_norm_epsilon": 1e-6}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_file_composes(group: str, option: str, hf_directory: Path) -> None:
+    reads_no_file = "fake" in (CONF_DIR / group / f"{option}.yaml").read_text()
+    given = [f"model.checkpoint={hf_directory}", *([] if reads_no_file else ["data.train=/train.txt"])]
+    fits = {"topology": ["model=gpt3_175b"], "data": ["model=gpt2_small"], "model": ["data.seq_len=128"]}.get(group, [])
+    assert isinstance(compose_config([f"{group}={option}", *fits, *given]), RunConfig)
+
+
+def test_options_are_listed_for_every_group() -> None:
+    assert set(list_groups()) == {
+        *("model", "method", "topology", "zero", "data", "optim", "track", "experiment", "debug")
+    }
+    assert len(list(CONF_DIR.rglob("*.yaml"))) == len(OPTIONS) + 1
+
+
+@pytest.mark.parametrize("option", [option for _, option in OPTIONS])
+def test_no_option_name_is_a_yaml_constant(option: str) -> None:
+    assert yaml.safe_load(option) == option
+
+
+def test_experiment_beats_group_and_command_line_beats_experiment() -> None:
+    config = compose_config(["experiment=e2e_demo", "method=full", "lora.rank=8", "compare.lr.full=0.5"])
+    assert (config.topology.tp_size, config.method, config.lora.rank) == (2, "full", 8)
+    assert config.compare.lr["full"] == 0.5
+    assert "lora" in config.compare.lr
+    assert config.model.checkpoint == str(ASSETS_DIR / "demo_base")
+
+
+def test_defaults_need_no_experiment() -> None:
+    config = compose_config([])
+    assert (config.method, config.lora.rank, config.lora.target_modules) == ("lora", 4, ["q_proj", "v_proj"])
+    assert (config.run_dir, config.resume) == ("auto", "none")
+
+
+def test_dictionaries_take_new_entries() -> None:
+    config = compose_config(["lora.rank_pattern.q_proj=8", "lora.alpha_pattern={v_proj:2}"])
+    assert (config.lora.rank_pattern, config.lora.alpha_pattern) == ({"q_proj": 8}, {"v_proj": 2.0})
+
+
+def test_gpt3_sizes_give_the_parameter_counts_of_their_names() -> None:
+    billions = {"gpt3_1_3b": 1.3, "gpt3_2_7b": 2.7, "gpt3_6_7b": 6.7, "gpt3_13b": 12.9, "gpt3_175b": 174.6}
+    for model, expected in billions.items():
+        assert compose_config([f"model={model}"]).model.num_parameters / 1e9 == pytest.approx(expected, rel=0.02)
+
+
+def test_hf_model_takes_its_sizes_from_the_checkpoint(hf_directory: Path) -> None:
+    model = compose_config(["model=hf", f"model.checkpoint={hf_directory}", "data.seq_len=128"]).model
+    assert (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.vocab_size) == (3, 24, 96, 99)
+    assert model.layernorm_epsilon == 1e-6
+
+
+def test_written_configuration_is_plain_yaml_of_the_whole_run() -> None:
+    config = compose_config(["experiment=e2e_demo"])
+    text = format_config(config)
+    assert "${" not in text
+    written = yaml.safe_load(text)
+    for key in list_keys():
+        value, node = config, written
+        for part in key.path.split("."):
+            value, node = getattr(value, part), node[part]
+        assert node == value, key.path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rnk=8", "unknown key lora.rnk; did you mean lora.rank?"),
+        ("rank=8", "unknown key rank; did you mean lora.rank?"),
+        ("modle=x", "unknown key modle; did you mean model?"),
+        ("+lora.foo=1", "+lora.foo=1: no key can be added or removed"),
+        ("~lora", "~lora: no key can be added or removed"),
+        ("hydra.run.dir=x", "Hydra's own settings are fixed"),
+        ("lora.rank", "'lora.rank' is not of the form key=value"),
+        ("model=gpt2_smal", "no file conf/model/gpt2_smal.yaml; did you mean gpt2_small?"),
+        ("lora.rank=abc", "lora.rank=abc is not of type int"),
+        ("lora.rank=2.5", "lora.rank=2.5 is not of type int"),
+        ("lora.rank=0", "lora.rank=0 must be at least 1"),
+        ("lora.bias=maybe", "lora.bias='maybe' is not one of none, lora_only, all"),
+        ("lora.target_modules=q_proj", "not a list; write [a,b]"),
+        ("lora.target_modules=[q", "cannot be read"),
+        ("lora=null", "null is no value for it"),
+        ("topology.sequence_parallel=maybe", "neither true nor false"),
+        ("topology.tp_size=3", "tp 3 does not divide num_heads 8"),
+        ("topology.pp_size=3", "pp 3 does not divide num_layers 4"),
+        ("data.seq_len=512", "data.seq_len=512 exceeds model.max_position_embeddings=256"),
+        ("experiment=gpt2_medium_e2e", "model.checkpoint: not set; give model.checkpoint=DIR"),
+        ("data=jsonl", "data.train: not set; give data.train=FILE"),
+        ("model=hf", "model.checkpoint: not set; give model.checkpoint=DIR"),
+    ],
+)
+def test_refusals_name_the_key_and_the_remedy(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
+        compose_config([override])
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hiden_size: 3", "conf/model/mine.yaml: unknown key model.hiden_size; did you mean model.hidden_size?"),
+        ("num_layers: many", "conf/model/mine.yaml: model.num_layers=many is not of type int"),
+        ("name: [x", "conf/model/mine.yaml"),
+    ],
+)
+def test_a_wrong_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    conf = tmp_path / "conf"
+    for file in CONF_DIR.rglob("*.yaml"):
+        copy = conf / file.relative_to(CONF_DIR)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(file.read_text())
+    (conf / "model" / "mine.yaml").write_text(text + "\n")
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
+        compose_config(["model=mine"], conf_dir=conf)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("config_json", "message"), [("{", "config.json"), ('{"model_type": "llama"}', "model_type='llama'")]
+)
+def test_a_bad_hf_configuration_is_refused(config_json: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config_json)
+    with pytest.raises(ValueError, match=message):
+        compose_config(["model=hf", f"model.checkpoint={tmp_path}"])

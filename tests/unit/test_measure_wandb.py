@@ -1,0 +1,172 @@
+"""The W&B sink with the real wandb: an offline run read back from its file, and failures that do not stop a run."""
+
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import wandb
+from wandb.proto.wandb_internal_pb2 import Record
+
+from lora_dist.config import TrackConfig
+from lora_dist.measure import wandb_sink
+from lora_dist.measure.plots import save_bars
+from lora_dist.measure.wandb_sink import RUN_ID_FILE, WandbSink, open_wandb
+
+FAKE_KEY = "0123456789abcdef" * 2 + "01234567"
+CONFIG = {"lora": {"rank": 4}, "method": "lora"}
+STEP = {"step": 1, "loss": 2.5, "lr": None, "valid_loss": 2.25, "step_time_ms": 10.0, "peak_memory_gib": 0.5}
+BLOCK_SIZE, HEADER_SIZE = 32768, 7
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a .wandb file: LevelDB's log format, fragments over blocks of 32 KiB."""
+    data, position, fragments, records = path.read_bytes(), HEADER_SIZE, b"", []
+    while position + HEADER_SIZE <= len(data):
+        left = BLOCK_SIZE - position % BLOCK_SIZE
+        if left < HEADER_SIZE:
+            position += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[position : position + HEADER_SIZE])
+        fragments += data[position + HEADER_SIZE : position + HEADER_SIZE + size]
+        position += HEADER_SIZE + size
+        if kind in (1, 4):  # whole, or the last fragment
+            records.append(Record.FromString(fragments))
+            fragments = b""
+    return records
+
+
+def read_offline_run(run_dir: Path) -> list[Record]:
+    wandb.teardown()  # until here its service may still be writing
+    [file] = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    return read_records(file)
+
+
+def collect_history(records: list[Record]) -> dict[str, str]:
+    return {
+        item.key or "/".join(item.nested_key): item.value_json
+        for record in records
+        if record.HasField("history")
+        for item in record.history.item
+    }
+
+
+def run_once(run_dir: Path, track: TrackConfig, global_rank: int = 0) -> None:
+    with open_wandb(track, run_dir, CONFIG, name="lora", global_rank=global_rank) as sink:
+        sink.log_step(STEP)
+        sink.log_summary({"valid_loss_after": 2.0})
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    yield
+    wandb.teardown()  # it reads the environment once
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    return directory
+
+
+def test_offline_run_holds_config_metrics_table_and_plots(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = save_bars(run_dir / "bars.png", title="t", ylabel="y", stacks={"lora": {"weights": 1.0}})
+    with open_wandb(TrackConfig(), run_dir, CONFIG, name="lora", global_rank=0) as sink:
+        sink.log_step(STEP)
+        sink.log_report(["", "lora"], [["steps", "3"]], [plot])
+    records = read_offline_run(run_dir)
+    history = collect_history(records)
+    assert (history["train/loss"], history["valid/valid_loss"]) == ("2.5", "2.25")
+    assert (history["perf/step_time_ms"], history["memory/peak_memory_gib"]) == ("10", "0.5")
+    assert "train/lr" not in history
+    assert {"report/table/_type", "report/bars/_type"} <= set(history)
+    config = {item.key: item.value_json for r in records if r.HasField("run") for item in r.run.config.update}
+    assert config["lora"] == '{"rank":4}' or config["lora"] == '{"rank": 4}'
+    assert list(run_dir.glob("wandb/offline-run-*/files/media/images/report/bars*.png"))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("wandb: tracking offline (no key")
+
+
+def test_a_resumed_run_continues_its_id(run_dir: Path) -> None:
+    run_once(run_dir, TrackConfig())
+    run_id = (run_dir / RUN_ID_FILE).read_text().strip()
+    time.sleep(1.1)  # W&B names its directories by the second
+    run_once(run_dir, TrackConfig())
+    assert (run_dir / RUN_ID_FILE).read_text().strip() == run_id
+    assert len(list(run_dir.glob(f"wandb/offline-run-*-{run_id}"))) == 2
+
+
+def test_a_given_id_wins(run_dir: Path) -> None:
+    (run_dir / RUN_ID_FILE).write_text("other")
+    run_once(run_dir, TrackConfig(run_id="mine1234"))
+    assert (run_dir / RUN_ID_FILE).read_text().strip() == "mine1234"
+
+
+@pytest.mark.parametrize(
+    ("track", "global_rank"), [(TrackConfig(backend="none"), 0), (TrackConfig(), 1)], ids=["none", "rank1"]
+)
+def test_nothing_is_written(run_dir: Path, track: TrackConfig, global_rank: int) -> None:
+    run_once(run_dir, track, global_rank)
+    assert list(run_dir.iterdir()) == []
+
+
+def test_unreachable_falls_back_to_offline(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    started = time.monotonic()
+    run_once(run_dir, TrackConfig(init_timeout_s=2.0))
+    assert time.monotonic() - started < 15
+    assert collect_history(read_offline_run(run_dir))["train/loss"] == "2.5"
+    said = [line for line in capsys.readouterr().err.splitlines() if "cannot start" in line]
+    assert len(said) == 1
+    assert said[0].endswith("tracking offline")
+    for file in run_dir.rglob("*"):
+        assert not file.is_file() or FAKE_KEY.encode() not in file.read_bytes(), file
+
+
+def test_neither_online_nor_offline_still_goes_on(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    run_once(run_dir, TrackConfig())
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "wandb: cannot start offline (disk full); this run is not tracked"
+    )
+
+
+def test_a_later_failure_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError("service died")
+
+    sink = WandbSink(SimpleNamespace(log=fail, finish=fail))
+    for _ in range(3):
+        sink.log_step(STEP)
+    sink.close()
+    assert capsys.readouterr().err == (
+        "wandb: logging a step failed (service died); this run is not tracked from here on\n"
+    )
+
+
+def test_key_is_found_in_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not wandb_sink.has_key()
+    netrc = tmp_path / "netrc"
+    netrc.touch(mode=0o600)
+    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    assert wandb_sink.has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not wandb_sink.has_key()
+    netrc.write_text("machine wandb.example.org login user password secret\n")
+    assert wandb_sink.has_key()
