@@ -13,7 +13,6 @@ from transformers import GPT2LMHeadModel
 
 from lora_dist.batch import Batch
 from lora_dist.config import RunConfig
-from lora_dist.heap import keep_freed_memory
 from lora_dist.lora.targets import build_adapter_specs
 
 _HF_MODULES = {
@@ -30,14 +29,12 @@ class PeerContender:
     """A plain training loop around transformers' GPT-2: backward, clip, AdamW.
 
     Tuned means what a careful user sets without writing kernels: the fused GELU of the same function, SDPA, adapters in
-    the model's dtype, the output layer on target tokens only, an allocator that keeps its memory. Adapters on q, k or v
-    are one adapter on the fused c_attn, as PEFT has it for GPT-2: as many parameters as q and v apart at the same rank.
+    the model's dtype, the output layer on target tokens only. Adapters on q, k or v are one adapter on the fused c_attn,
+    as PEFT has it for GPT-2: as many parameters as q and v apart at the same rank.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, dtype: torch.dtype, *, lora: bool, tuned: bool) -> None:
         assert config.model.checkpoint is not None
-        if tuned and device.type == "cpu":
-            keep_freed_memory()
         options: dict[str, Any] = {"attn_implementation": "sdpa"} if tuned else {}
         model: Any = GPT2LMHeadModel.from_pretrained(config.model.checkpoint, dtype=dtype, **options)
         if tuned:

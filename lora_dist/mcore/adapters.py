@@ -22,6 +22,7 @@ _LINEAR_OF_TARGET = {
     "up_proj": "mlp.linear_fc1",
     "down_proj": "mlp.linear_fc2",
 }
+_NORM_BEFORE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 
 
 def apply_lora(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed: int) -> list[TrainableParameter]:
@@ -33,9 +34,12 @@ def apply_lora(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed
     trainable: list[TrainableParameter] = []
     adapted_linears: set[str] = set()
     for (layer, linear_name), group in _group_by_linear(gpt, specs).items():
-        linear = gpt.decoder.layers[layer - gpt.first_layer].get_submodule(linear_name)
+        module = gpt.decoder.layers[layer - gpt.first_layer]
+        linear = module.get_submodule(linear_name)
         assert isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear)
         linear.lora = _build_shard(gpt, linear, group, seed)
+        if linear_name in _NORM_BEFORE:
+            module.get_submodule(_NORM_BEFORE[linear_name]).keeps_output = True
         trainable += _describe_factors(linear.lora)
         adapted_linears.add(f"decoder.layers.{layer}.{linear_name}")
     return trainable + _enable_biases(gpt, bias, adapted_linears)

@@ -1,6 +1,6 @@
-"""LayerNorm that keeps, where its weights are frozen, its output for backward and not its input.
+"""LayerNorm that keeps its output for backward, and not its input, in front of an adapted linear.
 
-An adapted linear keeps that output anyway, as its own input, so the norm's input need not be kept at all.
+That linear keeps the norm's output anyway, as its own input, so the norm's input need not be kept at all.
 Shapes: N leading dimensions, H features.
 """
 
@@ -19,11 +19,14 @@ class Norm(nn.LayerNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        self.keeps_output = False
+        """Set where something keeps the output for backward anyway: then it costs a little time and saves the input."""
         self._invertible: bool | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         frozen = not (self.weight.requires_grad or self.bias.requires_grad)
-        if frozen and input.requires_grad and torch.is_grad_enabled() and self._is_invertible():
+        wanted = self.keeps_output and frozen and input.requires_grad and torch.is_grad_enabled()
+        if wanted and self._is_invertible():
             return _NormFromOutput.apply(input, self.weight, self.bias, self.eps)
         return super().forward(input)
 
@@ -31,8 +34,8 @@ class Norm(nn.LayerNorm):
         """Whether the normalised input can be had back from the output; asked once, since the weights are frozen."""
         if self._invertible is None:
             limit = max(_MIN_RATIO_LIMIT, _MAX_ERROR / torch.finfo(self.weight.dtype).eps)
-            smallest = self.weight.abs().min()
-            self._invertible = bool((smallest > 0) & ((self.bias / self.weight).abs().max() <= limit))
+            bad_H = (self.weight == 0) | (self.bias.abs() > limit * self.weight.abs())
+            self._invertible = bad_H.sum().item() == 0
         return self._invertible
 
 

@@ -11,7 +11,6 @@ from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from lora_dist.config import TopologyConfig, compute_dp_size
-from lora_dist.heap import keep_freed_memory
 from lora_dist.lora.factors import derive_seed
 from lora_dist.mcore.cpu import use_cpu_stand_ins
 from lora_dist.topology import Topology, compute_coordinates
@@ -60,7 +59,6 @@ def build_topology(config: TopologyConfig, *, device: torch.device, local_rank: 
     """Megatron's groups over the processes that torch.distributed already joined, and this process's place."""
     if device.type == "cpu":
         use_cpu_stand_ins()
-        keep_freed_memory()
     world_size = dist.get_world_size()
     dp_size = compute_dp_size(config, world_size)
     ps.initialize_model_parallel(config.tp_size, config.pp_size, create_gloo_process_groups=False)

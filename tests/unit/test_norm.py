@@ -15,6 +15,7 @@ def build_norm(dtype: torch.dtype = torch.float64) -> Norm:
     config = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=1, params_dtype=dtype)
     norm = Norm(config, H)
     norm.requires_grad_(False)
+    norm.keeps_output = True
     torch.nn.init.uniform_(norm.weight, 0.3, 1.5)
     torch.nn.init.normal_(norm.bias, std=0.3)
     return norm
