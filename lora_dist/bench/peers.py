@@ -29,8 +29,8 @@ class PeerContender:
     """A plain training loop around transformers' GPT-2: backward, clip, AdamW.
 
     Tuned means what a careful user sets without writing kernels: the fused GELU of the same function, SDPA, adapters in
-    the model's dtype, the output layer on target tokens only. Adapters on q, k or v are one adapter on the fused c_attn,
-    as PEFT has it for GPT-2: as many parameters as q and v apart at the same rank.
+    the model's dtype, the output layer on target tokens only. Adapters on q, k or v are one adapter on the fused
+    c_attn, as PEFT has it for GPT-2: as many parameters as q and v apart at the same rank.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, dtype: torch.dtype, *, lora: bool, tuned: bool) -> None:
