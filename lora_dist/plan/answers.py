@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _aten = torch.ops.aten
 
 
-class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Answers(TorchDispatchMode):
     """Makes a step take the path of a good one.
 
     A number read off a tensor is 0 (losses, norms, counts of bad gradients) but for Adam's step counts, which are 1;

@@ -143,8 +143,10 @@ def watch_gradients(live: LiveBytes, parameters: Iterable[torch.Tensor]) -> Call
         if parameter.grad is not None:
             live.declare([parameter.grad], GRADIENTS)
 
-    handles = [
-        parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
-        for parameter in parameters
-    ]
-    return lambda: [handle.remove() for handle in handles] and None
+    handles = [parameter.register_post_accumulate_grad_hook(note) for parameter in parameters]
+
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return stop

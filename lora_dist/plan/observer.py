@@ -10,7 +10,7 @@ from lora_dist.plan.clock import ComputeClock
 from lora_dist.plan.live_bytes import LOGITS, TRANSIENT, LiveBytes
 
 
-class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Observer(TorchDispatchMode):
     """Works on fake tensors and on real ones, which a test compares."""
 
     def __init__(self, live: LiveBytes, clock: ComputeClock, num_vocab_rows: int) -> None:

@@ -21,15 +21,7 @@ from lora_dist.plan.steady import WatchedBatches, Work, compute_num_executed, co
 GIB = 2**30
 HARDWARE = compose_config(["hardware=v100_32gb"]).hardware
 GPT3 = compose_config(["model=gpt3_175b"]).model
-TINY = ModelConfig(
-    name="tiny",
-    num_layers=4,
-    hidden_size=32,
-    num_heads=4,
-    ffn_hidden_size=64,
-    vocab_size=101,
-    max_position_embeddings=32,
-)
+TINY = compose_config(["model=tiny"]).model
 
 
 def call(op: str = "all_reduce", group: str = "tp", payload_bytes: int = 10**9, count: int = 1) -> Collective:
