@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from lora_dist.cli import compare, train
+from lora_dist.cli import compare, preflight, train
 from lora_dist.cli.help import describe_verb, describe_verbs
 from lora_dist.cli.inputs import check_checkpoint, check_inputs
 from lora_dist.cli.launch import (
@@ -35,7 +35,7 @@ class Verb(Protocol):
     def run(self, config: RunConfig) -> None: ...
 
 
-VERBS: dict[str, Verb] = {"train": train, "compare": compare}
+VERBS: dict[str, Verb] = {"train": train, "compare": compare, "preflight": preflight}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
