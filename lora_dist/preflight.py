@@ -53,8 +53,7 @@ def check_job(config: RunConfig) -> str | None:
     facts = collect_facts(config, Path(store.get("probe").decode()))
     store.set(f"facts/{global_rank}", json.dumps(asdict(facts)))
     if global_rank != 0:
-        store.get(f"facts/{global_rank}")  # returns once process 0 has it
-        return None
+        return None  # and ask nothing more: process 0, which holds the store, may be gone
     try:
         everyone = [Facts(**json.loads(store.get(f"facts/{one}"))) for one in range(world_size)]
     finally:

@@ -15,16 +15,16 @@ run_job() {
     overrides+=("$@")
 
     set_environment
-    local cancelled=no code=0
+    local cancelled=no stopped=no code=0
     # Bash takes a signal after the command it waits for. Slurm has sent the same one to the tasks, which save.
     trap 'cancelled=yes' TERM
     say "start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT"
     run_tasks preflight "${overrides[@]}" && run_tasks "$verb" "${overrides[@]}" || code=$?
 
+    [ ! -e "$LORA_DIST_STOP_FILE" ] || { stopped=yes && rm "$LORA_DIST_STOP_FILE"; }
     if [ "$cancelled" = yes ]; then
         say "cancelled"
-    elif [ -e "$LORA_DIST_STOP_FILE" ]; then
-        rm "$LORA_DIST_STOP_FILE"
+    elif [ "$stopped" = yes ]; then
         queue_again "stopped as asked"
     elif [ "$code" -ne 0 ] && ! all_nodes_answer; then
         queue_again "a node is lost"
@@ -79,7 +79,7 @@ run_tasks() {
 
 # A dead node makes the tasks of the others fail before Slurm misses it, and that would look like a run that failed.
 all_nodes_answer() {
-    timeout 60 srun --quiet --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --immediate=30 true
+    timeout 60 srun --quiet --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true
 }
 
 queue_again() {
