@@ -10,13 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from lora_dist.cli import bench, compare, plan, train
+from lora_dist.cli import bench, compare, plan, preflight, train
 from lora_dist.cli.help import describe_verb, describe_verbs
 from lora_dist.cli.inputs import check_checkpoint, check_inputs
-from lora_dist.cli.launch import USER_ERROR, describe_error, end_with_launcher, launch_local, record_failure
-from lora_dist.cli.ranks import adopt_ranks, become_single_process, get_job_id
+from lora_dist.cli.launch import (
+    USER_ERROR,
+    describe_error,
+    end_with_launcher,
+    launch_local,
+    record_failure,
+    tell_stopped,
+)
+from lora_dist.cli.ranks import adopt_ranks, become_single_process, get_job_id, name_node
 from lora_dist.config import RunConfig
 from lora_dist.run_dir import check_run_dir, format_config
+from lora_dist.stopping import Stopped, note_stop_requests
 
 
 class Verb(Protocol):
@@ -27,24 +35,33 @@ class Verb(Protocol):
     def run(self, config: RunConfig) -> None: ...
 
 
-VERBS: dict[str, Verb] = {"train": train, "compare": compare, "plan": plan, "bench": bench}
+VERBS: dict[str, Verb] = {
+    "train": train,
+    "compare": compare,
+    "plan": plan,
+    "preflight": preflight,
+    "bench": bench,
+}
 ON_PAPER = ("plan",)
 """Verbs that describe a job instead of running it: in one process, and without its files."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 2 for what the user can mend (one line on stderr says it), 130 on Ctrl-C."""
+    """The exit code: 0, 2 for what the user can mend (one line on stderr), 75 stopped as asked, 130 on Ctrl-C."""
+    note_stop_requests()
     try:
         end_with_launcher()
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         return 130
+    except Stopped:
+        return tell_stopped(os.environ)
     except Exception as error:
         printed_by_launcher = record_failure(error)
         if not isinstance(error, ValueError | OSError) or "LORA_DIST_TRACEBACK" in os.environ:
             raise
         if not printed_by_launcher:
-            print(f"error: {describe_error(error)}", file=sys.stderr)
+            print(f"error: {name_node(os.environ)}{describe_error(error)}", file=sys.stderr)
         return USER_ERROR
 
 
