@@ -202,9 +202,11 @@ class Keeper:
             trainable=self.engine.trainable,
             specs=self.method.specs,
             topology=self.topology,
-            config=self.config,
+            model=self.config.model,
+            bias=self.config.lora.bias,
             read=self.engine.zero.read_value,
             base_fingerprint=self.base_fingerprint,
+            task=self.config.data.name,
             step=num_steps,
             metrics=metrics,
         )
