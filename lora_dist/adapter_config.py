@@ -108,3 +108,16 @@ class SwitchConfig(LiveConfig):
     seq_len: int = 128
     num_repeats: int = 5
     """Times each is measured; the median counts."""
+
+    def __post_init__(self) -> None:
+        LiveConfig.__post_init__(self)
+        if len(self.adapters) < 2:
+            raise ValueError(f"adapters={self.adapters}: name two or more, adapters=[DIR,DIR]")
+        if self.topology.pp_size > 1:
+            raise ValueError(f"topology.pp_size={self.topology.pp_size}: the forward pass is timed on one stage; use 1")
+        if self.seq_len > self.model.max_position_embeddings:
+            limit = self.model.max_position_embeddings
+            raise ValueError(f"seq_len={self.seq_len} exceeds model.max_position_embeddings={limit}")
+        for key in ("batch_size", "seq_len", "num_repeats"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from lora_dist.checkpoint.identity import check_same
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import MANIFEST, open_new_directory, read_manifest, write_json, write_manifest
-from lora_dist.files.hf_gpt2 import compute_hf_shapes, find_hf_tensor
+from lora_dist.files.hf_gpt2 import QKV_TARGETS, compute_hf_shapes, find_hf_tensor
 from lora_dist.files.peft_gpt2 import (
     build_adapter_config,
     compute_peft_shapes,
@@ -105,6 +105,8 @@ def describe_adapter(specs: Sequence[AdapterSpec], bias: str, base_fingerprint: 
     return {
         "base_fingerprint": base_fingerprint,
         "bias": bias,
+        "use_rslora": specs[0].rank_stabilized,
+        "shared_lora_A": sorted({spec.layer for spec in specs if spec.shares_a}),
         "adapters": {spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha} for spec in specs},
     }
 
@@ -127,6 +129,13 @@ class StoredAdapter:
     specs: list[AdapterSpec]
     bias: str
     model: ModelConfig
+    dtype: torch.dtype
+    """Of the file's tensors."""
+
+    @property
+    def source_names(self) -> dict[str, str]:
+        """Target -> name template of its linear in the tool that it was imported from."""
+        return dict(self.manifest.get("source_names", {}))
 
     def read(self) -> Adapter:
         """ValueError where a value is not finite."""
@@ -152,8 +161,8 @@ def open_adapter(directory: Path, *, model: ModelConfig, base_fingerprint: str) 
     if bias not in ("none", "lora_only", "all"):
         raise ValueError(f"{directory / MANIFEST}: bias is {bias!r}, not one of none, lora_only, all")
     path, has_factors = _find_weights(directory, manifest)
-    _check_tensors(path, (_compute_factor_shapes if has_factors else compute_peft_shapes)(specs, model, bias))
-    return StoredAdapter(directory=directory, manifest=manifest, specs=specs, bias=bias, model=model)
+    dtype = _check_tensors(path, (_compute_factor_shapes if has_factors else compute_peft_shapes)(specs, model, bias))
+    return StoredAdapter(directory=directory, manifest=manifest, specs=specs, bias=bias, model=model, dtype=dtype)
 
 
 def parse_specs(directory: Path, manifest: Mapping[str, Any], model: ModelConfig) -> list[AdapterSpec]:
@@ -178,6 +187,8 @@ def parse_specs(directory: Path, manifest: Mapping[str, Any], model: ModelConfig
                 alpha=alpha,
                 in_features=in_features,
                 out_features=out_features,
+                rank_stabilized=bool(manifest.get("use_rslora")),
+                shares_a=found[2] in QKV_TARGETS and int(found[1]) in manifest.get("shared_lora_A", ()),
             )
         )
     return specs
@@ -201,7 +212,8 @@ def _compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig, bia
     return shapes | {name: hf_shapes[find_hf_tensor(name).name] for name in list_bias_names(specs, model, bias)}
 
 
-def _check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> torch.dtype:
+    """The tensors' dtype; they are written in one."""
     header = read_header(path)
     found = {name: info.shape for name, info in header.items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -211,3 +223,7 @@ def _check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
             )
         if header[name].dtype not in DTYPE_NAMES.values():
             raise ValueError(f"{path}: {name} is {header[name].dtype}, not one of {', '.join(DTYPE_NAMES.values())}")
+    names = {info.dtype for info in header.values()}
+    if len(names) > 1:
+        raise ValueError(f"{path} mixes {' and '.join(sorted(names))}")
+    return {name: dtype for dtype, name in DTYPE_NAMES.items()}[names.pop()]

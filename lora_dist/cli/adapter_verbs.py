@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from lora_dist.adapter_config import BaseConfig, LiveConfig
-from lora_dist.cli import adapters
+from lora_dist.cli import adapters, export, import_, merge, switch
+from lora_dist.cli.inputs import check_checkpoint
 from lora_dist.cli.launch import launch_local
 from lora_dist.cli.ranks import adopt_ranks, become_single_process
 from lora_dist.config import compute_dp_size
@@ -23,13 +23,18 @@ class AdapterVerb(Protocol):
     def run(self, config: Any) -> None: ...
 
 
-ADAPTER_VERBS: dict[str, AdapterVerb] = {"adapters": adapters}
+ADAPTER_VERBS: dict[str, AdapterVerb] = {
+    "adapters": adapters,
+    "import": import_,
+    "export": export,
+    "merge": merge,
+    "switch": switch,
+}
 
 
 def run_adapter_verb(verb: str, overrides: Sequence[str]) -> int:
     """The exit code. A verb without a topology works on one process alone."""
     from lora_dist.cli.compose import compose_as
-    from lora_dist.cli.inputs import check_checkpoint
 
     module = ADAPTER_VERBS[verb]
     config = compose_as(module.CONFIG, overrides)
@@ -52,13 +57,3 @@ def run_adapter_verb(verb: str, overrides: Sequence[str]) -> int:
         become_single_process(os.environ)
     module.run(config)
     return 0
-
-
-def check_new(key: str, directory: str) -> None:
-    """ValueError where `directory` exists already: what is there is not written over."""
-    path = Path(directory)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{key}={directory} exists already; give a new directory")
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise ValueError(f"{key}={directory} cannot be made in {parent}; give another directory")
