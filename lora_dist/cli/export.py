@@ -1,6 +1,5 @@
 """Write an adapter in another tool's format, or merged into its base as a Hugging Face checkpoint."""
 
-
 from lora_dist.adapter_config import ExportConfig
 from lora_dist.cli.inputs import check_adapter, check_new
 
