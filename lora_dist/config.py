@@ -70,6 +70,8 @@ class LoraConfig:
     """Inner dimension of the two factors (`lora_rank` in code)."""
     alpha: float = 32.0
     """The adapter's output is scaled by alpha / rank."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
     dropout: float = 0.0
     """Probability of zeroing an element of the adapter's input."""
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])

@@ -60,16 +60,22 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
             in_features=shapes[target][0],
             out_features=shapes[target][1],
             dropout=lora.dropout,
+            rank_stabilized=lora.use_rslora,
         )
         for layer, target in adapted
     ]
 
 
+def find_targets(name: str) -> tuple[str, ...]:
+    """Canonical targets of a linear by its canonical name or an alias; () for any other."""
+    return (name,) if name in CANONICAL_TARGETS else _ALIASES.get(name, _ALIASES.get(name.lower(), ()))
+
+
 def _match(key: str, pattern: str, sites: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
     """Sites that a canonical name, an alias or a regular expression over `layers.N.target` names."""
     sites = list(sites)
-    named = (pattern,) if pattern in CANONICAL_TARGETS else _ALIASES.get(pattern, _ALIASES.get(pattern.lower()))
-    if named is not None:
+    named = find_targets(pattern)
+    if named:
         matched = [site for site in sites if site[1] in named]
     else:
         try:

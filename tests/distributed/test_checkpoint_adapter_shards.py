@@ -61,9 +61,11 @@ def write_and_compute(options: dict, base: Path, target: Path, lora: LoraConfig)
         trainable=trainable,
         specs=specs,
         topology=gpt.topology,
-        config=config,
+        model=config.model,
+        bias=lora.bias,
         read=read_value,
         base_fingerprint="base",
+        task="toy",
         step=7,
         metrics={"valid_loss": 1.0},
     )
@@ -78,7 +80,8 @@ def load_and_compute(options: dict, base: Path, adapter: Path, lora: LoraConfig)
         trainable=trainable,
         specs=build_adapter_specs(lora, config.model),
         topology=gpt.topology,
-        config=config,
+        model=config.model,
+        bias=lora.bias,
         base_fingerprint="base",
     )
     assert manifest["step"] == 7
