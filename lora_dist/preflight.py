@@ -9,10 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from lora_dist.config import ModelConfig, RunConfig, compute_dp_size
 from lora_dist.measure.environment import describe_environment
@@ -63,11 +66,11 @@ def check_job(config: RunConfig) -> str | None:
     return f"{describe(everyone)}; passed in {time.monotonic() - started:.1f} s"
 
 
-def _meet(global_rank: int, world_size: int) -> dist.Store:
+def _meet(global_rank: int, world_size: int) -> Any:
     """The store through which the training's processes will find each other, too."""
     timeout = timedelta(seconds=_SECONDS_TO_MEET)
     try:
-        store, _, _ = next(dist.rendezvous("env://", global_rank, world_size, timeout=timeout))
+        store, _, _ = next(rendezvous("env://", global_rank, world_size, timeout=timeout))
     except (dist.DistError, TimeoutError) as error:
         raise ValueError(
             f"global rank {global_rank} of {world_size} cannot meet the others at {os.environ['MASTER_ADDR']}:"
@@ -75,7 +78,7 @@ def _meet(global_rank: int, world_size: int) -> dist.Store:
             " check MASTER_ADDR and the network between the nodes"
         ) from error
     store.set_timeout(timeout)
-    return dist.PrefixStore("preflight", store)
+    return PrefixStore("preflight", store)
 
 
 def collect_facts(config: RunConfig, probe: Path) -> Facts:

@@ -31,7 +31,7 @@ def test_every_file_composes(group: str, option: str, hf_directory: Path) -> Non
 
 def test_options_are_listed_for_every_group() -> None:
     assert set(list_groups()) == {
-        *("model", "method", "topology", "zero", "data", "optim", "track", "experiment", "debug")
+        *("model", "method", "topology", "zero", "data", "optim", "track", "hardware", "experiment", "debug")
     }
     assert len(list(CONF_DIR.rglob("*.yaml"))) == len(OPTIONS) + 1
 
