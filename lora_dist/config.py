@@ -70,12 +70,14 @@ class LoraConfig:
     """Inner dimension of the two factors (`lora_rank` in code)."""
     alpha: float = 32.0
     """The adapter's output is scaled by alpha / rank."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
     dropout: float = 0.0
     """Probability of zeroing an element of the adapter's input."""
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Canonical names, aliases, or regular expressions over `layers.N.target`."""
-    layers: list[int] | None = None
-    """Zero-based layers that get adapters; null means all."""
+    layers: list[str] | None = None
+    """Zero-based layers that get adapters, each a number or a range with both ends: [0-11,23]; null means all."""
     bias: str = "none"
     """Biases that train too: none, lora_only (those of adapted linears) or all."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -324,6 +326,31 @@ class PlanConfig:
 
 
 METHODS = ("lora", "full")
+CONTENDERS = ("lora", "full", "peft", "peft_tuned", "hf_full")
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchConfig:
+    """What `lora-dist bench` times side by side, on random tokens of data.seq_len."""
+
+    contenders: list[str] = field(default_factory=lambda: ["lora", "full", "peft", "peft_tuned"])
+    """lora and full are this project's; peft, peft_tuned and hf_full are transformers with PEFT or whole."""
+    num_rounds: int = 10
+    """Timed rounds; a round is one step of every contender."""
+    num_warmup_rounds: int = 3
+    target_fraction: float = 1.0
+    """Share of each row's positions, its last ones, that the loss is on."""
+    num_threads: int = 1
+    """CPU threads of a contender; on a GPU torch's default is left alone."""
+
+    def __post_init__(self) -> None:
+        for contender in self.contenders:
+            _one_of("bench.contenders", contender, CONTENDERS)
+        _require(len(self.contenders) == len(set(self.contenders)), "bench.contenders names one twice")
+        _require(bool(self.contenders), "bench.contenders is empty; name at least one, e.g. [lora,peft]")
+        for key in ("num_rounds", "num_warmup_rounds", "num_threads"):
+            _require(getattr(self, key) >= 1, f"bench.{key}={getattr(self, key)} must be at least 1")
+        _require(0.0 < self.target_fraction <= 1.0, f"bench.target_fraction={self.target_fraction} must lie in (0, 1]")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -341,6 +368,7 @@ class RunConfig:
     loop: LoopConfig
     track: TrackConfig
     compare: CompareConfig
+    bench: BenchConfig
     run_dir: str
     resume: str = "none"
     """none starts fresh, auto continues where there is a checkpoint, must refuses to start without one."""

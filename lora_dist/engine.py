@@ -29,6 +29,8 @@ class StepResult:
     skipped: bool
     """True where a gradient was not finite and nothing changed."""
     loss_scale: float
+    stop_requested: bool
+    """True where a signal has asked any process to stop."""
 
 
 class Engine:
@@ -55,7 +57,9 @@ class Engine:
         if self.gpt.has_dropout:
             seed_base_dropout(self.topology, seed=self.seed, step=step)
         with self.zero.accumulate():
-            loss = forward_backward(self.gpt, batches, seed=self.seed, step=step, scale_loss=self.zero.scale_loss)
+            loss, stop_requested = forward_backward(
+                self.gpt, batches, seed=self.seed, step=step, scale_loss=self.zero.scale_loss
+            )
             if not self._gradients_checked:
                 assert_every_gradient(self.trainable)
                 self._gradients_checked = True
@@ -63,7 +67,13 @@ class Engine:
             sum_tied_embedding_gradients(self.trainable, self.topology)
         loss_scale = self.zero.loss_scale
         outcome = self.zero.step()
-        return StepResult(loss=loss, grad_norm=outcome.grad_norm, skipped=outcome.skipped, loss_scale=loss_scale)
+        return StepResult(
+            loss=loss,
+            grad_norm=outcome.grad_norm,
+            skipped=outcome.skipped,
+            loss_scale=loss_scale,
+            stop_requested=stop_requested,
+        )
 
     def evaluate(self, global_batches: Iterable[Sequence[Batch]]) -> float:
         """Mean loss a target token over the whole split."""

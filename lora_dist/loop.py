@@ -21,6 +21,7 @@ class TrainResult:
     valid_loss_before: float | None
     valid_loss_after: float | None
     num_steps_done: int
+    """Fewer than `loop.num_steps` where a signal asked the run to stop; these are saved."""
 
 
 def train_loop(
@@ -38,10 +39,11 @@ def train_loop(
     valid_loss_before: float | None,
 ) -> TrainResult:
     """Steps `first_step` to `loop.num_steps`; `save(n, valid_loss_before)` after n steps, the last one included.
+    The loop ends early, its last step saved, where a signal asks any process to stop.
 
     `open_probe` looks closely at the first of these steps, which is slower for it.
     """
-    valid_loss = None
+    valid_loss, done = None, first_step
     if first_step == 0:
         valid_loss_before = valid_loss = validate(engine, valid_loader)
         observe({"step": 0, "valid_loss": valid_loss})
@@ -57,11 +59,13 @@ def train_loop(
         is_last = done == loop.num_steps
         valid_loss = validate(engine, valid_loader) if is_last or _is_due(done, loop.eval_every) else None
         observe(_describe_step(done, result, lr, valid_loss))
-        if is_last or _is_due(done, loop.save_every):
+        if is_last or result.stop_requested or _is_due(done, loop.save_every):
             save(done, valid_loss_before)
+        if result.stop_requested:
+            break
     if first_step >= loop.num_steps:
         valid_loss = validate(engine, valid_loader)
-    return TrainResult(valid_loss_before=valid_loss_before, valid_loss_after=valid_loss, num_steps_done=loop.num_steps)
+    return TrainResult(valid_loss_before=valid_loss_before, valid_loss_after=valid_loss, num_steps_done=done)
 
 
 def validate(engine: Engine, loader: Loader | None) -> float | None:

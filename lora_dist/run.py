@@ -5,11 +5,13 @@ config -> topology -> model (frozen shards) -> method (what trains) -> engine (M
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,9 +24,8 @@ from lora_dist.engine import Engine
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.loop import TrainResult, train_loop
 from lora_dist.lora.dropout import DropoutClock
-from lora_dist.mcore.base_parameters import initialize_base
-from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
-from lora_dist.mcore.model import ShardedGpt, build_model
+from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
+from lora_dist.mcore.model import build_model
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.measure.first_step import FirstStep, open_first_step_probe
 from lora_dist.measure.ledger import measure_static
@@ -36,6 +37,7 @@ from lora_dist.measure.report import write_comparison
 from lora_dist.measure.summary import Summary, build_summary
 from lora_dist.methods import AppliedMethod, apply_method
 from lora_dist.run_dir import prepare_run_dir
+from lora_dist.stopping import note_terminations, raise_stopped
 from lora_dist.topology import Topology, check_device, choose_device, run_on_first
 from lora_dist.zero.engine import build_zero_engine
 
@@ -56,7 +58,7 @@ def compare(config: RunConfig) -> list[Summary]:
         summaries = []
         for method in config.compare.methods:
             one = configure_method(config, method)
-            run_on_first(topology, lambda one=one: prepare_run_dir(one))
+            run_on_first(topology, partial(prepare_run_dir, one))
             summaries.append(train_method(one, topology))
         run_on_first(topology, lambda: write_comparison(config, summaries))
         return summaries
@@ -65,10 +67,12 @@ def compare(config: RunConfig) -> list[Summary]:
 def configure_method(config: RunConfig, method: str) -> RunConfig:
     """The run of one method of a comparison, in a directory of its own; a method not yet begun starts fresh."""
     lr = config.compare.lr.get(method, config.optim.lr)
+    run_id = config.track.run_id
     return replace(
         config,
         method=method,
         optim=replace(config.optim, lr=lr),
+        track=replace(config.track, run_id=None if run_id is None else f"{run_id}-{method}"),
         run_dir=str(Path(config.run_dir) / method),
         resume="none" if config.resume == "none" else "auto",
     )
@@ -93,6 +97,8 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     keeper = open_keeper(config, topology, engine, method, loaders)
     meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
     result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter)
+    if result.num_steps_done < config.loop.num_steps:
+        _stop(config, topology, result.num_steps_done)
     peak_memory = memory.read()
     keeper.write_model(config.loop.num_steps, {"valid_loss": result.valid_loss_after})
     return build_summary(
@@ -117,7 +123,7 @@ def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) ->
     gpt = build_model(config.model, topology, dtype=dtype, recompute=config.loop.recompute, clock=DropoutClock())
     gpt.label_smoothing = config.optim.label_smoothing
     if fill:
-        fill_base(gpt, config)
+        fill_base(gpt, config.model, seed=config.loop.seed)
     method = apply_method(gpt, config)
     zero = build_zero_engine(
         gpt,
@@ -131,19 +137,12 @@ def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) ->
     return Engine(gpt, zero, method.trainable, topology, seed=config.loop.seed), method
 
 
-def fill_base(gpt: ShardedGpt, config: RunConfig) -> None:
-    """Pretrained weights, or drawn from the seed where the model names no checkpoint."""
-    if config.model.checkpoint is None:
-        initialize_base(gpt, config.model, config.loop.seed)
-    else:
-        load_hf_checkpoint(gpt, config.model.checkpoint)
-
-
 def _run_loop(
     config: RunConfig, topology: Topology, engine: Engine, loaders: Loaders, keeper: "Keeper", meter: Meter
 ) -> tuple[TrainResult, FirstStep]:
     first_step = FirstStep()
-    with open_observers(config, topology, meter, num_steps_done=keeper.num_steps_done) as observe:
+    observers = open_observers(config, topology, meter, num_steps_done=keeper.num_steps_done)
+    with observers as observe, note_terminations():
         result = train_loop(
             engine,
             loaders.train,
@@ -158,6 +157,13 @@ def _run_loop(
             valid_loss_before=keeper.valid_loss_before,
         )
     return result, first_step
+
+
+def _stop(config: RunConfig, topology: Topology, num_steps_done: int) -> NoReturn:
+    """Every process leaves the run, none before the first has written and closed all that is its own."""
+    message = f"stopped after step {num_steps_done} of {config.loop.num_steps}, as asked, and saved in {config.run_dir}"
+    run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
+    raise_stopped(message)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -202,9 +208,11 @@ class Keeper:
             trainable=self.engine.trainable,
             specs=self.method.specs,
             topology=self.topology,
-            config=self.config,
+            model=self.config.model,
+            bias=self.config.lora.bias,
             read=self.engine.zero.read_value,
             base_fingerprint=self.base_fingerprint,
+            task=self.config.data.name,
             step=num_steps,
             metrics=metrics,
         )

@@ -120,7 +120,7 @@ def build_batches(topology: Topology, *, seed: int = 5, packed: bool = True) -> 
 def compute_gradients(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
     """The step's loss and the whole gradients this process can see."""
     gpt, trainable, topology = build_case(case)
-    loss = forward_backward(gpt, build_batches(topology), seed=0, step=3, scale_loss=None)
+    loss, _ = forward_backward(gpt, build_batches(topology), seed=0, step=3, scale_loss=None)
     return loss, reduce_gradients(trainable, topology)
 
 

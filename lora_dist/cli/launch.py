@@ -10,22 +10,28 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lora_dist.stopping import Stopped
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 USER_ERROR = 2
+STOPPED = 75
+"""Exit code of a run that was asked to stop and has saved; the shell's EX_TEMPFAIL: again later."""
 _LAUNCHER_PID = "LORA_DIST_LAUNCHER_PID"
+_STOP_FILE = "LORA_DIST_STOP_FILE"
 
 
 def launch_local(verb: str, overrides: Sequence[str], num_processes: int) -> int:
     """Run the verb on `num_processes` local processes; the exit code for the shell.
 
     When one process fails the others are ended, and one line says what the first failure was. SIGINT, SIGTERM,
-    SIGHUP and SIGQUIT reach every process.
+    SIGHUP, SIGQUIT and SIGUSR1 reach every process, which then has 30 seconds, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -34,7 +40,7 @@ def launch_local(verb: str, overrides: Sequence[str], num_processes: int) -> int
     _silence_elastic_log()
     os.environ[_LAUNCHER_PID] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, _name_stop_file(Path(directory) / "stopped") as stop_file:
         launcher = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -45,15 +51,32 @@ def launch_local(verb: str, overrides: Sequence[str], num_processes: int) -> int
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=directory),
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         )
         try:
             elastic_launch(launcher, sys.executable)("-m", "lora_dist.cli.main", verb, *overrides)
         except ChildFailedError as error:
             return _report_failures(list(error.failures.values()))
         except SignalException as stop:
-            print(f"error: stopped by {stop.sigval.name}", file=sys.stderr)
-            return 128 + stop.sigval.value
+            if not stop_file.exists():
+                print(f"error: stopped by {stop.sigval.name}", file=sys.stderr)
+                return 128 + stop.sigval.value
+        if stop_file.exists():
+            raise Stopped("said by process 0")
     return 0
+
+
+@contextmanager
+def _name_stop_file(stop_file: Path) -> Iterator[Path]:
+    """For the processes started here; this one's own launcher may have named it another."""
+    outer = os.environ.get(_STOP_FILE)
+    os.environ[_STOP_FILE] = str(stop_file)
+    try:
+        yield stop_file
+    finally:
+        del os.environ[_STOP_FILE]
+        if outer is not None:
+            os.environ[_STOP_FILE] = outer
 
 
 def end_with_launcher() -> None:
@@ -65,6 +88,20 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
     if os.getppid() != int(launcher_pid):
         sys.exit("error: the launcher is gone")
+
+
+def tell_stopped(environ: Mapping[str, str]) -> int:
+    """The exit code of a process whose run has stopped by request.
+
+    A launcher that ends a job at its first bad exit code (`srun --kill-on-bad-exit`) names a file instead: process 0
+    makes it, and all end well.
+    """
+    stop_file = environ.get(_STOP_FILE)
+    if stop_file is None:
+        return STOPPED
+    if environ.get("RANK", "0") == "0":
+        Path(stop_file).touch()
+    return 0
 
 
 def record_failure(error: Exception) -> bool:

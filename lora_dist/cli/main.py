@@ -10,13 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from lora_dist.cli import compare, plan, train
+from lora_dist.cli import bench, compare, plan, preflight, train
+from lora_dist.cli.adapter_verbs import ADAPTER_VERBS, AdapterVerb, run_adapter_verb
 from lora_dist.cli.help import describe_verb, describe_verbs
 from lora_dist.cli.inputs import check_checkpoint, check_inputs
-from lora_dist.cli.launch import USER_ERROR, describe_error, end_with_launcher, launch_local, record_failure
-from lora_dist.cli.ranks import adopt_ranks, become_single_process, get_job_id
+from lora_dist.cli.launch import (
+    USER_ERROR,
+    describe_error,
+    end_with_launcher,
+    launch_local,
+    record_failure,
+    tell_stopped,
+)
+from lora_dist.cli.ranks import adopt_ranks, become_single_process, get_job_id, name_node
 from lora_dist.config import RunConfig
 from lora_dist.run_dir import check_run_dir, format_config
+from lora_dist.stopping import Stopped, note_stop_requests
 
 
 class Verb(Protocol):
@@ -27,43 +36,56 @@ class Verb(Protocol):
     def run(self, config: RunConfig) -> None: ...
 
 
-VERBS: dict[str, Verb] = {"train": train, "compare": compare, "plan": plan}
+VERBS: dict[str, Verb] = {
+    "train": train,
+    "compare": compare,
+    "plan": plan,
+    "preflight": preflight,
+    "bench": bench,
+}
 ON_PAPER = ("plan",)
 """Verbs that describe a job instead of running it: in one process, and without its files."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 2 for what the user can mend (one line on stderr says it), 130 on Ctrl-C."""
+    """The exit code: 0, 2 for what the user can mend (one line on stderr), 75 stopped as asked, 130 on Ctrl-C."""
+    note_stop_requests()
     try:
         end_with_launcher()
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         return 130
+    except Stopped:
+        return tell_stopped(os.environ)
     except Exception as error:
         printed_by_launcher = record_failure(error)
-        if not isinstance(error, ValueError) or "LORA_DIST_TRACEBACK" in os.environ:
+        if not isinstance(error, ValueError | OSError) or "LORA_DIST_TRACEBACK" in os.environ:
             raise
         if not printed_by_launcher:
-            print(f"error: {describe_error(error)}", file=sys.stderr)
+            print(f"error: {name_node(os.environ)}{describe_error(error)}", file=sys.stderr)
         return USER_ERROR
 
 
 def _dispatch(words: list[str]) -> int:
-    summaries = {name: (verb.__doc__ or "").partition("\n")[0] for name, verb in VERBS.items()}
+    modules: dict[str, Verb | AdapterVerb] = {**VERBS, **ADAPTER_VERBS}
+    summaries = {name: (module.__doc__ or "").partition("\n")[0] for name, module in modules.items()}
     if not words or words[0] in ("-h", "--help"):
         return _print(describe_verbs(summaries))
     verb, *rest = words
-    if verb not in VERBS:
-        alike = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {alike[0]}?" if alike else f"verbs are {', '.join(VERBS)}"
+    if verb not in modules:
+        alike = difflib.get_close_matches(verb, modules, n=1)
+        hint = f"did you mean {alike[0]}?" if alike else f"verbs are {', '.join(modules)}"
         raise ValueError(f"unknown verb {verb}; {hint}")
+    owner = ADAPTER_VERBS[verb].CONFIG if verb in ADAPTER_VERBS else RunConfig
     if "-h" in rest or "--help" in rest:
-        return _print(describe_verb(verb, summaries[verb]))
+        return _print(describe_verb(verb, summaries[verb], owner))
     only_print, overrides = _take_cfg_option(rest)
     for word in overrides:
         if word.startswith("-"):
             raise ValueError(f"unknown option {word}; options are --help and --cfg job")
-    return _print_config(verb, overrides) if only_print else _run(verb, overrides)
+    if only_print:
+        return _print_config(overrides, owner, on_paper=verb in ON_PAPER)
+    return run_adapter_verb(verb, overrides) if verb in ADAPTER_VERBS else _run(verb, overrides)
 
 
 def _take_cfg_option(words: list[str]) -> tuple[bool, list[str]]:
@@ -78,10 +100,10 @@ def _take_cfg_option(words: list[str]) -> tuple[bool, list[str]]:
     return False, words
 
 
-def _print_config(verb: str, overrides: list[str]) -> int:
-    from lora_dist.cli.compose import compose_config
+def _print_config(overrides: list[str], owner: type, *, on_paper: bool) -> int:
+    from lora_dist.cli.compose import compose_as
 
-    return _print(format_config(compose_config(overrides, on_paper=verb in ON_PAPER)).rstrip("\n"))
+    return _print(format_config(compose_as(owner, overrides, on_paper=on_paper)).rstrip("\n"))
 
 
 def _print(text: str) -> int:

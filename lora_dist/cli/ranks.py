@@ -44,6 +44,12 @@ def get_job_id(environ: Mapping[str, str]) -> str | None:
     return elastic_id if elastic_id != "none" else environ.get("SLURM_JOB_ID")
 
 
+def name_node(environ: Mapping[str, str]) -> str:
+    """`NODE: ` for an error of one of a job's many nodes; empty where Slurm has not started this process."""
+    node = environ.get("SLURMD_NODENAME")
+    return f"{node}: " if node else ""
+
+
 def first_slurm_node(nodes: str) -> str:
     """`gpu[03-04,7],login1` -> `gpu03`."""
     found = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)

@@ -49,10 +49,13 @@ def _unwrap_optional(kind: object) -> object:
     return inner[0] if len(inner) == 1 and is_dataclass(inner[0]) else kind
 
 
-def list_groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
-    """Options of each configuration group: `model` -> [demo, gpt2_small, ...]."""
+def list_groups(conf_dir: Path = CONF_DIR, owner: type = config.RunConfig) -> dict[str, list[str]]:
+    """Options of each configuration group that `owner` has: `model` -> [demo, gpt2_small, ...]."""
     groups: dict[str, list[str]] = {}
+    own_groups = {field.name for field in fields(owner)}
     for directory in sorted(path for path in conf_dir.iterdir() if path.is_dir()):
+        if owner is not config.RunConfig and directory.name not in own_groups:
+            continue
         files = sorted(directory.rglob("*.yaml"))
         groups[directory.name] = [str(file.relative_to(directory).with_suffix("")) for file in files]
     return groups
@@ -61,9 +64,11 @@ def list_groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
 @cache
 def _read_field_docs(owner: type) -> dict[str, str]:
     """The string under each field, which Python itself forgets."""
+    docs = {}
+    for base in owner.__bases__:
+        docs.update(_read_field_docs(base) if is_dataclass(base) else {})
     (definition,) = ast.parse(inspect.getsource(owner)).body
     assert isinstance(definition, ast.ClassDef)
-    docs = {}
     for field, below in zip(definition.body, definition.body[1:], strict=False):
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
             continue

@@ -1,4 +1,4 @@
-"""The modules of one transformer layer that differ from Megatron's own: norm, attention core, LoRA linears, recompute.
+"""The modules of one transformer layer that differ from Megatron's own: attention core, LoRA linears, recompute.
 
 Shapes: S sequence, B rows, A attention heads of this rank, D head dimension, H hidden.
 """
@@ -16,15 +16,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from lora_dist.lora.dropout import DropoutClock
-from lora_dist.lora.function import ShardCommunication
+from lora_dist.lora.function import NO_COMMUNICATION, ShardCommunication
 from lora_dist.lora.layer import LoraShard
-
-
-class Norm(nn.LayerNorm):
-    """LayerNorm with Megatron's constructor; Megatron's own torch norm refuses sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps, dtype=config.params_dtype)
 
 
 class SdpaAttention(nn.Module):
@@ -69,6 +62,9 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         self.lora: LoraShard | None = None
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        communicates = options["allreduce_dgrad"] or options["sequence_parallel"]
+        if self.lora is None and not communicates:
+            return F.linear(input, weight, options["bias"])
         if self.lora is None:
             return super()._forward_impl(input=input, weight=weight, **options)
         communication = ShardCommunication(
@@ -80,17 +76,29 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
 
 
 class LoraRowParallelLinear(RowParallelLinear):
-    """Megatron's row-parallel linear; its adapters' partial product joins the base's before the one reduction."""
+    """Megatron's row-parallel linear; its adapters' partial product joins the base's before the one reduction.
+
+    Alone (tp_size 1) it takes its bias into the product, where Megatron leaves it to the residual's addition.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.lora: LoraShard | None = None
 
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output, and the bias that is still to be added."""
+        output, bias = super().forward(input_)
+        return output, None if self._adds_bias else bias
+
+    @property
+    def _adds_bias(self) -> bool:
+        return self.tp_group.size() == 1
+
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        bias = self.bias if self._adds_bias else None
         if self.lora is None:
-            return super()._forward_impl(input=input, weight=weight, **options)
-        nothing = ShardCommunication(allreduce_input_grad=False, sequence_parallel=False, group=None)
-        return self.lora(input, weight, options["bias"], nothing)
+            return F.linear(input, weight, bias)
+        return self.lora(input, weight, bias, NO_COMMUNICATION)
 
 
 class Layer(TransformerLayer):

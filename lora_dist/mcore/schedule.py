@@ -9,28 +9,32 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from lora_dist.batch import Batch
 from lora_dist.lora.dropout import DropoutKey
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.stopping import is_stop_requested
 
 ScaleLoss = Callable[[torch.Tensor], torch.Tensor]
 
 
 def forward_backward(
     gpt: ShardedGpt, batches: Sequence[Batch], *, seed: int, step: int, scale_loss: ScaleLoss | None
-) -> float:
+) -> tuple[float, bool]:
     """Run every microbatch; gradients accumulate in `.grad`, averaged so that a mean over DP gives the step's gradient.
 
-    Returns the mean loss a target token of the global batch, the same on every process.
+    Returns the mean loss a target token of the global batch, and whether any process was asked to stop: both the same
+    on every process.
     """
     gpt.train()
     gpt.config.grad_scale_func = scale_loss
     losses = _run_schedule(gpt, batches, seed=seed, step=step, forward_only=False)
-    return _sum_over_processes(gpt, losses) / max(1, batches[0].num_loss_tokens)
+    loss_sum, stop_requested = _sum_over_processes(gpt, losses)
+    return loss_sum / max(1, batches[0].num_loss_tokens), stop_requested
 
 
 @torch.no_grad()
 def evaluate_loss(gpt: ShardedGpt, batches: Sequence[Batch]) -> float:
     """Loss summed over the target tokens of one global batch, the same on every process; no dropout, no smoothing."""
     gpt.eval()
-    return _sum_over_processes(gpt, _run_schedule(gpt, batches, seed=0, step=0, forward_only=True))
+    loss_sum, _ = _sum_over_processes(gpt, _run_schedule(gpt, batches, seed=0, step=0, forward_only=True))
+    return loss_sum
 
 
 def _run_schedule(
@@ -79,10 +83,12 @@ def compute_attention_mask(segment_ids_BS: torch.Tensor | None) -> torch.Tensor 
     return (same_BSS & causal_SS)[:, None]
 
 
-def _sum_over_processes(gpt: ShardedGpt, losses: list[torch.Tensor]) -> float:
-    """Sum over microbatches and replicas, each counted once, told to every process."""
-    total = torch.zeros((), dtype=torch.float64, device=gpt.topology.device)
+def _sum_over_processes(gpt: ShardedGpt, losses: list[torch.Tensor]) -> tuple[float, bool]:
+    """Sum over microbatches and replicas, each counted once, told to every process; whether any was asked to stop."""
+    total = torch.zeros(2, dtype=torch.float64, device=gpt.topology.device)
     if gpt.topology.tp_rank == 0 and losses:
-        total += torch.stack(losses).double().sum()
+        total[0] = torch.stack(losses).double().sum()
+    if is_stop_requested():
+        total[1] = 1.0
     dist.all_reduce(total)
-    return total.item()
+    return total[0].item(), total[1].item() > 0.0

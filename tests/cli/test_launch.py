@@ -16,15 +16,26 @@ STAND_IN = """
 import os, pathlib, sys, time, types
 
 def train(config):
+    from lora_dist.stopping import is_stop_requested, note_terminations, raise_stopped
+
     global_rank = int(os.environ["RANK"])
-    pathlib.Path(f"{os.environ['STARTED']}/{global_rank}").write_text(f"{os.getpid()} {config.run_dir}")
     behaviour = os.environ["BEHAVIOUR"]
+    if behaviour in ("heed", "work on"):
+        with note_terminations():
+            report(global_rank, config)
+            while behaviour == "work on" or not is_stop_requested():
+                time.sleep(0.01)
+        raise_stopped("as asked")
+    report(global_rank, config)
     if behaviour == "refuse" or (behaviour == "refuse_one" and global_rank == 1):
         raise ValueError("the value\\nis wrong")
     if behaviour == "bug" and global_rank == 1:
         raise RuntimeError("a bug")
     if behaviour != "finish":
         time.sleep(120)
+
+def report(global_rank, config):
+    pathlib.Path(f"{os.environ['STARTED']}/{global_rank}").write_text(f"{os.getpid()} {config.run_dir}")
 
 module = types.ModuleType("lora_dist.run")
 module.train = module.compare = train
@@ -103,4 +114,24 @@ def test_a_signal_to_the_command_ends_every_process(stop: str, code: int, tmp_pa
     command.wait_until_started()
     command.process.send_signal(getattr(signal, stop))
     assert command.wait() == (code, "" if stop == "SIGKILL" else f"error: stopped by {stop}\n")
+    command.assert_nothing_left()
+
+
+@pytest.mark.parametrize("stop", ["SIGTERM", "SIGUSR1"])
+def test_a_run_that_saves_when_asked_to_stop_ends_with_a_code_of_its_own(stop: str, tmp_path: Path) -> None:
+    command = Command(tmp_path, "heed")
+    command.wait_until_started()
+    command.process.send_signal(getattr(signal, stop))
+    assert command.wait() == (75, "")
+    command.assert_nothing_left()
+
+
+def test_a_second_sigterm_ends_every_process_at_once(tmp_path: Path) -> None:
+    command = Command(tmp_path, "work on")
+    command.wait_until_started()
+    command.process.send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert command.process.poll() is None
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == (143, "error: stopped by SIGTERM\n")
     command.assert_nothing_left()

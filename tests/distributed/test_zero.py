@@ -36,7 +36,8 @@ def train_oracle(case: Case) -> Trained:
     losses, norms = [], []
     for step in range(NUM_STEPS):
         batches = build_batches(topology, seed=step)
-        losses.append(forward_backward(gpt, batches, seed=0, step=step, scale_loss=None))
+        loss, _ = forward_backward(gpt, batches, seed=0, step=step, scale_loss=None)
+        losses.append(loss)
         parameters = [one.parameter for one in trainable]
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, OPTIM.clip_grad_norm).item())
         adam.step()

@@ -1,0 +1,56 @@
+"""A run asked to stop by a signal ends its step, saves and stops; later it goes on as if it had not.
+
+A scheduler sends SIGUSR1 ahead of a time limit, SIGTERM to end a job. The process that gets one only notes it: all
+processes agree in the all-reduce that sums each step's loss (mcore/schedule.py), and so stop after the same step.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+_SECONDS_OF_ONE_REQUEST = 2.0
+"""`timeout`, systemd and a launcher each forward SIGTERM: several within this time are one."""
+
+_first_noted: dict[int, float] = {}
+"""Signal -> monotonic time. Signals belong to the process, and so does this."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved; raised on every process once all is written."""
+
+
+def note_stop_requests() -> None:
+    """From here on SIGUSR1 is noted; before, it kills. Called first thing, as a scheduler may send it at any time."""
+    signal.signal(signal.SIGUSR1, _note)
+
+
+@contextmanager
+def note_terminations() -> Iterator[None]:
+    """Around the steps: SIGTERM is noted too, a second one ends the process at once. Elsewhere the first one does."""
+    previous = signal.signal(signal.SIGTERM, _note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def is_stop_requested() -> bool:
+    """Whether this process was asked; what all processes agreed on is `StepResult.stop_requested`."""
+    return bool(_first_noted)
+
+
+def raise_stopped(message: str) -> NoReturn:
+    """Called on every process once all is saved; the requests are met and forgotten."""
+    _first_noted.clear()
+    raise Stopped(message)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if number == signal.SIGTERM and now - _first_noted.get(number, now) > _SECONDS_OF_ONE_REQUEST:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    _first_noted.setdefault(number, now)

@@ -1,0 +1,65 @@
+"""Signals are noted, and kill where nothing would be lost by it or where the user insists."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from lora_dist import stopping
+from lora_dist.cli.launch import STOPPED, tell_stopped
+from lora_dist.stopping import Stopped, is_stop_requested, note_stop_requests, note_terminations, raise_stopped
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    yield
+    stopping._first_noted.clear()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_usr1_is_noted_however_often_it_comes_until_the_run_has_stopped() -> None:
+    note_stop_requests()
+    assert not is_stop_requested()
+    for _ in range(3):
+        signal.raise_signal(signal.SIGUSR1)
+    assert is_stop_requested()
+    with pytest.raises(Stopped, match="after step 3"):
+        raise_stopped("after step 3")
+    assert not is_stop_requested()
+
+
+def test_sigterm_is_noted_around_the_steps_only() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with note_terminations():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # forwarded twice within a moment: one request
+        assert is_stop_requested()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGUSR1"])
+def test_a_second_sigterm_ends_the_process_one_after_usr1_does_not(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_SECONDS_OF_ONE_REQUEST", 0.0)
+    child = os.fork()
+    if child == 0:
+        note_stop_requests()
+        with note_terminations():
+            signal.raise_signal(getattr(signal, first))
+            time.sleep(0.01)
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(7)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (-signal.SIGTERM if first == "SIGTERM" else 7)
+
+
+def test_a_launcher_that_names_a_stop_file_sees_good_exit_codes_and_the_file_of_process_0(tmp_path) -> None:
+    assert tell_stopped({"RANK": "0"}) == STOPPED
+    named = {"LORA_DIST_STOP_FILE": str(tmp_path / "stopped")}
+    assert tell_stopped({**named, "RANK": "1"}) == 0
+    assert not (tmp_path / "stopped").exists()
+    assert tell_stopped({**named, "RANK": "0"}) == 0
+    assert (tmp_path / "stopped").exists()
