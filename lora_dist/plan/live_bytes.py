@@ -93,7 +93,7 @@ class LiveBytes:
             yield
 
     def _save(self, tensor: torch.Tensor) -> "_Saved":
-        # An output that held on to its own graph would never be freed; a parameter must stay itself, or the storage that
+        # An output that held on to its own graph would never be freed; a parameter stays itself, or the storage that
         # ZeRO 3 takes from it would be held here.
         saved = _Saved(tensor if isinstance(tensor, nn.Parameter) else tensor.detach())
         self.see(tensor)
