@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import torch
 from torch.distributed import DistError
-from torch.distributed.distributed_c10d import PrefixStore, Store, rendezvous
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from lora_dist.config import ModelConfig, RunConfig, compute_dp_size
 from lora_dist.measure.environment import describe_environment
