@@ -13,6 +13,11 @@ RUN_DIR="${RUN_DIR:-runs/quickstart-$(date +%Y%m%d-%H%M%S)}"
 bash launch/install.sh
 # shellcheck source=launch/env.sh
 source launch/env.sh
-printf '[quickstart] LoRA and full fine-tuning of the demo model on two processes, into %s\n' "$RUN_DIR"
-.venv/bin/lora-dist compare experiment=e2e_demo "run_dir=$RUN_DIR" "$@"
+# Two tensor-parallel processes, except where they would have to share one GPU.
+TOPOLOGY=tp2
+if command -v nvidia-smi >/dev/null && [ "$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ]; then
+    TOPOLOGY=single
+fi
+printf '[quickstart] LoRA and full fine-tuning of the demo model (topology=%s), into %s\n' "$TOPOLOGY" "$RUN_DIR"
+.venv/bin/lora-dist compare experiment=e2e_demo "topology=$TOPOLOGY" "run_dir=$RUN_DIR" "$@"
 printf '[quickstart] report: %s/report.md\n' "$RUN_DIR"

@@ -70,12 +70,14 @@ class LoraConfig:
     """Inner dimension of the two factors (`lora_rank` in code)."""
     alpha: float = 32.0
     """The adapter's output is scaled by alpha / rank."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
     dropout: float = 0.0
     """Probability of zeroing an element of the adapter's input."""
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Canonical names, aliases, or regular expressions over `layers.N.target`."""
-    layers: list[int] | None = None
-    """Zero-based layers that get adapters; null means all."""
+    layers: list[str] | None = None
+    """Zero-based layers that get adapters, each a number or a range with both ends: [0-11,23]; null means all."""
     bias: str = "none"
     """Biases that train too: none, lora_only (those of adapted linears) or all."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -197,6 +199,9 @@ class OptimConfig:
         _require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing={self.label_smoothing} must lie in [0, 1)")
 
 
+RECOMPUTE = ("none", "selective", "full")
+
+
 @dataclass(kw_only=True, slots=True)
 class LoopConfig:
     """Steps, batches, and what happens between steps. A step is one optimizer step."""
@@ -220,7 +225,7 @@ class LoopConfig:
     """Steps between checks that replicated factors are bit-identical over TP; 0 never."""
 
     def __post_init__(self) -> None:
-        _one_of("loop.recompute", self.recompute, ("none", "selective", "full"))
+        _one_of("loop.recompute", self.recompute, RECOMPUTE)
         for key in ("num_steps", "micro_batch_size", "keep_checkpoints"):
             _require(getattr(self, key) >= 1, f"loop.{key}={getattr(self, key)} must be at least 1")
         for key in ("eval_every", "save_every", "num_warmup_steps_timing", "check_replicas_every"):
@@ -252,7 +257,100 @@ class CompareConfig:
     """Learning rate of a method in place of optim.lr."""
 
 
+@dataclass(kw_only=True, slots=True)
+class HardwareConfig:
+    """One kind of processor and how many of them are joined, for `lora-dist plan`. Per GPU, in the maker's units."""
+
+    name: str
+    kind: str
+    """gpu or cpu: which attention kernel runs and how memory is handed out."""
+    memory_gib: float
+    """What a process can allocate on an empty device."""
+    reserved_gib: float
+    """Taken before the first tensor: CUDA context, NCCL's channels, cuBLAS's workspace."""
+    peak_tflops: dict[str, float]
+    """Dense matrix products, by dtype; a dtype that is not named cannot run there."""
+    achievable_fraction: float
+    """Of the peak, by large matrix products."""
+    memory_gb_s: float
+    memory_fraction: float
+    """Of the memory's bandwidth, by a copy."""
+    gpus_per_node: int
+    link_gb_s: float
+    """Between GPUs of a node, one direction, as a large all-reduce gets it."""
+    network_gb_s: float
+    """Between nodes, one GPU's share, one direction."""
+    link_latency_us: float
+    network_latency_us: float
+    launch_us: float
+    """Shortest time of one kernel, however small."""
+    compute_capability: float = 0.0
+    """8.0 and above have flash attention; 0 where kind is cpu."""
+
+    def __post_init__(self) -> None:
+        _one_of("hardware.kind", self.kind, ("gpu", "cpu"))
+        for key in ("memory_gib", "memory_gb_s", "link_gb_s", "network_gb_s"):
+            _require(getattr(self, key) > 0, f"hardware.{key}={getattr(self, key)} must be positive")
+        for key in ("achievable_fraction", "memory_fraction"):
+            _require(0 < getattr(self, key) <= 1, f"hardware.{key}={getattr(self, key)} must lie in (0, 1]")
+        _require(self.gpus_per_node >= 1, f"hardware.gpus_per_node={self.gpus_per_node} must be at least 1")
+
+    @property
+    def available_gib(self) -> float:
+        """For tensors."""
+        return self.memory_gib - self.reserved_gib
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """What `lora-dist plan` works out."""
+
+    search: bool = False
+    """Look for the topologies that fit instead of planning the one of `topology`."""
+    num_gpus: int | None = None
+    """GPUs to plan for; null takes tp_size x pp_size x dp_size."""
+    recompute: list[str] = field(default_factory=lambda: ["none", "full"])
+    """Values of loop.recompute to show side by side."""
+    target_fraction: float = 1.0
+    """Share of the tokens that are target tokens: what the output layer has to see. 1 is the most it can be."""
+    num_processes: int = 2
+    """Local processes that work on the plan at once."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_gpus is None or self.num_gpus >= 1, f"plan.num_gpus={self.num_gpus} must be at least 1")
+        _require(self.num_processes >= 1, f"plan.num_processes={self.num_processes} must be at least 1")
+        _require(bool(self.recompute), "plan.recompute is empty; name at least one, e.g. [none,full]")
+        for recompute in self.recompute:
+            _one_of("plan.recompute", recompute, RECOMPUTE)
+        _require(0.0 < self.target_fraction <= 1.0, f"plan.target_fraction={self.target_fraction} must lie in (0, 1]")
+
+
 METHODS = ("lora", "full")
+CONTENDERS = ("lora", "full", "peft", "peft_tuned", "hf_full")
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchConfig:
+    """What `lora-dist bench` times side by side, on random tokens of data.seq_len."""
+
+    contenders: list[str] = field(default_factory=lambda: ["lora", "full", "peft", "peft_tuned"])
+    """lora and full are this project's; peft, peft_tuned and hf_full are transformers with PEFT or whole."""
+    num_rounds: int = 10
+    """Timed rounds; a round is one step of every contender."""
+    num_warmup_rounds: int = 3
+    target_fraction: float = 1.0
+    """Share of each row's positions, its last ones, that the loss is on."""
+    num_threads: int = 1
+    """CPU threads of a contender; on a GPU torch's default is left alone."""
+
+    def __post_init__(self) -> None:
+        for contender in self.contenders:
+            _one_of("bench.contenders", contender, CONTENDERS)
+        _require(len(self.contenders) == len(set(self.contenders)), "bench.contenders names one twice")
+        _require(bool(self.contenders), "bench.contenders is empty; name at least one, e.g. [lora,peft]")
+        for key in ("num_rounds", "num_warmup_rounds", "num_threads"):
+            _require(getattr(self, key) >= 1, f"bench.{key}={getattr(self, key)} must be at least 1")
+        _require(0.0 < self.target_fraction <= 1.0, f"bench.target_fraction={self.target_fraction} must lie in (0, 1]")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -270,12 +368,16 @@ class RunConfig:
     loop: LoopConfig
     track: TrackConfig
     compare: CompareConfig
+    bench: BenchConfig
     run_dir: str
     resume: str = "none"
     """none starts fresh, auto continues where there is a checkpoint, must refuses to start without one."""
     device: str = "auto"
     dtype: str = "fp32"
     """Of the base weights and activations; adapters and optimizer state are always fp32."""
+    hardware: HardwareConfig | None = None
+    """What `lora-dist plan` predicts for."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)

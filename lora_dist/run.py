@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,9 +24,8 @@ from lora_dist.engine import Engine
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.loop import TrainResult, train_loop
 from lora_dist.lora.dropout import DropoutClock
-from lora_dist.mcore.base_parameters import initialize_base
-from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
-from lora_dist.mcore.model import ShardedGpt, build_model
+from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
+from lora_dist.mcore.model import build_model
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.measure.first_step import FirstStep, open_first_step_probe
 from lora_dist.measure.ledger import measure_static
@@ -58,7 +58,7 @@ def compare(config: RunConfig) -> list[Summary]:
         summaries = []
         for method in config.compare.methods:
             one = configure_method(config, method)
-            run_on_first(topology, lambda one=one: prepare_run_dir(one))
+            run_on_first(topology, partial(prepare_run_dir, one))
             summaries.append(train_method(one, topology))
         run_on_first(topology, lambda: write_comparison(config, summaries))
         return summaries
@@ -117,12 +117,13 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     )
 
 
-def build_engine(config: RunConfig, topology: Topology) -> tuple[Engine, AppliedMethod]:
-    """The model's shard with its weights, what the method adds and lets train, and ZeRO around that."""
+def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) -> tuple[Engine, AppliedMethod]:
+    """The model's shard with its weights (unset where `fill` is False), what the method adds, ZeRO around that."""
     dtype = DTYPES[config.dtype]
     gpt = build_model(config.model, topology, dtype=dtype, recompute=config.loop.recompute, clock=DropoutClock())
     gpt.label_smoothing = config.optim.label_smoothing
-    fill_base(gpt, config)
+    if fill:
+        fill_base(gpt, config.model, seed=config.loop.seed)
     method = apply_method(gpt, config)
     zero = build_zero_engine(
         gpt,
@@ -134,14 +135,6 @@ def build_engine(config: RunConfig, topology: Topology) -> tuple[Engine, Applied
         topology=topology,
     )
     return Engine(gpt, zero, method.trainable, topology, seed=config.loop.seed), method
-
-
-def fill_base(gpt: ShardedGpt, config: RunConfig) -> None:
-    """Pretrained weights, or drawn from the seed where the model names no checkpoint."""
-    if config.model.checkpoint is None:
-        initialize_base(gpt, config.model, config.loop.seed)
-    else:
-        load_hf_checkpoint(gpt, config.model.checkpoint)
 
 
 def _run_loop(
@@ -215,9 +208,11 @@ class Keeper:
             trainable=self.engine.trainable,
             specs=self.method.specs,
             topology=self.topology,
-            config=self.config,
+            model=self.config.model,
+            bias=self.config.lora.bias,
             read=self.engine.zero.read_value,
             base_fingerprint=self.base_fingerprint,
+            task=self.config.data.name,
             step=num_steps,
             metrics=metrics,
         )

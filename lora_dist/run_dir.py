@@ -3,10 +3,14 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from lora_dist.config import RunConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 CONFIG_FILE = "config.yaml"
 
@@ -49,7 +53,7 @@ def prepare_run_dir(config: RunConfig) -> Path:
     return run_dir
 
 
-def format_config(config: RunConfig) -> str:
+def format_config(config: "DataclassInstance") -> str:
     """The whole configuration as YAML, with nothing left to resolve."""
     text: str = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     return text

@@ -9,6 +9,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lora_dist.config import (
+    BenchConfig,
     CompareConfig,
     DataConfig,
     LoopConfig,
@@ -76,6 +77,7 @@ def build_config(
         loop=loop or LoopConfig(),
         track=TrackConfig(),
         compare=CompareConfig(),
+        bench=BenchConfig(),
         run_dir="unused",
     )
 

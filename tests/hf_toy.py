@@ -9,6 +9,7 @@ import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_dist.config import (
+    BenchConfig,
     CompareConfig,
     DataConfig,
     LoopConfig,
@@ -85,6 +86,7 @@ def build_run_config(model: ModelConfig, lora: LoraConfig | None = None, **optio
         "loop": LoopConfig(),
         "track": TrackConfig(backend="none"),
         "compare": CompareConfig(),
+        "bench": BenchConfig(),
         "run_dir": "unused",
     }
     return RunConfig(model=model, lora=lora or LoraConfig(), **parts | options)  # type: ignore[arg-type]

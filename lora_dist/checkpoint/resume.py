@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from lora_dist.checkpoint.adapter import describe_versions
 from lora_dist.checkpoint.identity import check_same
+from lora_dist.checkpoint.store import describe_versions
 from lora_dist.files.directories import (
     MANIFEST,
     commit_directory,

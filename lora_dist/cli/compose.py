@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -12,31 +14,61 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lora_dist.cli.explain import explain_composition_error
-from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_keys
+from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups, list_keys
 from lora_dist.config import RunConfig
 
+_Config = TypeVar("_Config")
+_DEFAULT_OPTIONS = {"model": "demo", "topology": "single"}
+"""Of the verbs that have no file in conf/."""
 
-def compose_config(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> RunConfig:
-    """The run that `key=value` overrides describe. ValueError, one line, names a wrong key, value or file."""
+
+def compose_config(overrides: Sequence[str], conf_dir: Path = CONF_DIR, *, on_paper: bool = False) -> RunConfig:
+    """The run that `key=value` overrides describe. ValueError, one line, names a wrong key, value or file.
+
+    `on_paper`: the run will not take place, so the files that its user would have to give may be missing.
+    """
+    return compose_as(RunConfig, overrides, conf_dir, on_paper=on_paper)
+
+
+def compose_as(
+    owner: type[_Config], overrides: Sequence[str], conf_dir: Path = CONF_DIR, *, on_paper: bool = False
+) -> _Config:
+    """The same for any verb's dataclass; RunConfig's defaults are in conf/config.yaml, the others' in the dataclass."""
     for override in overrides:
         _check_form(override)
-    _register()
+    primary = _register(owner, on_paper)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir)):
-            composed = compose("config", overrides=[_open_dictionary(override) for override in overrides])
+            composed = compose(primary, overrides=[_open_dictionary(override, owner) for override in overrides])
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(explain_composition_error(error, overrides, conf_dir)) from error
-    assert isinstance(config, RunConfig)
+        raise ValueError(explain_composition_error(error, overrides, conf_dir, owner)) from error
+    assert isinstance(config, owner)
     return config
 
 
-def _register() -> None:
-    """Tell Hydra the dataclasses and the words that conf/ uses: `${asset:NAME}`, `${hf:FIELD}`, `${ask:WHAT}`."""
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+def _register(owner: type, on_paper: bool) -> str:
+    """Tell Hydra the dataclass and the words that conf/ uses: `${asset:NAME}`, `${hf:FIELD}`, `${ask:WHAT}`.
+
+    Returns the name of the configuration to compose.
+    """
+    store = ConfigStore.instance()
+    schema = "run_schema" if owner is RunConfig else f"{owner.__name__}_schema"
+    store.store(name=schema, node=owner)
     OmegaConf.register_new_resolver("asset", lambda name: str(ASSETS_DIR / name), replace=True)
     OmegaConf.register_new_resolver("hf", _read_hf_field, replace=True)
-    OmegaConf.register_new_resolver("ask", _ask, replace=True)
+    OmegaConf.register_new_resolver("ask", _leave_open if on_paper else _ask, replace=True)
+    if owner is RunConfig:
+        return "config"
+    groups = [{name: option} for name, option in _DEFAULT_OPTIONS.items() if name in list_groups(owner=owner)]
+    store.store(name=owner.__name__, node={"defaults": [schema, "_self_", *groups], **_ask_for_required(owner)})
+    return owner.__name__
+
+
+def _ask_for_required(owner: type) -> dict[str, str]:
+    """The fields without a default: left out, they are asked for by name."""
+    required = [field.name for field in fields(owner) if field.default is MISSING and field.default_factory is MISSING]
+    return {name: f"${{ask:'{name}=...'}}" for name in required if name not in _DEFAULT_OPTIONS}
 
 
 def _read_hf_field(name: str, *, _parent_: DictConfig) -> object:
@@ -51,6 +83,10 @@ def _ask(what: str) -> str:
     raise ValueError(f"not set; give {what}")
 
 
+def _leave_open(what: str) -> str:
+    return f"({what})"
+
+
 def _check_form(override: str) -> None:
     """Refuse what would walk past the dataclasses: added keys, removed keys, Hydra's own settings."""
     if override[:1] in "+~":
@@ -61,8 +97,8 @@ def _check_form(override: str) -> None:
         raise ValueError(f"{override}: Hydra's own settings are fixed")
 
 
-def _open_dictionary(override: str) -> str:
+def _open_dictionary(override: str, owner: type) -> str:
     """`compare.lr.full=1e-4` adds an entry to a dictionary, for which Hydra wants `++` in front."""
     key = override.partition("=")[0]
-    dictionaries = [known.path for known in list_keys() if known.is_dictionary]
+    dictionaries = [known.path for known in list_keys(owner) if known.is_dictionary]
     return f"++{override}" if any(f"{key}.".startswith(f"{path}.") for path in dictionaries) else override

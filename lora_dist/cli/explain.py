@@ -18,8 +18,11 @@ _REWORDED = {
 }
 
 
-def explain_composition_error(error: Exception, overrides: Sequence[str], conf_dir: Path) -> str:
-    """One line for the user; `error` is what composing `overrides` over the files of `conf_dir` raised."""
+def explain_composition_error(error: Exception, overrides: Sequence[str], conf_dir: Path, owner: type) -> str:
+    """One line for the user; `error` is what composing `overrides` over the files of `conf_dir` raised.
+
+    `owner` is the dataclass that was composed.
+    """
     text = f"{error}\n{error.__cause__ or ''}"
     if option := re.search(r"Could not find '([^']+)'", text):
         return _explain_missing_option(option.group(1), conf_dir)
@@ -30,7 +33,7 @@ def explain_composition_error(error: Exception, overrides: Sequence[str], conf_d
     where = "" if full_key and place.startswith(f"{full_key}=") else place
     if unknown := re.search(r"Key '([^']+)' (?:not in|is not in)", text):
         full_key = full_key or unknown.group(1)
-        return f"{where}unknown key {full_key}{_suggest(full_key)}"
+        return f"{where}unknown key {full_key}{_suggest(full_key, owner)}"
     if value := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
         return f"{where}{full_key}={value.group(1)} is not of type {_TYPES.get(value.group(2), value.group(2))}"
     return (place or (f"{full_key}: " if full_key else "")) + _reword(text, error.__cause__ or error)
@@ -64,13 +67,15 @@ def _reword(text: str, error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _suggest(full_key: str) -> str:
+def _suggest(full_key: str, owner: type) -> str:
     """A key of the same name elsewhere (`rank` -> lora.rank), else one spelt alike."""
-    keys = [key.path for key in list_keys()]
+    keys = [key.path for key in list_keys(owner)]
     leaf = full_key.rpartition(".")[2]
     same_name = [key for key in keys if key.rpartition(".")[2] == leaf]
     return (
-        f"; did you mean {' or '.join(same_name)}?" if same_name else _did_you_mean(full_key, [*keys, *list_groups()])
+        f"; did you mean {' or '.join(same_name)}?"
+        if same_name
+        else _did_you_mean(full_key, [*keys, *list_groups(owner=owner)])
     )
 
 

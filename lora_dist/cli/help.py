@@ -19,15 +19,15 @@ def describe_verbs(summaries: Mapping[str, str]) -> str:
     return "\n".join(["usage: lora-dist VERB [key=value ...]", "", "verbs:", *lines, "", _OPTIONS])
 
 
-def describe_verb(verb: str, summary: str) -> str:
+def describe_verb(verb: str, summary: str, owner: type) -> str:
     """The configuration groups with their options, and every key with its type and meaning."""
-    groups = [_wrap(f"  {group}=", ", ".join(options)) for group, options in list_groups().items()]
-    keys = [_describe_key(key.path, key.type, key.doc) for key in list_keys()]
+    groups = [_wrap(f"  {group}=", ", ".join(options)) for group, options in list_groups(owner=owner).items()]
+    keys = [_describe_key(key.path, key.type, key.doc) for key in list_keys(owner)]
     return "\n".join(
         [
             *(f"usage: lora-dist {verb} [key=value ...] [--cfg job]", "", summary, ""),
-            *("groups (files of conf/; pick one: model=demo):", *groups, ""),
-            *("keys (set one: lora.rank=8):", *keys, "", _OPTIONS),
+            *(["groups (files of conf/; pick one: model=demo):", *groups, ""] if groups else []),
+            *("keys (write key=value):", *keys, "", _OPTIONS),
         ]
     )
 

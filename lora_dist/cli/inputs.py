@@ -37,3 +37,23 @@ def _check_data_files(config: RunConfig) -> None:
             raise ValueError(f"{key}={path} is no file; give the path of a {config.data.format} file")
         if path is not None and not os.access(path, os.R_OK):
             raise ValueError(f"{key}={path} cannot be read: no permission")
+
+
+def check_new(key: str, directory: str) -> None:
+    """ValueError where `directory` exists already: what is there is not written over."""
+    path = Path(directory)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{key}={directory} exists already; give a new directory")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise ValueError(f"{key}={directory} cannot be made in {parent}; give another directory")
+
+
+def check_adapter(key: str, directory: str) -> None:
+    """ValueError where `directory` holds no adapter of the store; its files are read later."""
+    if not Path(directory).is_dir():
+        raise ValueError(
+            f"{key}={directory} is not a directory; `lora-dist adapters directory=DIR` lists what there is"
+        )
+    if not (Path(directory) / "manifest.json").is_file():
+        raise ValueError(f"{key}={directory} has no manifest.json; `lora-dist import` makes one of PEFT's or loralib's")

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from lora_dist.cli import compare, preflight, train
+from lora_dist.cli import bench, compare, plan, preflight, train
+from lora_dist.cli.adapter_verbs import ADAPTER_VERBS, AdapterVerb, run_adapter_verb
 from lora_dist.cli.help import describe_verb, describe_verbs
 from lora_dist.cli.inputs import check_checkpoint, check_inputs
 from lora_dist.cli.launch import (
@@ -35,7 +36,15 @@ class Verb(Protocol):
     def run(self, config: RunConfig) -> None: ...
 
 
-VERBS: dict[str, Verb] = {"train": train, "compare": compare, "preflight": preflight}
+VERBS: dict[str, Verb] = {
+    "train": train,
+    "compare": compare,
+    "plan": plan,
+    "preflight": preflight,
+    "bench": bench,
+}
+ON_PAPER = ("plan",)
+"""Verbs that describe a job instead of running it: in one process, and without its files."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tell_stopped(os.environ)
     except Exception as error:
         printed_by_launcher = record_failure(error)
-        if not isinstance(error, ValueError) or "LORA_DIST_TRACEBACK" in os.environ:
+        if not isinstance(error, ValueError | OSError) or "LORA_DIST_TRACEBACK" in os.environ:
             raise
         if not printed_by_launcher:
             print(f"error: {name_node(os.environ)}{describe_error(error)}", file=sys.stderr)
@@ -58,21 +67,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    summaries = {name: (verb.__doc__ or "").partition("\n")[0] for name, verb in VERBS.items()}
+    modules: dict[str, Verb | AdapterVerb] = {**VERBS, **ADAPTER_VERBS}
+    summaries = {name: (module.__doc__ or "").partition("\n")[0] for name, module in modules.items()}
     if not words or words[0] in ("-h", "--help"):
         return _print(describe_verbs(summaries))
     verb, *rest = words
-    if verb not in VERBS:
-        alike = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {alike[0]}?" if alike else f"verbs are {', '.join(VERBS)}"
+    if verb not in modules:
+        alike = difflib.get_close_matches(verb, modules, n=1)
+        hint = f"did you mean {alike[0]}?" if alike else f"verbs are {', '.join(modules)}"
         raise ValueError(f"unknown verb {verb}; {hint}")
+    owner = ADAPTER_VERBS[verb].CONFIG if verb in ADAPTER_VERBS else RunConfig
     if "-h" in rest or "--help" in rest:
-        return _print(describe_verb(verb, summaries[verb]))
+        return _print(describe_verb(verb, summaries[verb], owner))
     only_print, overrides = _take_cfg_option(rest)
     for word in overrides:
         if word.startswith("-"):
             raise ValueError(f"unknown option {word}; options are --help and --cfg job")
-    return _print_config(overrides) if only_print else _run(verb, overrides)
+    if only_print:
+        return _print_config(overrides, owner, on_paper=verb in ON_PAPER)
+    return run_adapter_verb(verb, overrides) if verb in ADAPTER_VERBS else _run(verb, overrides)
 
 
 def _take_cfg_option(words: list[str]) -> tuple[bool, list[str]]:
@@ -87,10 +100,10 @@ def _take_cfg_option(words: list[str]) -> tuple[bool, list[str]]:
     return False, words
 
 
-def _print_config(overrides: list[str]) -> int:
-    from lora_dist.cli.compose import compose_config
+def _print_config(overrides: list[str], owner: type, *, on_paper: bool) -> int:
+    from lora_dist.cli.compose import compose_as
 
-    return _print(format_config(compose_config(overrides)).rstrip("\n"))
+    return _print(format_config(compose_as(owner, overrides, on_paper=on_paper)).rstrip("\n"))
 
 
 def _print(text: str) -> int:
@@ -106,6 +119,8 @@ def _run(verb: str, overrides: list[str]) -> int:
     """Check, then run the verb here, or on local processes where the topology wants several and no launcher is ours."""
     from lora_dist.cli.compose import compose_config
 
+    if verb in ON_PAPER:
+        return _run_on_paper(verb, overrides)
     config = compose_config(overrides)
     given_world_size = adopt_ranks(os.environ)
     if config.run_dir == "auto":
@@ -122,6 +137,17 @@ def _run(verb: str, overrides: list[str]) -> int:
         return launch_local(verb, overrides, world_size)
     if given_world_size is None:
         become_single_process(os.environ)
+    VERBS[verb].run(config)
+    return 0
+
+
+def _run_on_paper(verb: str, overrides: list[str]) -> int:
+    from lora_dist.cli.compose import compose_config
+
+    config = compose_config(overrides, on_paper=True)
+    if config.run_dir == "auto":
+        config = replace(config, run_dir=name_run_dir(verb, config, overrides, {}))
+    check_run_dir(Path(config.run_dir), config.resume)
     VERBS[verb].run(config)
     return 0
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import lora_dist
 from lora_dist import config
@@ -31,7 +31,7 @@ def list_keys(owner: type = config.RunConfig, prefix: str = "") -> Iterator[Key]
     hints = get_type_hints(owner)
     docs = _read_field_docs(owner)
     for field in fields(owner):
-        kind = hints[field.name]
+        kind = _unwrap_optional(hints[field.name])
         if isinstance(kind, type) and is_dataclass(kind):
             yield from list_keys(kind, f"{prefix}{field.name}.")
             continue
@@ -43,10 +43,19 @@ def list_keys(owner: type = config.RunConfig, prefix: str = "") -> Iterator[Key]
         )
 
 
-def list_groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
-    """Options of each configuration group: `model` -> [demo, gpt2_small, ...]."""
+def _unwrap_optional(kind: object) -> object:
+    """`HardwareConfig | None` -> HardwareConfig, whose keys exist wherever a file of its group is picked."""
+    inner = [arg for arg in get_args(kind) if arg is not type(None)]
+    return inner[0] if len(inner) == 1 and is_dataclass(inner[0]) else kind
+
+
+def list_groups(conf_dir: Path = CONF_DIR, owner: type = config.RunConfig) -> dict[str, list[str]]:
+    """Options of each configuration group that `owner` has: `model` -> [demo, gpt2_small, ...]."""
     groups: dict[str, list[str]] = {}
+    own_groups = {field.name for field in fields(owner)}
     for directory in sorted(path for path in conf_dir.iterdir() if path.is_dir()):
+        if owner is not config.RunConfig and directory.name not in own_groups:
+            continue
         files = sorted(directory.rglob("*.yaml"))
         groups[directory.name] = [str(file.relative_to(directory).with_suffix("")) for file in files]
     return groups
@@ -55,9 +64,11 @@ def list_groups(conf_dir: Path = CONF_DIR) -> dict[str, list[str]]:
 @cache
 def _read_field_docs(owner: type) -> dict[str, str]:
     """The string under each field, which Python itself forgets."""
+    docs = {}
+    for base in owner.__bases__:
+        docs.update(_read_field_docs(base) if is_dataclass(base) else {})
     (definition,) = ast.parse(inspect.getsource(owner)).body
     assert isinstance(definition, ast.ClassDef)
-    docs = {}
     for field, below in zip(definition.body, definition.body[1:], strict=False):
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
             continue

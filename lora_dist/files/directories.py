@@ -89,7 +89,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a directory whose every file has the content it had. ValueError naming the file otherwise."""
     manifest = read_json(directory / MANIFEST)
     hashes = manifest.get("sha256")
-    if not isinstance(hashes, dict):
+    if not isinstance(hashes, dict) or not all(isinstance(expected, str) for expected in hashes.values()):
         raise ValueError(f"{directory / MANIFEST} lists no files")
     for name, expected in hashes.items():
         path = directory / name

@@ -1,5 +1,6 @@
 """A Hugging Face GPT-2 checkpoint directory: its files, its configuration, and what is wrong with it."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -178,6 +179,14 @@ def _check_tied_head(reader: HfReader) -> None:
         raise ValueError(
             f"{reader.directory}: {TIED_HEAD} differs from wte.weight; only tied output layers are supported"
         )
+
+
+def read_dtype(directory: str | Path) -> torch.dtype:
+    """The one that holds every tensor of the checkpoint."""
+    by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    reader = HfReader(Path(directory))
+    dtypes = {by_name[name] for key, name in reader.dtypes.items() if not IGNORED.fullmatch(key)}
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:

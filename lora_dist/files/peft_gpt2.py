@@ -2,10 +2,12 @@
 
 PEFT puts one adapter on c_attn, so the A of q, k and v are stacked to [summed ranks, in] and their B become the
 blocks of [3 hidden, summed ranks]. A block matrix's zeros cost file space (twice B at q,v) but change nothing.
+Where q, k and v share one A, as an adapter that PEFT itself trained does, that A is stored once.
 
 Shapes: A [R, H], B [O, R].
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,13 +45,18 @@ class PeftModule:
     specs: tuple[AdapterSpec, ...]
 
     @property
+    def shares_a(self) -> bool:
+        return self.specs[0].shares_a
+
+    @property
     def lora_rank(self) -> int:
-        return sum(spec.lora_rank for spec in self.specs)
+        return self.specs[0].lora_rank if self.shares_a else sum(spec.lora_rank for spec in self.specs)
 
     @property
     def alpha(self) -> float:
-        """Gives the first adapter's scaling at the summed rank."""
-        alpha = self.specs[0].alpha * self.lora_rank / self.specs[0].lora_rank
+        """Gives the first adapter's scaling at the module's rank."""
+        ratio = self.lora_rank / self.specs[0].lora_rank
+        alpha = self.specs[0].alpha * (math.sqrt(ratio) if self.specs[0].rank_stabilized else ratio)
         return int(alpha) if alpha == int(alpha) else alpha
 
     @property
@@ -112,14 +119,15 @@ def to_peft_tensors(
     """Whole values by canonical name -> adapter_model.safetensors."""
     tensors = {}
     for module in group_specs(specs):
-        tensors[module.key("lora_A")] = torch.cat([values[f"{spec.name}.lora_A"] for spec in module.specs])
+        a_parts = [values[f"{spec.name}.lora_A"] for spec in module.specs]
+        tensors[module.key("lora_A")] = a_parts[0] if module.shares_a else torch.cat(a_parts)
         b_OR, ratios = torch.zeros(module.out_features, module.lora_rank), module.compute_folded_ratios()
         for spec, block in _iterate_blocks(module, b_OR):
             block.copy_(values[f"{spec.name}.lora_B"] * ratios.get(spec.name, 1.0))
         tensors[module.key("lora_B")] = b_OR
     for name, key in _find_bias_keys(specs, model, bias).items():
         tensors[key] = to_hf_layout(values[name], find_hf_tensor(name), model.num_heads)
-    return tensors
+    return {key: tensors[key] for key in sorted(tensors)}  # the order in which PEFT writes them
 
 
 def from_peft_tensors(
@@ -129,7 +137,9 @@ def from_peft_tensors(
     values = {}
     for module in group_specs(specs):
         assert not module.compute_folded_ratios()
-        a_parts = tensors[module.key("lora_A")].split([spec.lora_rank for spec in module.specs])
+        stacked = tensors[module.key("lora_A")]
+        ranks = [spec.lora_rank for spec in module.specs]
+        a_parts = [stacked] * len(ranks) if module.shares_a else stacked.split(ranks)
         values.update({f"{spec.name}.lora_A": a for spec, a in zip(module.specs, a_parts, strict=True)})
         for spec, block in _iterate_blocks(module, tensors[module.key("lora_B")]):
             values[f"{spec.name}.lora_B"] = block
@@ -144,25 +154,38 @@ def _iterate_blocks(module: PeftModule, b_OR: torch.Tensor) -> list[tuple[Adapte
     for spec in module.specs:
         row = QKV_TARGETS.index(spec.target) * spec.out_features if module.is_qkv else 0
         blocks.append((spec, b_OR[row : row + spec.out_features, column : column + spec.lora_rank]))
-        column += spec.lora_rank
+        column += 0 if module.shares_a else spec.lora_rank
     return blocks
 
 
 def build_adapter_config(specs: Sequence[AdapterSpec], *, bias: str, base_name: str | None) -> dict[str, Any]:
-    """adapter_config.json; the commonest rank and alpha are the defaults, the others are patterns on full names."""
-    modules = group_specs(specs)
-    (lora_rank, alpha), _ = Counter((module.lora_rank, module.alpha) for module in modules).most_common(1)[0]
+    """adapter_config.json of the fused form."""
+    modules = {f"{PREFIX}{module.name}": (module.lora_rank, module.alpha) for module in group_specs(specs)}
+    return describe_peft_config(modules, specs[0], bias=bias, base_name=base_name, fan_in_fan_out=True)
+
+
+def describe_peft_config(
+    modules: Mapping[str, tuple[int, float]],
+    first: AdapterSpec,
+    *,
+    bias: str,
+    base_name: str | None,
+    fan_in_fan_out: bool,
+) -> dict[str, Any]:
+    """The commonest of the modules' ranks and alphas are the defaults, the others are patterns on full names."""
+    (lora_rank, alpha), _ = Counter(modules.values()).most_common(1)[0]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
-        "fan_in_fan_out": True,
+        "fan_in_fan_out": fan_in_fan_out,
         "r": lora_rank,
         "lora_alpha": alpha,
-        "lora_dropout": specs[0].dropout,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.rank_stabilized,
         "bias": bias,
-        "target_modules": [f"{PREFIX}{module.name}" for module in modules],
-        "rank_pattern": {f"{PREFIX}{m.name}": m.lora_rank for m in modules if m.lora_rank != lora_rank},
-        "alpha_pattern": {f"{PREFIX}{m.name}": m.alpha for m in modules if m.alpha != alpha},
+        "target_modules": list(modules),
+        "rank_pattern": {name: r for name, (r, _) in modules.items() if r != lora_rank},
+        "alpha_pattern": {name: a for name, (_, a) in modules.items() if a != alpha},
     }

@@ -108,6 +108,17 @@ class LoraShard(nn.Module):
             feature_offset=0 if place.column_parallel else place.tp_rank * x_SBH.shape[2],
         )
 
+    def split_blocks(self) -> list[tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+        """Target, its local output rows (None: all), A, and B scaled, of each adapter."""
+        blocks: list[tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
+        start = 0
+        for spec in self.specs:
+            a, b = self.factors(spec)
+            rows = None if self.stacked_rows is None else self.stacked_rows[start : start + b.shape[0]]
+            blocks.append((spec.target, rows, a, b * spec.scaling))
+            start += b.shape[0]
+        return blocks
+
     def compute_update(self) -> torch.Tensor:
         """(alpha / lora_rank) B A of this shard, fp32 [O, H]: exact without any gather at every tp_size."""
         a_RH, b_OR = self.stack_factors(torch.float32)

@@ -1,5 +1,6 @@
 """What one adapter is: which linear of which layer, its rank and its scale."""
 
+import math
 from dataclasses import dataclass
 
 CANONICAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -18,6 +19,10 @@ class AdapterSpec:
     in_features: int
     out_features: int
     dropout: float = 0.0
+    rank_stabilized: bool = False
+    """Scaled by alpha / sqrt(lora_rank), so that the rank does not change the update's size (arXiv:2312.03732)."""
+    shares_a: bool = False
+    """Its A is also that of the other projections fused with it: one adapter on a whole c_attn, from elsewhere."""
 
     @property
     def name(self) -> str:
@@ -26,7 +31,7 @@ class AdapterSpec:
     @property
     def scaling(self) -> float:
         """Factor on B A x (section 4.1 of the paper)."""
-        return self.alpha / self.lora_rank
+        return self.alpha / (math.sqrt(self.lora_rank) if self.rank_stabilized else self.lora_rank)
 
     @property
     def num_parameters(self) -> int:

@@ -41,7 +41,7 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
     ValueError for a pattern that matches nothing (with what exists) or a layer the model has not.
     """
     shapes = compute_linear_shapes(model)
-    layers = _check_layers(lora.layers, model.num_layers)
+    layers = parse_layers(lora.layers, model.num_layers)
     sites = [(layer, target) for layer in range(model.num_layers) for target in CANONICAL_TARGETS]
     chosen: set[tuple[int, str]] = set()
     for pattern in lora.target_modules:
@@ -60,16 +60,22 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
             in_features=shapes[target][0],
             out_features=shapes[target][1],
             dropout=lora.dropout,
+            rank_stabilized=lora.use_rslora,
         )
         for layer, target in adapted
     ]
 
 
+def find_targets(name: str) -> tuple[str, ...]:
+    """Canonical targets of a linear by its canonical name or an alias; () for any other."""
+    return (name,) if name in CANONICAL_TARGETS else _ALIASES.get(name, _ALIASES.get(name.lower(), ()))
+
+
 def _match(key: str, pattern: str, sites: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
     """Sites that a canonical name, an alias or a regular expression over `layers.N.target` names."""
     sites = list(sites)
-    named = (pattern,) if pattern in CANONICAL_TARGETS else _ALIASES.get(pattern, _ALIASES.get(pattern.lower()))
-    if named is not None:
+    named = find_targets(pattern)
+    if named:
         matched = [site for site in sites if site[1] in named]
     else:
         try:
@@ -97,10 +103,17 @@ def _resolve_pattern(
     return resolved
 
 
-def _check_layers(layers: list[int] | None, num_layers: int) -> set[int]:
+def parse_layers(layers: list[str] | None, num_layers: int) -> set[int]:
+    """`["0-11", "23"]` -> layers. ValueError for what is no layer of the model."""
     if layers is None:
         return set(range(num_layers))
-    outside = [layer for layer in layers if not 0 <= layer < num_layers]
-    if outside:
-        raise ValueError(f"lora.layers={outside} do not exist; the model has layers 0 to {num_layers - 1}")
-    return set(layers)
+    chosen: set[int] = set()
+    for item in layers:
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(item))
+        if not found:
+            raise ValueError(f"lora.layers: {item!r} is neither a layer nor a range; write e.g. [0-11,23]")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if not first <= last < num_layers:
+            raise ValueError(f"lora.layers: {item} does not exist; the model has layers 0 to {num_layers - 1}")
+        chosen.update(range(first, last + 1))
+    return chosen

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from lora_dist.lora.layer import LoraShard, ShardPlace, compute_qkv_rows
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.mcore.base_parameters import describe_base_parameters
+from lora_dist.mcore.base_parameters import canonical_name, describe_base_parameters
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
@@ -22,6 +22,7 @@ _LINEAR_OF_TARGET = {
     "up_proj": "mlp.linear_fc1",
     "down_proj": "mlp.linear_fc2",
 }
+_NORM_BEFORE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 
 
 def apply_lora(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed: int) -> list[TrainableParameter]:
@@ -32,13 +33,25 @@ def apply_lora(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed
     gpt.requires_grad_(False)
     trainable: list[TrainableParameter] = []
     adapted_linears: set[str] = set()
-    for (layer, linear_name), group in _group_by_linear(gpt, specs).items():
-        linear = gpt.decoder.layers[layer - gpt.first_layer].get_submodule(linear_name)
-        assert isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear)
-        linear.lora = _build_shard(gpt, linear, group, seed)
-        trainable += _describe_factors(linear.lora)
-        adapted_linears.add(f"decoder.layers.{layer}.{linear_name}")
+    for local_name, shard in build_shards(gpt, specs, seed=seed).items():
+        gpt.get_submodule(local_name).lora = shard
+        layer_name, part, linear_name = local_name.rsplit(".", 2)
+        if (norm := _NORM_BEFORE.get(f"{part}.{linear_name}")) is not None:
+            gpt.get_submodule(f"{layer_name}.{norm}").keeps_output = True
+        trainable += describe_factors(shard)
+        adapted_linears.add(canonical_name(gpt, local_name))
     return trainable + _enable_biases(gpt, bias, adapted_linears)
+
+
+def build_shards(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, seed: int) -> dict[str, LoraShard]:
+    """This stage's adapters by the local name of their linear, not yet put into it."""
+    shards = {}
+    for (layer, linear_name), group in _group_by_linear(gpt, specs).items():
+        local_name = f"decoder.layers.{layer - gpt.first_layer}.{linear_name}"
+        linear = gpt.get_submodule(local_name)
+        assert isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear)
+        shards[local_name] = _build_shard(gpt, linear, group, seed)
+    return shards
 
 
 def find_shards(gpt: ShardedGpt) -> list[LoraShard]:
@@ -86,7 +99,7 @@ def _compute_local_qkv_rows(gpt: ShardedGpt) -> dict[str, torch.Tensor]:
     return compute_qkv_rows(num_groups, config.num_attention_heads // config.num_query_groups, config.kv_channels)
 
 
-def _describe_factors(shard: LoraShard) -> list[TrainableParameter]:
+def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
     """A of a column linear and B of a row linear are replicated, their gradients one TP rank's summand each."""
     place, split = shard.place, shard.place.tp_size > 1
     described = []

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_MAX_CHUNK_LOGITS = 2**24
-"""Logits of one chunk, so that their fp32 copies stay at 64 MiB whatever the batch."""
+_MAX_CHUNK_LOGITS = 2**25
+"""Logits of one chunk, so that their fp32 form stays at 128 MiB whatever the batch."""
 
 
 def compute_target_loss(
@@ -51,11 +51,12 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=_upcast(hidden_NH[:0]).dtype, device=hidden_NH.device)
         dhidden_NH = torch.empty_like(hidden_NH) if needs_dhidden else None
         dweight_VH = torch.zeros_like(weight_VH, dtype=total.dtype) if needs_dweight else None
-        chunk_size = max(1, _MAX_CHUNK_LOGITS // num_rows)
+        chunk_size = _choose_chunk_size(hidden_NH.shape[0], num_rows)
+        buffer_CV = weight_VH.new_empty(chunk_size, num_rows)
         for start in range(0, hidden_NH.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             hidden_CH = hidden_NH[rows]
-            logits_CV = _upcast(hidden_CH @ weight_VH.t())
+            logits_CV = _upcast(torch.mm(hidden_CH, weight_VH.t(), out=buffer_CV[: hidden_CH.shape[0]]))
             logits_CV[:, num_valid:] = float("-inf")
             loss_C, dlogits_CV = _cross_entropy(
                 logits_CV, labels_N[rows] - first_row, num_valid, vocab_size, label_smoothing, group
@@ -77,6 +78,12 @@ class _HeadLoss(torch.autograd.Function):
         return dhidden, dweight, None, None, None, None, None
 
 
+def _choose_chunk_size(num_tokens: int, num_rows: int) -> int:
+    """Chunks of nearly one size: a short last one would read all of the weight for a few tokens."""
+    num_chunks = max(1, -(-num_tokens * num_rows // _MAX_CHUNK_LOGITS))
+    return -(-num_tokens // num_chunks)
+
+
 def _upcast(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -93,7 +100,7 @@ def _cross_entropy(
 
     Two small collectives a chunk: the maximum, then the sums of exponentials, label logits and logits.
     """
-    max_C = logits_CV.max(dim=-1).values
+    max_C = logits_CV.amax(dim=-1)
     if group is not None:
         dist.all_reduce(max_C, op=dist.ReduceOp.MAX, group=group)
     logits_CV -= max_C[:, None]

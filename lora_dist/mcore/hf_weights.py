@@ -13,7 +13,7 @@ from lora_dist.files.hf_checkpoint import CONFIG, INDEX, SINGLE_FILE, HfReader, 
 from lora_dist.files.hf_gpt2 import PREFIX, QKV_TARGETS, HfTensor, compute_hf_shapes, find_hf_tensor, to_hf_layout
 from lora_dist.files.safetensors_stream import open_writer
 from lora_dist.lora.layer import compute_qkv_rows
-from lora_dist.mcore.base_parameters import describe_base_parameters
+from lora_dist.mcore.base_parameters import describe_base_parameters, initialize_base
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
 from lora_dist.whole import ReadState, compute_shard_range, iterate_model, list_whole, read_value, write_together
@@ -27,6 +27,14 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
+
+
+def fill_base(gpt: ShardedGpt, model: ModelConfig, *, seed: int) -> None:
+    """Pretrained weights, or drawn from the seed where the model names no checkpoint."""
+    if model.checkpoint is None:
+        initialize_base(gpt, model, seed)
+    else:
+        load_hf_checkpoint(gpt, model.checkpoint)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The modules of one transformer layer that differ from Megatron's own: norm, attention core, LoRA linears, recompute.
+"""The modules of one transformer layer that differ from Megatron's own: attention core, LoRA linears, recompute.
 
 Shapes: S sequence, B rows, A attention heads of this rank, D head dimension, H hidden.
 """
@@ -16,15 +16,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from lora_dist.lora.dropout import DropoutClock
-from lora_dist.lora.function import ShardCommunication
+from lora_dist.lora.function import NO_COMMUNICATION, ShardCommunication
 from lora_dist.lora.layer import LoraShard
-
-
-class Norm(nn.LayerNorm):
-    """LayerNorm with Megatron's constructor; Megatron's own torch norm refuses sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+from lora_dist.lora.mixed import MixedLoraShard
 
 
 class SdpaAttention(nn.Module):
@@ -50,7 +44,8 @@ class SdpaAttention(nn.Module):
                 out = _attend(query, key, value, attention_mask, dropout)
         else:
             out = _attend(query, key, value, attention_mask, 0.0)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        # In a plain layout, or matmul would make one small product a position of the next linear's one large product.
+        return out.permute(2, 0, 1, 3).flatten(0, 1).view(*query_SBAD.shape[:2], -1)
 
 
 def _attend(
@@ -65,9 +60,12 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, *args: Any, **options: Any) -> None:
         # The bias goes into the GEMM here; Megatron would add it in a pass of its own.
         super().__init__(*args, **{**options, "skip_bias_add": False})
-        self.lora: LoraShard | None = None
+        self.lora: LoraShard | MixedLoraShard | None = None
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        communicates = options["allreduce_dgrad"] or options["sequence_parallel"]
+        if self.lora is None and not communicates:
+            return F.linear(input, weight, options["bias"])
         if self.lora is None:
             return super()._forward_impl(input=input, weight=weight, **options)
         communication = ShardCommunication(
@@ -79,25 +77,37 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
 
 
 class LoraRowParallelLinear(RowParallelLinear):
-    """Megatron's row-parallel linear; its adapters' partial product joins the base's before the one reduction."""
+    """Megatron's row-parallel linear; its adapters' partial product joins the base's before the one reduction.
+
+    Alone (tp_size 1) it takes its bias into the product, where Megatron leaves it to the residual's addition.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.lora: LoraShard | None = None
+        self.lora: LoraShard | MixedLoraShard | None = None
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output, and the bias that is still to be added."""
+        output, bias = super().forward(input_)
+        return output, None if self._adds_bias else bias
+
+    @property
+    def _adds_bias(self) -> bool:
+        return self.tp_group.size() == 1
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        bias = self.bias if self._adds_bias else None
         if self.lora is None:
-            return super()._forward_impl(input=input, weight=weight, **options)
-        nothing = ShardCommunication(allreduce_input_grad=False, sequence_parallel=False, group=None)
-        return self.lora(input, weight, options["bias"], nothing)
+            return F.linear(input, weight, bias)
+        return self.lora(input, weight, bias, NO_COMMUNICATION)
 
 
 class Layer(TransformerLayer):
     """Megatron's transformer layer with recomputation that works over a frozen base.
 
     A recomputed region needs an input that requires grad, which a frozen embedding's output does not: the region's
-    input is detached and made to. The dropout key of the microbatch is put back when backward runs the region again,
-    since by then a pipeline has moved on to another microbatch.
+    input is detached and made to. What the adapters know of the microbatch is put back when backward runs the region
+    again, since by then a pipeline has moved on to another microbatch.
     """
 
     recompute: str = "none"
@@ -130,14 +140,16 @@ class Layer(TransformerLayer):
 
     def _checkpoint(self, region: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         assert self.clock is not None
-        clock, key = self.clock, self.clock.key
+        clock = self.clock
+        mine = clock.key, clock.adapter_of_row
 
         def keyed_region(hidden: torch.Tensor) -> torch.Tensor:
-            outer, clock.key = clock.key, key
+            outer = clock.key, clock.adapter_of_row
+            clock.key, clock.adapter_of_row = mine
             try:
                 return region(hidden)
             finally:
-                clock.key = outer
+                clock.key, clock.adapter_of_row = outer
 
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()

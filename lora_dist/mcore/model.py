@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.head_loss import compute_target_loss
-from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, Norm, SdpaAttention
+from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, SdpaAttention
+from lora_dist.mcore.norm import Norm
 from lora_dist.topology import Topology
 
 _VOCAB_ROWS_MULTIPLE = 8

@@ -61,7 +61,7 @@ def build_topology(config: TopologyConfig, *, device: torch.device, local_rank: 
         use_cpu_stand_ins()
     world_size = dist.get_world_size()
     dp_size = compute_dp_size(config, world_size)
-    ps.initialize_model_parallel(config.tp_size, config.pp_size)
+    ps.initialize_model_parallel(config.tp_size, config.pp_size, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(seed)
     global_rank = dist.get_rank()
     place = compute_coordinates(global_rank, tp_size=config.tp_size, dp_size=dp_size)

@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "safetensors", "hydra-core", "wandb", "lora-dist")
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "safetensors",
+    "hydra-core",
+    "wandb",
+    "lora-dist",
+)
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -16,7 +16,7 @@ adapted linear there is no backward at all, and it needs no d(input) itself. Rec
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +63,11 @@ def count_flops() -> Iterator[FlopCounterMode]:
     """Count what this process computes within: `.get_total_flops()`. Slows down what it watches."""
     with FlopCounterMode(display=False, custom_mapping=_MISSING_IN_TORCH) as counter:
         yield counter
+
+
+def build_flop_formulas() -> dict[Any, Callable[..., int]]:
+    """What `count_flops` adds up, by operator: called with the operator's arguments and `out_val`, its result."""
+    return FlopCounterMode(display=False, custom_mapping=_MISSING_IN_TORCH).flop_registry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,8 @@ def build_ds_config(
         "steps_per_print": 2**31,
         "zero_optimization": {
             "stage": zero.stage,
-            "overlap_comm": on_gpu,
+            # All gradients are reduced after the last backward; overlapping would only take a second buffer.
+            "overlap_comm": False,
             # DeepSpeed sets aside a buffer of this many elements, whatever there is to reduce.
             "reduce_bucket_size": max(1, min(num_trainable, _MAX_BUCKET_ELEMENTS)),
         },

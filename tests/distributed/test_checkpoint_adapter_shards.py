@@ -38,7 +38,7 @@ TOPOLOGIES = [
 LORA = LoraConfig(
     rank=3, target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"], bias="all", rank_pattern={"o": 5}
 )
-LAYER_SUBSET = LoraConfig(rank=1, target_modules=["v_proj"], layers=[3])
+LAYER_SUBSET = LoraConfig(rank=1, target_modules=["v_proj"], layers=["3"])
 
 
 def build_adapted(options: dict, base: Path, lora: LoraConfig) -> tuple[ShardedGpt, list[TrainableParameter]]:
@@ -61,9 +61,11 @@ def write_and_compute(options: dict, base: Path, target: Path, lora: LoraConfig)
         trainable=trainable,
         specs=specs,
         topology=gpt.topology,
-        config=config,
+        model=config.model,
+        bias=lora.bias,
         read=read_value,
         base_fingerprint="base",
+        task="toy",
         step=7,
         metrics={"valid_loss": 1.0},
     )
@@ -78,7 +80,8 @@ def load_and_compute(options: dict, base: Path, adapter: Path, lora: LoraConfig)
         trainable=trainable,
         specs=build_adapter_specs(lora, config.model),
         topology=gpt.topology,
-        config=config,
+        model=config.model,
+        bias=lora.bias,
         base_fingerprint="base",
     )
     assert manifest["step"] == 7

@@ -35,7 +35,7 @@ LORAS = [
     LoraConfig(rank=3, target_modules=ALL_TARGETS),
     LoraConfig(rank=2, target_modules=["q_proj", "v_proj"]),
     LoraConfig(rank=1, target_modules=["fc2"]),
-    LoraConfig(rank=5, target_modules=["o_proj", "up_proj"], layers=[1, 3]),
+    LoraConfig(rank=5, target_modules=["o_proj", "up_proj"], layers=["1", "3"]),
 ]
 
 

@@ -17,7 +17,7 @@ from lora_dist.topology import Topology
 from lora_dist.zero.engine import ZeroEngine, build_zero_engine
 
 FP32, DP = 4, 2
-ODD = LoraConfig(rank=1, target_modules=["q_proj"], layers=[0], bias="lora_only")
+ODD = LoraConfig(rank=1, target_modules=["q_proj"], layers=["0"], bias="lora_only")
 """Sizes that dp 3 does not divide: the partitions need padding."""
 
 

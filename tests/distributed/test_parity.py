@@ -62,7 +62,7 @@ def test_lora_dropout_is_the_same_everywhere(options: dict) -> None:
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["v_proj"], ["o_proj"], ["down_proj"], ["k_proj", "up_proj"]])
 def test_any_subset_of_targets(targets: list[str]) -> None:
-    lora = LoraConfig(rank=3, target_modules=targets, layers=[1, 2])
+    lora = LoraConfig(rank=3, target_modules=targets, layers=["1", "2"])
     _, expected = run_case(Case(lora=lora))
     for options in ({"tp_size": 2}, {"tp_size": 4, "sequence_parallel": True}, {"pp_size": 2}):
         assert compute_error(run_case(Case(lora=lora, **options))[1], expected) < TOLERANCE

@@ -1,7 +1,7 @@
 """The adapter's files: PEFT computes from them what their factors mean, and they come back bit for bit."""
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,8 @@ from hf_toy import build_run_config, compute_peft_logits, draw_adapter_values, d
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from lora_dist.checkpoint.adapter import _write_files, describe_adapter, read_adapter
+from lora_dist.checkpoint.adapter import load_adapter
+from lora_dist.checkpoint.store import Adapter, open_adapter, write_adapter_directory
 from lora_dist.config import LoraConfig, ModelConfig, RunConfig
 from lora_dist.files.directories import compute_sha256, write_manifest
 from lora_dist.files.hf_gpt2 import find_hf_tensor, to_hf_layout
@@ -23,12 +24,12 @@ CASES = {
     "all": LoraConfig(rank=3, alpha=16, target_modules=ALL),
     "k": LoraConfig(rank=1, alpha=5, target_modules=["k_proj"]),
     "o_only": LoraConfig(rank=2, target_modules=["o_proj"]),
-    "layers": LoraConfig(rank=2, target_modules=["v_proj", "down_proj"], layers=[1, 3]),
+    "layers": LoraConfig(rank=2, target_modules=["v_proj", "down_proj"], layers=["1", "3"]),
     "mixed": LoraConfig(rank=2, target_modules=["q_proj", r"layers\.[01]\.down_proj", r"layers\.2\.o_proj"]),
     "ranks": LoraConfig(rank=2, alpha=8, target_modules=ALL, rank_pattern={"v_proj": 5, r"layers\.1\.up_proj": 7}),
     "alphas": LoraConfig(rank=2, target_modules=ALL, alpha_pattern={"k_proj": 3.0, "down_proj": 64.0}),
     "lora_only": LoraConfig(rank=2, target_modules=["q_proj", "down_proj"], bias="lora_only"),
-    "bias_all": LoraConfig(rank=2, target_modules=["v_proj"], layers=[2], bias="all"),
+    "bias_all": LoraConfig(rank=2, target_modules=["v_proj"], layers=["2"], bias="all"),
 }
 
 
@@ -44,9 +45,8 @@ def write(
     """What global rank 0 does in write_adapter; the specs and the values written."""
     specs = build_adapter_specs(config.lora, config.model)
     values = draw_adapter_values(specs, config.model, config.lora.bias)
-    directory.mkdir()
-    hashes = _write_files(directory, values, specs, config, layout, dtype)
-    write_manifest(directory, hashes, describe_adapter(specs, config, "base"))
+    adapter = Adapter(specs=specs, bias=config.lora.bias, values=values)
+    write_adapter_directory(directory, adapter, config.model, {}, base_fingerprint="base", layout=layout, dtype=dtype)
     return specs, values
 
 
@@ -85,7 +85,9 @@ def test_peft_computes_the_same_logits(case: str, base: tuple[Path, ModelConfig]
 def test_values_come_back(case: str, layout: str, base: tuple[Path, ModelConfig], tmp_path: Path) -> None:
     config = build_run_config(base[1], CASES[case])
     specs, values = write(tmp_path / "adapter", config, layout)
-    _, loaded = read_adapter(tmp_path / "adapter", specs=specs, config=config, base_fingerprint="base")
+    stored = open_adapter(tmp_path / "adapter", model=config.model, base_fingerprint="base")
+    loaded = stored.read().values
+    assert (stored.specs, stored.bias) == (specs, config.lora.bias)
     assert loaded.keys() == values.keys()
     assert all(torch.equal(loaded[name], value) for name, value in values.items())
     has_factors = (tmp_path / "adapter" / "adapter_factors.safetensors").exists()
@@ -131,7 +133,15 @@ def written(base: tuple[Path, ModelConfig], tmp_path: Path) -> tuple[Path, RunCo
 def refuse(directory: Path, config: RunConfig, base_fingerprint: str = "base") -> str:
     specs = build_adapter_specs(config.lora, config.model)
     with pytest.raises(ValueError, match=r"adapter") as caught:
-        read_adapter(directory, specs=specs, config=config, base_fingerprint=base_fingerprint)
+        load_adapter(
+            directory,
+            trainable=[],
+            specs=specs,
+            topology=None,  # type: ignore[arg-type]
+            model=config.model,
+            bias=config.lora.bias,
+            base_fingerprint=base_fingerprint,
+        )
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -165,19 +175,67 @@ def test_damaged_files_are_named(name: str, written: tuple[Path, RunConfig]) -> 
     assert f"{path} is missing" in refuse(*written)
 
 
-def test_a_missing_manifest_is_named(written: tuple[Path, RunConfig]) -> None:
-    (written[0] / "manifest.json").unlink()
-    assert "manifest.json: No such file" in refuse(*written)
-
-
-def test_wrong_shapes_are_named(written: tuple[Path, RunConfig], tmp_path: Path) -> None:
-    directory, config = written
-    shutil.copytree(directory, tmp_path / "other_adapter")
-    path = tmp_path / "other_adapter" / "adapter_model.safetensors"
+def forge(directory: Path, change: Callable[[dict[str, torch.Tensor]], object], **manifest: object) -> None:
+    """Change the tensors and make the manifest fit them."""
+    path = directory / "adapter_model.safetensors"
     tensors = load_file(path)
-    key = next(iter(tensors))
-    save_file(tensors | {key: torch.zeros(1, 1)}, path)
-    manifest = json.loads((path.parent / "manifest.json").read_text())
-    manifest.pop("sha256")
-    write_manifest(path.parent, {path.name: compute_sha256(path)}, manifest)
-    assert f"{key} has shape (1, 1), the model needs" in refuse(path.parent, config)
+    change(tensors)
+    save_file(tensors, path)
+    content = json.loads((directory / "manifest.json").read_text()) | {"sha256": {}} | manifest
+    hashes = content.pop("sha256") or {path.name: compute_sha256(path)}
+    write_manifest(directory, hashes, content)
+
+
+KEY = "base_model.model.transformer.h.1.mlp.c_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({KEY: torch.zeros(1, 1)}), f"{KEY} has shape (1, 1), the model needs (2, 48)"),
+        (lambda t: t.pop(KEY), f"{KEY} has shape none, the model needs (2, 48)"),
+        (lambda t: t.update(more=torch.zeros(1)), "more has shape (1,), the model needs none"),
+        (lambda t: t.update({KEY: torch.zeros(2, 48, dtype=torch.int64)}), f"{KEY} is I64, not one of"),
+        (lambda t: t[KEY].fill_(float("nan")), f"{KEY} holds values that are not finite"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    change: Callable[[dict[str, torch.Tensor]], object], message: str, written: tuple[Path, RunConfig]
+) -> None:
+    forge(written[0], change)
+    assert message in refuse(*written)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ({"sha256": {"nothing": "x"}}, "nothing is missing"),
+        ({"sha256": {"adapter_config.json": None}}, "lists no files"),
+        ({"adapters": []}, "lists no adapters"),
+        ({"adapters": {"layers.1.q_proj": 4}}, "layers.1.q_proj is 4, not a lora_rank and an alpha"),
+        ({"adapters": {"layers.9.q_proj": {"lora_rank": 2, "alpha": 1}}}, "has no layers.9.q_proj; it has 4 layers"),
+        ({"adapters": {"layers.1.gate": {"lora_rank": 2, "alpha": 1}}}, "has no layers.1.gate"),
+        (
+            {"adapters": {"layers.1.q_proj": {"lora_rank": 0, "alpha": 1}}},
+            "layers.1.q_proj is {'lora_rank': 0, 'alpha': 1}",
+        ),
+        ({"bias": "some"}, "bias is 'some', not one of"),
+    ],
+)
+def test_a_tampered_manifest_is_refused(
+    manifest: dict[str, object], message: str, written: tuple[Path, RunConfig]
+) -> None:
+    forge(written[0], lambda tensors: None, **manifest)
+    assert message in refuse(*written)
+
+
+def test_weights_that_the_manifest_does_not_hash_are_refused(written: tuple[Path, RunConfig]) -> None:
+    path = written[0] / "adapter_config.json"
+    forge(written[0], lambda tensors: None, sha256={path.name: compute_sha256(path)})
+    assert "lists neither adapter_factors.safetensors nor adapter_model.safetensors" in refuse(*written)
+
+
+def test_an_adapter_from_elsewhere_is_sent_to_import(written: tuple[Path, RunConfig]) -> None:
+    (written[0] / "manifest.json").unlink()
+    assert "lora-dist import it" in refuse(*written)
+    assert "is not a directory" in refuse(written[0] / "none", written[1])

@@ -25,13 +25,13 @@ def hf_directory(tmp_path: Path) -> Path:
 def test_every_file_composes(group: str, option: str, hf_directory: Path) -> None:
     reads_no_file = "fake" in (CONF_DIR / group / f"{option}.yaml").read_text()
     given = [f"model.checkpoint={hf_directory}", *([] if reads_no_file else ["data.train=/train.txt"])]
-    fits = {"topology": ["model=gpt3_175b"], "data": ["model=gpt2_small"]}.get(group, [])
+    fits = {"topology": ["model=gpt3_175b"], "data": ["model=gpt2_small"], "model": ["data.seq_len=128"]}.get(group, [])
     assert isinstance(compose_config([f"{group}={option}", *fits, *given]), RunConfig)
 
 
 def test_options_are_listed_for_every_group() -> None:
     assert set(list_groups()) == {
-        *("model", "method", "topology", "zero", "data", "optim", "track", "experiment", "debug")
+        *("model", "method", "topology", "zero", "data", "optim", "track", "hardware", "experiment", "debug")
     }
     assert len(list(CONF_DIR.rglob("*.yaml"))) == len(OPTIONS) + 1
 
@@ -67,7 +67,7 @@ def test_gpt3_sizes_give_the_parameter_counts_of_their_names() -> None:
 
 
 def test_hf_model_takes_its_sizes_from_the_checkpoint(hf_directory: Path) -> None:
-    model = compose_config(["model=hf", f"model.checkpoint={hf_directory}"]).model
+    model = compose_config(["model=hf", f"model.checkpoint={hf_directory}", "data.seq_len=128"]).model
     assert (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.vocab_size) == (3, 24, 96, 99)
     assert model.layernorm_epsilon == 1e-6
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lora_dist.config import LoraConfig, ModelConfig
-from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.lora.targets import build_adapter_specs, parse_layers
 
 MODEL = ModelConfig(
     name="toy", num_layers=3, hidden_size=8, num_heads=2, ffn_hidden_size=16, vocab_size=11, max_position_embeddings=4
@@ -17,7 +17,7 @@ def names(**options: object) -> list[str]:
 
 
 def test_canonical_targets_in_layer_order() -> None:
-    assert names(target_modules=["v_proj", "q_proj"], layers=[0, 2]) == [
+    assert names(target_modules=["v_proj", "q_proj"], layers=["0", "2"]) == [
         "layers.0.q_proj",
         "layers.0.v_proj",
         "layers.2.q_proj",
@@ -39,7 +39,7 @@ def test_canonical_targets_in_layer_order() -> None:
     ],
 )
 def test_alias(alias: str, targets: list[str]) -> None:
-    assert names(target_modules=[alias], layers=[1]) == [f"layers.1.{target}" for target in targets]
+    assert names(target_modules=[alias], layers=["1"]) == [f"layers.1.{target}" for target in targets]
 
 
 def test_regular_expression() -> None:
@@ -62,8 +62,16 @@ def test_broken_expression_is_named() -> None:
 
 
 def test_layer_outside_the_model() -> None:
-    with pytest.raises(ValueError, match=r"lora.layers=\[3\] do not exist; the model has layers 0 to 2"):
-        names(layers=[0, 3])
+    with pytest.raises(ValueError, match=r"lora.layers: 3 does not exist; the model has layers 0 to 2"):
+        names(layers=["0", "3"])
+
+
+def test_layer_ranges() -> None:
+    assert parse_layers(["0-2", "5"], 6) == {0, 1, 2, 5}
+    assert parse_layers(None, 2) == {0, 1}
+    for wrong in ("2-1", "1-6", "x", "-1", "1-"):
+        with pytest.raises(ValueError, match=f"lora.layers: .?{wrong}.? (does not exist|is neither)"):
+            parse_layers([wrong], 6)
 
 
 def test_patterns_set_lora_rank_and_alpha() -> None:

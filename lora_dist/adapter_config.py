@@ -1,0 +1,123 @@
+"""What the verbs that keep, move and merge adapters are told; standard library only."""
+
+from dataclasses import dataclass, field
+
+from lora_dist.config import ModelConfig, TopologyConfig
+
+EXPORT_FORMATS = ("peft", "peft_split", "loralib", "bridge", "hf_merged")
+IMPORT_FORMATS = ("peft", "loralib")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}={value!r} is not one of {', '.join(allowed)}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ListConfig:
+    """`lora-dist adapters`"""
+
+    directory: str = "runs"
+    """Looked through with everything below it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BaseConfig:
+    """The base model that an adapter belongs to."""
+
+    model: ModelConfig
+    seed: int = 0
+    """Draws the base where the model names no checkpoint; loop.seed of the run that trained."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LiveConfig(BaseConfig):
+    """A base model in shards."""
+
+    topology: TopologyConfig
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(kw_only=True, slots=True)
+class MergeConfig(LiveConfig):
+    """`lora-dist merge`"""
+
+    adapter: str
+    """Directory of the adapter."""
+    output: str
+    """New directory of a whole Hugging Face checkpoint, in the base's dtype."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig(LiveConfig):
+    """`lora-dist export`"""
+
+    adapter: str
+    """Directory of the adapter."""
+    output: str
+    """New directory."""
+    format: str = "peft"
+    """peft (one adapter on the fused c_attn), peft_split (one a projection), loralib, bridge, or hf_merged."""
+
+    def __post_init__(self) -> None:
+        LiveConfig.__post_init__(self)
+        _one_of("format", self.format, EXPORT_FORMATS)
+        num_processes = self.topology.tp_size * self.topology.pp_size * (self.topology.dp_size or 1)
+        if self.format != "hf_merged" and num_processes > 1:
+            raise ValueError(f"topology: format={self.format} reads and writes files alone; use topology=single")
+
+
+@dataclass(kw_only=True, slots=True)
+class ImportConfig(BaseConfig):
+    """`lora-dist import`"""
+
+    source: str
+    """A PEFT adapter's directory, or the file of a loralib state dict (.pt, .bin or .safetensors)."""
+    output: str
+    """New directory of the store."""
+    format: str = "peft"
+    """peft or loralib."""
+    task: str = "imported"
+    """Name that `lora-dist adapters` shows."""
+    alpha: float | None = None
+    """loralib files do not say it."""
+    fused_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """loralib's enable_lora: what a MergedLinear adapts where it adapts two or one of q, k, v."""
+    drop: list[str] = field(default_factory=list)
+    """Regular expressions over the source's keys that are left out, e.g. a classifier's."""
+
+    def __post_init__(self) -> None:
+        _one_of("format", self.format, IMPORT_FORMATS)
+        if (self.alpha is None) == (self.format == "loralib"):
+            needed = "is needed" if self.alpha is None else "is in the file already"
+            raise ValueError(f"alpha={self.alpha}: format={self.format}: alpha {needed}")
+
+
+@dataclass(kw_only=True, slots=True)
+class SwitchConfig(LiveConfig):
+    """`lora-dist switch`"""
+
+    adapters: list[str]
+    """Directories, merged one after the other into the same base in place."""
+    batch_size: int = 1
+    """Rows of the forward pass that the switch is compared with."""
+    seq_len: int = 128
+    num_repeats: int = 5
+    """Times each is measured; the median counts."""
+
+    def __post_init__(self) -> None:
+        LiveConfig.__post_init__(self)
+        if len(self.adapters) < 2:
+            raise ValueError(f"adapters={self.adapters}: name two or more, adapters=[DIR,DIR]")
+        if self.topology.pp_size > 1:
+            raise ValueError(f"topology.pp_size={self.topology.pp_size}: the forward pass is timed on one stage; use 1")
+        if self.seq_len > self.model.max_position_embeddings:
+            limit = self.model.max_position_embeddings
+            raise ValueError(f"seq_len={self.seq_len} exceeds model.max_position_embeddings={limit}")
+        for key in ("batch_size", "seq_len", "num_repeats"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")

@@ -1,0 +1,122 @@
+"""What the adapter verbs do on a live sharded model, from configuration to files; every process of the job runs it."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from lora_dist.adapter_config import ExportConfig, LiveConfig, SwitchConfig
+from lora_dist.checkpoint.convert import export_adapter
+from lora_dist.checkpoint.store import StoredAdapter, open_adapter
+from lora_dist.files.hf_checkpoint import compute_base_fingerprint, read_dtype
+from lora_dist.lora.dropout import DropoutClock
+from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
+from lora_dist.mcore.live import LiveMerge, LoadedAdapter, load_shards
+from lora_dist.mcore.model import ShardedGpt, build_model
+from lora_dist.mcore.parallel import open_topology
+from lora_dist.topology import check_device, choose_device, run_on_first
+
+
+def export_files(config: ExportConfig) -> None:
+    """An adapter's own files in another tool's format; one process, no model."""
+    fingerprint = compute_base_fingerprint(config.model, config.seed)
+    stored = open_adapter(Path(config.adapter), model=config.model, base_fingerprint=fingerprint)
+    export_adapter(stored, Path(config.output), config.format)
+    print(f"{config.adapter} is in {config.output} as {config.format}", flush=True)
+
+
+def write_merged(config: LiveConfig, adapter: str, output: str) -> None:
+    """The base with the adapter in it as a Hugging Face checkpoint; a process holds its shard and one whole tensor."""
+    with open_base(config) as gpt:
+        stored = open_on_base(gpt, config, adapter)
+        LiveMerge(gpt, keep_base=False).merge(load(gpt, stored))
+        write_hf_checkpoint(gpt, output, model=config.model)
+        tell(gpt, f"{adapter} merged into {config.model.name} is in {output}")
+
+
+def measure_switch(config: SwitchConfig) -> None:
+    """Merge every adapter in turn, unmerge, compare with the base, and print what it took."""
+    with open_base(config) as gpt:
+        adapters = [load(gpt, open_on_base(gpt, config, directory)) for directory in config.adapters]
+        before, live = _hash_parameters(gpt), LiveMerge(gpt)
+        forward_ms = _time(gpt, lambda: _run_forward(gpt, config), config.num_repeats)
+        tell(gpt, f"one forward pass of {config.batch_size} x {config.seq_len} tokens: {forward_ms:.1f} ms")
+        for index, adapter in enumerate(adapters):
+            other, merge = adapters[index - 1], partial(live.merge, adapter)
+            switch_ms = _time(gpt, merge, config.num_repeats, prepare=partial(live.merge, other))
+            kept = live.kept_bytes / 2**20
+            tell(gpt, f"switched to {adapter.name}: {switch_ms:.1f} ms, base rows kept {kept:.1f} MiB a process")
+        unmerge_ms = _time(gpt, live.unmerge, 1)
+        assert _hash_parameters(gpt) == before, "unmerging left a weight changed"
+        tell(gpt, f"unmerged: {unmerge_ms:.1f} ms, every weight as before, bit for bit")
+
+
+@contextmanager
+def open_base(config: LiveConfig) -> Iterator[ShardedGpt]:
+    """The frozen base on this job's processes, in the dtype that its checkpoint has."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = choose_device(config.device, local_rank)
+    dtype = torch.float32 if config.model.checkpoint is None else read_dtype(config.model.checkpoint)
+    check_device(device, {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"))
+    with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.seed) as topology:
+        gpt = build_model(config.model, topology, dtype=dtype, recompute="none", clock=DropoutClock())
+        fill_base(gpt, config.model, seed=config.seed)
+        yield gpt.requires_grad_(False).eval()
+
+
+def open_on_base(gpt: ShardedGpt, config: LiveConfig, directory: str) -> StoredAdapter:
+    """ValueError, on every process, where the adapter is damaged or another base's. Collective."""
+    fingerprint = run_on_first(gpt.topology, lambda: compute_base_fingerprint(config.model, config.seed))
+    return run_on_first(
+        gpt.topology, lambda: open_adapter(Path(directory), model=config.model, base_fingerprint=fingerprint)
+    )
+
+
+def load(gpt: ShardedGpt, stored: StoredAdapter) -> LoadedAdapter:
+    """This process's shards of the adapter; each reads the file for itself."""
+    return load_shards(gpt, str(stored.directory), stored.specs, stored.read().values)
+
+
+def tell(gpt: ShardedGpt, message: str) -> None:
+    """A line from the job's first process."""
+    if gpt.topology.global_rank == 0:
+        print(message, flush=True)
+
+
+def _hash_parameters(gpt: ShardedGpt) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(parameter.cpu().flatten().view(torch.uint8).numpy().data).hexdigest()
+        for name, parameter in gpt.named_parameters()
+    }
+
+
+def _time(
+    gpt: ShardedGpt, action: Callable[[], object], num_repeats: int, prepare: Callable[[], object] = lambda: None
+) -> float:
+    """Median milliseconds of `action`, each time after `prepare`."""
+    times = []
+    for _ in range(num_repeats):
+        prepare()
+        _wait_for_device(gpt)
+        start = time.perf_counter()
+        action()
+        _wait_for_device(gpt)
+        times.append(1e3 * (time.perf_counter() - start))
+    return median(times)
+
+
+def _wait_for_device(gpt: ShardedGpt) -> None:
+    if gpt.topology.device.type == "cuda":
+        torch.cuda.synchronize(gpt.topology.device)
+
+
+@torch.no_grad()
+def _run_forward(gpt: ShardedGpt, config: SwitchConfig) -> None:
+    tokens_BS = torch.zeros(config.batch_size, config.seq_len, dtype=torch.long, device=gpt.topology.device)
+    gpt(tokens_BS, torch.arange(config.seq_len, device=tokens_BS.device).expand_as(tokens_BS), None)

@@ -1,0 +1,104 @@
+"""The peers: Hugging Face transformers with PEFT, as it comes and tuned, and transformers trained whole.
+
+Shapes: B rows, S positions, N target tokens, H hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2LMHeadModel
+
+from lora_dist.batch import Batch
+from lora_dist.config import RunConfig
+from lora_dist.lora.targets import build_adapter_specs
+
+_HF_MODULES = {
+    "q_proj": "c_attn",
+    "k_proj": "c_attn",
+    "v_proj": "c_attn",
+    "o_proj": "attn.c_proj",
+    "up_proj": "mlp.c_fc",
+    "down_proj": "mlp.c_proj",
+}
+
+
+class PeerContender:
+    """A plain training loop around transformers' GPT-2: backward, clip, AdamW.
+
+    Tuned means what a careful user sets without writing kernels: the fused GELU of the same function, SDPA, adapters in
+    the model's dtype, the output layer on target tokens only. Adapters on q, k or v are one adapter on the fused
+    c_attn, as PEFT has it for GPT-2: as many parameters as q and v apart at the same rank.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, dtype: torch.dtype, *, lora: bool, tuned: bool) -> None:
+        assert config.model.checkpoint is not None
+        options: dict[str, Any] = {"attn_implementation": "sdpa"} if tuned else {}
+        model: Any = GPT2LMHeadModel.from_pretrained(config.model.checkpoint, dtype=dtype, **options)
+        if tuned:
+            for block in model.transformer.h:
+                block.mlp.act = torch.nn.GELU(approximate="tanh")
+        if config.loop.recompute == "full":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora:
+            model = get_peft_model(model, build_peft_config(config), autocast_adapter_dtype=not tuned)
+        self._model: torch.nn.Module = model.to(device).train()
+        self._gpt2: Any = model.get_base_model() if lora else model
+        self._device, self._tuned, self._max_norm = device, tuned, config.optim.clip_grad_norm
+        self._label_smoothing = config.optim.label_smoothing
+        self._trained = [p for p in self._model.parameters() if p.requires_grad]
+        optim = config.optim
+        self._adam = torch.optim.AdamW(
+            self._trained,
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,  # as lora_dist's
+        )
+
+    def step(self, batches: Sequence[Batch], step: int) -> float:
+        total = torch.zeros((), device=self._device)
+        for batch in batches:
+            moved = batch.to(self._device)
+            loss = self._compute_loss_sum(moved) / moved.num_loss_tokens
+            loss.backward()
+            total += loss.detach()
+        if self._max_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self._trained, self._max_norm)
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        return total.item()
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        return self._model.parameters()
+
+    def _compute_loss_sum(self, batch: Batch) -> torch.Tensor:
+        labels_BS = batch.labels_BS.masked_fill(~batch.loss_mask_BS, -100)
+        inputs = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
+        if not self._tuned:
+            logits_NV = self._model(**inputs).logits.float().flatten(0, 1)
+            return self._cross_entropy(logits_NV, labels_BS.flatten())
+        hidden_NH = self._gpt2.transformer(**inputs).last_hidden_state[batch.loss_mask_BS]
+        return self._cross_entropy(self._gpt2.lm_head(hidden_NH).float(), batch.labels_BS[batch.loss_mask_BS])
+
+    def _cross_entropy(self, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=self._label_smoothing)
+
+
+def build_peft_config(config: RunConfig) -> LoraConfig:
+    """ValueError where PEFT's GPT-2 has no adapter of the same size."""
+    specs = build_adapter_specs(config.lora, config.model)
+    if len({(spec.lora_rank, spec.alpha) for spec in specs}) > 1 or config.lora.layers is not None:
+        raise ValueError(
+            "bench compares with PEFT at one rank, one alpha and all layers; drop lora.*_pattern and lora.layers"
+        )
+    return LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=sorted({_HF_MODULES[spec.target] for spec in specs}),
+        fan_in_fan_out=True,
+    )

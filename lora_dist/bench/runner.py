@@ -1,0 +1,155 @@
+"""`lora-dist bench`: contenders in processes of their own, one step each in turn, and the record of it."""
+
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext, SpawnContext
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+from lora_dist.bench.ceilings import Ceilings, CeilingSample
+from lora_dist.bench.record import build_record
+from lora_dist.bench.worker import DTYPES, Account, Sample, serve
+from lora_dist.config import RunConfig
+from lora_dist.measure.environment import describe_environment
+from lora_dist.run_dir import prepare_run_dir
+from lora_dist.topology import choose_device
+
+Context = SpawnContext | ForkContext
+RECORD_FILE = "bench.json"
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(kw_only=True, slots=True)
+class Measurements:
+    """Everything the rounds gave, in their order."""
+
+    samples: dict[str, list[Sample]]
+    accounts: dict[str, Account] = field(default_factory=dict)
+    ceilings: list[CeilingSample] = field(default_factory=list)
+    load_averages: list[float] = field(default_factory=list)
+    """Runnable processes on the machine over the last minute, at each timed round."""
+
+
+def bench(config: RunConfig) -> Path:
+    """Run config.bench and write `bench.json` into the run directory; its path."""
+    check_bench(config)
+    run_dir = prepare_run_dir(config)
+    environment = describe_environment()
+    with _open_start_weights(config) as checkpoint:
+        started = replace(config, model=replace(config.model, checkpoint=checkpoint))
+        measurements = measure_contenders(started)
+    record = build_record(config, environment, measurements)
+    path = run_dir / RECORD_FILE
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"bench: wrote {path}")
+    return path
+
+
+def check_bench(config: RunConfig) -> None:
+    """ValueError for a configuration that this bench does not measure."""
+    topology = config.topology
+    if (topology.tp_size, topology.pp_size, topology.dp_size or 1) != (1, 1, 1):
+        raise ValueError(
+            f"bench compares with peers on one process, got tp {topology.tp_size} pp {topology.pp_size}"
+            f" dp {topology.dp_size}; use topology=single"
+        )
+    if config.loop.recompute == "selective" and not {"lora", "full"} >= set(config.bench.contenders):
+        raise ValueError(
+            "loop.recompute=selective has no like in transformers; bench none or full, or lora and full alone"
+        )
+
+
+def measure_contenders(config: RunConfig, *, context: Context | None = None) -> Measurements:
+    """`num_warmup_rounds` untimed, then `num_rounds` timed, then the account of each contender.
+
+    `context` starts the contenders' processes; spawned unless said otherwise. RuntimeError where one of them fails.
+    """
+    settings, names = config.bench, config.bench.contenders
+    device = choose_device(config.device, local_rank=0)
+    if device.type == "cpu":
+        torch.set_num_threads(settings.num_threads)
+    measurements = Measurements(samples={name: [] for name in names})
+    with _open_workers(config, context or multiprocessing.get_context("spawn")) as workers:
+        ceilings = Ceilings(config, device, DTYPES[config.dtype])
+        num_rounds = settings.num_warmup_rounds + settings.num_rounds
+        for round_ in tqdm(range(num_rounds), desc="bench rounds", unit="round"):
+            first = round_ % len(names)  # each contender takes each place in turn
+            samples = {name: _ask(workers[name], ("step", round_), Sample) for name in [*names[first:], *names[:first]]}
+            if round_ >= settings.num_warmup_rounds:
+                for name, sample in samples.items():
+                    measurements.samples[name].append(sample)
+                measurements.ceilings.append(ceilings.measure())
+                measurements.load_averages.append(os.getloadavg()[0])
+        for name in names:
+            measurements.accounts[name] = _ask(workers[name], ("account", num_rounds), Account)
+    return measurements
+
+
+@contextmanager
+def _open_workers(config: RunConfig, context: Context) -> Iterator[dict[str, Connection]]:
+    """Built one after another, so that building takes no more memory than stepping."""
+    connections: dict[str, Connection] = {}
+    processes = []
+    try:
+        for name in config.bench.contenders:
+            connection, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, name, config), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            connections[name] = connection
+            _ask(connection, None, str)  # ready
+        yield connections
+        for connection in connections.values():
+            connection.send(None)
+        for process in processes:
+            process.join(timeout=30)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _ask(connection: Connection, order: tuple[str, int] | None, kind: type[_Answer]) -> _Answer:
+    """Send an order (None waits for the first answer) and wait. RuntimeError with the contender's own traceback."""
+    if order is not None:
+        connection.send(order)
+    try:
+        answer = connection.recv()
+    except EOFError:
+        raise RuntimeError("a contender's process ended without a word; was it killed for memory?") from None
+    if isinstance(answer, str) and answer != "ready":
+        raise RuntimeError(f"a contender failed: {answer}")
+    assert isinstance(answer, kind)
+    return answer
+
+
+@contextmanager
+def _open_start_weights(config: RunConfig) -> Iterator[str]:
+    """The checkpoint of the configuration, or weights drawn from the seed in a directory that goes away."""
+    if config.model.checkpoint is not None:
+        yield config.model.checkpoint
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        path = str(Path(directory) / "start")
+        process = multiprocessing.get_context("spawn").Process(target=_write_start_weights, args=(config, path))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            raise RuntimeError(f"drawing the start weights failed with exit code {process.exitcode}")
+        yield path
+
+
+def _write_start_weights(config: RunConfig, path: str) -> None:
+    from lora_dist.bench.ours import write_start_weights
+
+    write_start_weights(config, path)

@@ -1,0 +1,102 @@
+"""Adapters of the store into other tools' files and back; one process, no model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_dist.adapter_config import ImportConfig
+from lora_dist.checkpoint.store import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    Adapter,
+    StoredAdapter,
+    write_adapter_directory,
+    write_tensors,
+)
+from lora_dist.files.bridge import to_bridge
+from lora_dist.files.directories import open_new_directory, write_json
+from lora_dist.files.imported import ImportedAdapter
+from lora_dist.files.loralib import export_loralib, import_loralib
+from lora_dist.files.peft_gpt2 import build_adapter_config, to_peft_tensors
+from lora_dist.files.peft_import import import_peft
+from lora_dist.files.peft_split import to_peft_split
+
+LORALIB_WEIGHTS = "lora.pt"
+_Files = tuple[dict[str, torch.Tensor], dict[str, Any]]
+
+
+def import_adapter(config: ImportConfig, base_fingerprint: str) -> ImportedAdapter:
+    """Read `config.source` and write `config.output`, in the source's dtype. ValueError for what does not fit."""
+    source, model = Path(config.source), config.model
+    if config.format == "peft":
+        imported = import_peft(source, model, config.drop)
+    else:
+        assert config.alpha is not None
+        imported = import_loralib(
+            source, model, alpha=config.alpha, fused_targets=config.fused_targets, drop=config.drop
+        )
+    values = {name: value.float() for name, value in imported.values.items()}
+    about = {"task": config.task, "step": 0, "metrics": {}, "source_format": config.format}
+    write_adapter_directory(
+        Path(config.output),
+        Adapter(specs=imported.specs, bias=imported.bias, values=values),
+        model,
+        about | {"source_names": imported.names},
+        base_fingerprint=base_fingerprint,
+        dtype=imported.dtype,
+    )
+    return imported
+
+
+def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
+    """Write `stored` in another tool's format, in its own dtype. ValueError for what the format cannot say."""
+    tensors, settings = _CONVERT[format](stored.read(), stored)
+    weights_name, settings_name = _FILES[format]
+    with open_new_directory(output) as temporary:
+        if weights_name == LORALIB_WEIGHTS:  # what loralib's users torch.load
+            torch.save(
+                {key: tensor.to(stored.dtype, copy=True) for key, tensor in tensors.items()}, temporary / weights_name
+            )
+        else:
+            write_tensors(temporary / weights_name, tensors, stored.dtype)
+        write_json(temporary / settings_name, settings)
+
+
+def _to_peft(adapter: Adapter, stored: StoredAdapter) -> _Files:
+    tensors = to_peft_tensors(adapter.values, adapter.specs, stored.model, adapter.bias)
+    return tensors, build_adapter_config(adapter.specs, bias=adapter.bias, base_name=stored.model.checkpoint)
+
+
+def _to_peft_split(adapter: Adapter, stored: StoredAdapter) -> _Files:
+    return to_peft_split(
+        adapter.values,
+        adapter.specs,
+        bias=adapter.bias,
+        names=stored.source_names,
+        base_name=stored.model.checkpoint,
+    )
+
+
+def _to_loralib(adapter: Adapter, stored: StoredAdapter) -> _Files:
+    return export_loralib(adapter.values, adapter.specs, stored.model, adapter.bias, stored.source_names)
+
+
+def _to_bridge(adapter: Adapter, stored: StoredAdapter) -> _Files:
+    return to_bridge(adapter.values, adapter.specs, stored.model, adapter.bias)
+
+
+_CONVERT: dict[str, Callable[[Adapter, StoredAdapter], _Files]] = {
+    "peft": _to_peft,
+    "peft_split": _to_peft_split,
+    "loralib": _to_loralib,
+    "bridge": _to_bridge,
+}
+_FILES = {
+    "peft": (PEFT_WEIGHTS, PEFT_CONFIG),
+    "peft_split": (PEFT_WEIGHTS, PEFT_CONFIG),
+    "loralib": (LORALIB_WEIGHTS, "lora_settings.json"),
+    "bridge": ("adapter.safetensors", "peft.json"),
+}
+"""Weights, and what a model has to be built with to take them."""

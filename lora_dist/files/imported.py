@@ -1,0 +1,192 @@
+"""Factors and biases by another tool's names, checked against the model and made into canonical adapters; pure.
+
+Shapes: A [R, H], B [O, R].
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lora_dist.config import ModelConfig
+from lora_dist.files.hf_gpt2 import (
+    PREFIX,
+    QKV_TARGETS,
+    compute_hf_shapes,
+    find_canonical_name,
+    find_hf_tensor,
+    from_hf_layout,
+)
+from lora_dist.files.modules import ModuleName, parse_module_name
+from lora_dist.files.peft_gpt2 import list_bias_names
+from lora_dist.lora.spec import CANONICAL_TARGETS, AdapterSpec
+from lora_dist.lora.targets import compute_linear_shapes
+
+
+@dataclass(kw_only=True, slots=True)
+class ImportedAdapter:
+    """What another tool's files hold."""
+
+    specs: list[AdapterSpec]
+    bias: str
+    values: dict[str, torch.Tensor]
+    """Whole tensors by canonical name, in the file's dtype."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Target -> name template of its linear in the source."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one that holds every value."""
+        dtype = next(iter(self.values.values())).dtype
+        for value in self.values.values():
+            dtype = torch.promote_types(dtype, value.dtype)
+        return dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factors:
+    """A pair as the source stores it."""
+
+    module: ModuleName
+    key: str
+    """Of the source, for messages."""
+    a_RH: torch.Tensor
+    b_OR: torch.Tensor
+    alpha: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Projection:
+    """One projection's part of a stored pair."""
+
+    target: str
+    a_RH: torch.Tensor
+    b_OR: torch.Tensor
+    shares_a: bool = False
+
+
+def drop_keys(tensors: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Without those that a regular expression matches whole. ValueError for one that matches none."""
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, key) for key in tensors):
+            raise ValueError(f"drop: {pattern!r} matches no key of the source")
+    return {key: value for key, value in tensors.items() if not any(re.fullmatch(p, key) for p in patterns)}
+
+
+def build_imported(
+    path: Path,
+    factors: Sequence[Factors],
+    biases: Mapping[str, torch.Tensor],
+    model: ModelConfig,
+    *,
+    rank_stabilized: bool,
+    bias: str,
+) -> ImportedAdapter:
+    """`biases` by the name of their module. ValueError for what does not fit the model."""
+    specs, values = _build_adapters(path, factors, model, rank_stabilized=rank_stabilized)
+    values |= _read_biases(path, biases, specs, model, bias)
+    names = {target: one.module.template for one in factors for target in one.module.targets}
+    return ImportedAdapter(specs=specs, bias=bias, values=values, names=names)
+
+
+def build_factors(path: Path, name: str, key: str, a_RH: torch.Tensor, b_OR: torch.Tensor, alpha: float) -> Factors:
+    """ValueError where `name` is no linear known here."""
+    module = parse_module_name(name)
+    if module is None:
+        raise ValueError(f"{path}: {key} is no linear of a layer that is known here; leave it out with drop=[...]")
+    return Factors(module=module, key=key, a_RH=a_RH, b_OR=b_OR, alpha=alpha)
+
+
+def _build_adapters(
+    path: Path, factors: Sequence[Factors], model: ModelConfig, *, rank_stabilized: bool
+) -> tuple[list[AdapterSpec], dict[str, torch.Tensor]]:
+    """Canonical adapters by layer and target. ValueError for shapes or layers that the model has not."""
+    shapes, found = compute_linear_shapes(model), []
+    if not factors:
+        raise ValueError(f"{path} holds no LoRA factors")
+    for one in factors:
+        in_features, out_features = shapes[one.module.targets[0]]
+        expected = (one.a_RH.shape[0], in_features), (len(one.module.targets) * out_features, one.a_RH.shape[0])
+        actual = tuple(one.a_RH.shape), tuple(one.b_OR.shape)
+        if actual != expected or one.module.layer >= model.num_layers:
+            raise ValueError(
+                f"{path}: {one.key}: A and B are {actual}; {model.name} needs {expected}"
+                f" in layers 0 to {model.num_layers - 1}"
+            )
+        for split in _split(one):
+            spec = AdapterSpec(
+                layer=one.module.layer,
+                target=split.target,
+                lora_rank=split.a_RH.shape[0],
+                alpha=_scale_alpha(one.alpha, split.a_RH.shape[0] / one.a_RH.shape[0], rank_stabilized),
+                in_features=in_features,
+                out_features=out_features,
+                rank_stabilized=rank_stabilized,
+                shares_a=split.shares_a,
+            )
+            found.append((spec, split.a_RH, split.b_OR))
+    return _collect(path, found)
+
+
+def _collect(
+    path: Path, found: list[tuple[AdapterSpec, torch.Tensor, torch.Tensor]]
+) -> tuple[list[AdapterSpec], dict[str, torch.Tensor]]:
+    found.sort(key=lambda one: (one[0].layer, CANONICAL_TARGETS.index(one[0].target)))
+    values = {}
+    for spec, a_RH, b_OR in found:
+        if f"{spec.name}.lora_A" in values:
+            raise ValueError(f"{path} holds two adapters of {spec.name}")
+        values[f"{spec.name}.lora_A"], values[f"{spec.name}.lora_B"] = a_RH.contiguous(), b_OR.contiguous()
+    return [spec for spec, _, _ in found], values
+
+
+def _split(one: Factors) -> list[_Projection]:
+    """q, k and v of a fused pair: each its own columns where B is made of blocks, else all of them with the same A."""
+    if len(one.module.targets) == 1:
+        return [_Projection(target=one.module.targets[0], a_RH=one.a_RH, b_OR=one.b_OR)]
+    blocks = dict(zip(QKV_TARGETS, one.b_OR.chunk(3), strict=True))
+    owners = _find_block_owners(list(blocks.values()))
+    if owners is None:
+        return [
+            _Projection(target=target, a_RH=one.a_RH, b_OR=block, shares_a=True) for target, block in blocks.items()
+        ]
+    projections = []
+    for index, (target, block) in enumerate(blocks.items()):
+        columns = owners == index
+        if columns.any():
+            projections.append(_Projection(target=target, a_RH=one.a_RH[columns], b_OR=block[:, columns]))
+    return projections
+
+
+def _find_block_owners(blocks: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Block that each column of the fused B writes, if every column writes one and q's come first, v's last."""
+    writes = torch.stack([(block != 0).any(0) for block in blocks])
+    owners = writes.int().argmax(0)
+    is_blocked = bool((writes.sum(0) == 1).all()) and bool((owners.diff() >= 0).all())
+    return owners if is_blocked else None
+
+
+def _scale_alpha(alpha: float, ratio: float, rank_stabilized: bool) -> float:
+    """The alpha that keeps the scaling at `ratio` times the rank."""
+    scaled = alpha * (math.sqrt(ratio) if rank_stabilized else ratio)
+    return int(scaled) if scaled == int(scaled) else scaled
+
+
+def _read_biases(
+    path: Path, biases: Mapping[str, torch.Tensor], specs: Sequence[AdapterSpec], model: ModelConfig, bias: str
+) -> dict[str, torch.Tensor]:
+    """Canonical values; exactly those that `bias` trains on a GPT-2."""
+    shapes, values = compute_hf_shapes(model), {}
+    expected = {find_hf_tensor(name).name: name for name in list_bias_names(specs, model, bias)}
+    found = {f"{name.removeprefix(PREFIX)}.bias": tensor for name, tensor in biases.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        actual = tuple(found[name].shape) if name in found else "none"
+        wanted = shapes[name] if name in expected else "none"
+        if actual != wanted:
+            raise ValueError(f"{path}: {name} has shape {actual}, bias={bias} on {model.name} needs {wanted}")
+        canonical = find_canonical_name(name)
+        values[canonical] = from_hf_layout(found[name], find_hf_tensor(canonical), model.num_heads)
+    return values

@@ -1,0 +1,89 @@
+"""Adapters that HF PEFT wrote, one on the fused c_attn or one a projection, read into canonical factors."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from lora_dist.config import ModelConfig
+from lora_dist.files.directories import read_json
+from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, build_imported, drop_keys
+from lora_dist.files.safetensors_stream import read_header
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_UNSUPPORTED = (
+    *("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "use_qalora"),
+    *("target_parameters", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config"),
+)
+"""Settings that change what the factors mean: refused unless empty or false."""
+_CHANGES_BASE = re.compile(r"pissa|olora|loftq|corda|lora_ga")
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)(?:\.default)?\.weight")
+_BIAS = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.bias")
+
+
+def import_peft(directory: Path, model: ModelConfig, drop: Sequence[str] = ()) -> ImportedAdapter:
+    """ValueError, naming file, key and both values, for what this model or this project has no place for."""
+    config = read_json(directory / _CONFIG)
+    _check_config(directory / _CONFIG, config)
+    path = directory / _WEIGHTS
+    read_header(path)
+    tensors = drop_keys(load_file(path), drop)
+    factors, bias_tensors = _sort_keys(path, tensors, config)
+    rank_stabilized, bias = bool(config.get("use_rslora")), config.get("bias", "none")
+    return build_imported(path, factors, bias_tensors, model, rank_stabilized=rank_stabilized, bias=bias)
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' can be imported")
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise ValueError(f"{path}: {key}={config[key]!r} is not supported; train or convert the adapter without it")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and _CHANGES_BASE.match(start):
+        raise ValueError(
+            f"{path}: init_lora_weights={start!r} trained beside a changed base; save it with PEFT's"
+            " path_initial_model_for_weight_conversion first"
+        )
+    if config.get("bias", "none") not in ("none", "lora_only", "all"):
+        raise ValueError(f"{path}: bias={config['bias']!r} is not one of none, lora_only, all")
+
+
+def _sort_keys(
+    path: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> tuple[list[Factors], dict[str, torch.Tensor]]:
+    """Pairs of factors, and biases by the module's name."""
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    biases: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        if found := _FACTOR.fullmatch(key):
+            pairs.setdefault(found[1], {})[found[2]] = tensor
+        elif found := _BIAS.fullmatch(key):
+            biases[found[1]] = tensor
+        else:
+            raise ValueError(f"{path}: {key} is neither a LoRA factor nor a bias; leave it out with drop=[...]")
+    return [_pair(path, name, pair, config) for name, pair in pairs.items()], biases
+
+
+def _pair(path: Path, name: str, pair: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Factors:
+    key = f"base_model.model.{name}"
+    if len(pair) < 2:
+        missing = "lora_B" if "lora_A" in pair else "lora_A"
+        raise ValueError(f"{path}: {key}.{missing}.weight is missing")
+    lora_rank = _find_setting(config, name, "rank_pattern", "r")
+    if pair["lora_A"].shape[0] != lora_rank:
+        found = tuple(pair["lora_A"].shape)
+        raise ValueError(f"{path}: {key}.lora_A.weight has shape {found}, {_CONFIG} says rank {lora_rank}")
+    alpha = _find_setting(config, name, "alpha_pattern", "lora_alpha")
+    return build_factors(path, name, f"{key}.lora_A.weight", pair["lora_A"], pair["lora_B"], alpha)
+
+
+def _find_setting(config: Mapping[str, Any], name: str, pattern_key: str, key: str) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the module's name."""
+    for pattern, value in (config.get(pattern_key) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return config.get(key, 8)

@@ -1,0 +1,56 @@
+"""An adapter added into a weight shard and taken out again, in place and with nothing communicated.
+
+The sum is formed in fp32 and rounded once. What unmerging puts back is not computed but kept: subtracting an update
+from a rounded sum gives the base back only nearly, and the loss grows with every cycle.
+
+Shapes: O output features, H input features.
+"""
+
+import torch
+from torch import nn
+
+from lora_dist.lora.layer import LoraShard
+
+
+class WeightMerge:
+    """One weight shard, with at most one adapter in it, and the base rows that the adapter replaced.
+
+    Those rows are the memory it costs: what the adapted projections' own weights take, and nothing for the others.
+    """
+
+    def __init__(self, weight_OH: nn.Parameter, *, keep_base: bool = True) -> None:
+        """Without `keep_base` a merge costs no memory and is for good."""
+        self.weight_OH, self.keep_base = weight_OH, keep_base
+        self._kept: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(base.nbytes for _, base in self._kept.values())
+
+    @torch.no_grad()
+    def merge(self, shard: LoraShard | None) -> None:
+        """Base plus `shard`, whatever was merged before; None leaves the base alone, bit for bit."""
+        blocks = [] if shard is None else shard.split_blocks()
+        targets = {target for target, *_ in blocks}
+        for target in [target for target in self._kept if target not in targets]:
+            self._write(*self._kept.pop(target))
+        for target, rows, a_RH, b_OR in blocks:
+            base_OH = self._kept[target][1] if target in self._kept else self._read(rows)
+            if self.keep_base:
+                self._kept[target] = (rows, base_OH)
+            self._write(rows, compute_merged(base_OH, a_RH, b_OR))
+
+    def _read(self, rows: torch.Tensor | None) -> torch.Tensor:
+        return self.weight_OH.clone() if rows is None else self.weight_OH.index_select(0, rows)
+
+    def _write(self, rows: torch.Tensor | None, value_OH: torch.Tensor) -> None:
+        if rows is None:
+            self.weight_OH.copy_(value_OH)
+        else:
+            self.weight_OH.index_copy_(0, rows, value_OH.to(self.weight_OH.dtype))
+
+
+def compute_merged(base_OH: torch.Tensor, a_RH: torch.Tensor, b_OR: torch.Tensor) -> torch.Tensor:
+    """W + B A (B scaled already) in fp32, or fp64 where W is: the caller rounds it once."""
+    dtype = torch.promote_types(base_OH.dtype, torch.float32)
+    return torch.addmm(base_OH.to(dtype), b_OR.to(dtype), a_RH.to(dtype))

@@ -1,0 +1,115 @@
+"""Adapters on a live sharded model that does not train: loaded, merged, taken out and exchanged in place."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_dist.lora.layer import LoraShard
+from lora_dist.lora.merge import WeightMerge
+from lora_dist.lora.mixed import MixedLoraShard
+from lora_dist.lora.spec import AdapterSpec
+from lora_dist.mcore.adapters import build_shards, describe_factors
+from lora_dist.mcore.base_parameters import describe_base_parameters
+from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
+from lora_dist.mcore.model import ShardedGpt
+from lora_dist.parameters import TrainableParameter
+from lora_dist.whole import cut_shard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedAdapter:
+    """One task's factors on this process, in no linear yet."""
+
+    name: str
+    shards: dict[str, LoraShard]
+    """By the local name of the linear: `decoder.layers.0.mlp.linear_fc1`."""
+    biases: dict[str, torch.Tensor]
+    """Trained biases of this shard by local parameter name, in the model's dtype."""
+
+
+@torch.no_grad()
+def load_shards(
+    gpt: ShardedGpt, name: str, specs: Sequence[AdapterSpec], values: Mapping[str, torch.Tensor]
+) -> LoadedAdapter:
+    """This process's part of the whole `values` (by canonical name); nothing is communicated."""
+    shards = build_shards(gpt, specs, seed=0)
+    for shard in shards.values():
+        for one in describe_factors(shard):
+            one.parameter.copy_(cut_shard(values[one.name], one, gpt.topology))
+        shard.requires_grad_(False)
+    biases = {}
+    local_names = {id(parameter): local for local, parameter in gpt.named_parameters()}
+    for one in describe_base_parameters(gpt):
+        if one.kind == "bias" and one.name in values:
+            biases[local_names[id(one.parameter)]] = cut_shard(values[one.name], one, gpt.topology).to(one.parameter)
+    return LoadedAdapter(name=name, shards=shards, biases=biases)
+
+
+def attach_adapters(gpt: ShardedGpt, adapters: Sequence[LoadedAdapter]) -> None:
+    """Put several adapters beside the weights; `Batch.adapter_of_row` then says which one each row uses, or none.
+
+    What was attached before is replaced; an empty sequence leaves the base alone. ValueError for trained biases, which
+    are the whole batch's.
+    """
+    for adapter in adapters:
+        if adapter.biases:
+            raise ValueError(f"{adapter.name} has trained biases; a batch can mix adapters only without, merge it")
+    adapted = {name for adapter in adapters for name in adapter.shards}
+    for name, linear in gpt.named_modules():
+        if isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear):
+            shards = [adapter.shards.get(name) for adapter in adapters]
+            linear.lora = MixedLoraShard(shards, gpt.clock) if name in adapted else None
+
+
+def describe_attached(adapter: LoadedAdapter) -> list[TrainableParameter]:
+    """The adapter's factors, to be trained beside others; names start with the adapter's own."""
+    described = [one for shard in adapter.shards.values() for one in describe_factors(shard)]
+    for one in described:
+        one.name = f"{adapter.name}/{one.name}"
+        one.parameter.requires_grad_(True)
+    return described
+
+
+class LiveMerge:
+    """A frozen model into which one adapter at a time is merged: no latency, no gather, the base never lost."""
+
+    def __init__(self, gpt: ShardedGpt, *, keep_base: bool = True) -> None:
+        self._gpt, self._keep_base = gpt, keep_base
+        self._merges: dict[str, WeightMerge] = {}
+        self._kept_biases: dict[str, torch.Tensor] = {}
+        self.merged: str | None = None
+        """Name of the adapter in the weights."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory this process spends to be able to go back: the base rows of the adapted projections, and biases."""
+        biases = sum(bias.nbytes for bias in self._kept_biases.values())
+        return biases + sum(merge.kept_bytes for merge in self._merges.values())
+
+    def merge(self, adapter: LoadedAdapter) -> None:
+        """Base plus `adapter`, in place of what was merged: the first merge and a switch of tasks are the same."""
+        assert self._keep_base or self.merged is None, f"{self.merged} was merged for good"
+        self._apply(adapter.shards, adapter.biases)
+        self.merged = adapter.name
+
+    def unmerge(self) -> None:
+        """The base again, bit for bit."""
+        assert self._keep_base, "the base was not kept"
+        self._apply({}, {})
+        self.merged = None
+
+    @torch.no_grad()
+    def _apply(self, shards: Mapping[str, LoraShard], biases: Mapping[str, torch.Tensor]) -> None:
+        for name in [*self._merges, *(name for name in shards if name not in self._merges)]:
+            linear = self._gpt.get_submodule(name)
+            assert linear.lora is None, f"{name} would apply an adapter twice"
+            merge = self._merges.setdefault(name, WeightMerge(linear.weight, keep_base=self._keep_base))
+            merge.merge(shards.get(name))
+        for name, bias in biases.items():
+            parameter = self._gpt.get_parameter(name)
+            if self._keep_base:
+                self._kept_biases.setdefault(name, parameter.clone())
+            parameter.copy_(bias)
+        for name in [name for name in self._kept_biases if name not in biases]:
+            self._gpt.get_parameter(name).copy_(self._kept_biases.pop(name))

@@ -1,0 +1,67 @@
+"""LayerNorm that keeps its output for backward, and not its input, in front of an adapted linear.
+
+That linear keeps the norm's output anyway, as its own input, so the norm's input need not be kept at all.
+Shapes: N leading dimensions, H features.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+_MIN_RATIO_LIMIT = 4.0
+_MAX_ERROR = 1e-5
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm with Megatron's constructor; Megatron's own torch norm refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        self.keeps_output = False
+        """Set where something keeps the output for backward anyway: then it costs a little time and saves the input."""
+        self._invertible: bool | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        frozen = not (self.weight.requires_grad or self.bias.requires_grad)
+        wanted = self.keeps_output and frozen and input.requires_grad and torch.is_grad_enabled()
+        if wanted and self._is_invertible():
+            return _NormFromOutput.apply(input, self.weight, self.bias, self.eps)
+        return super().forward(input)
+
+    def _is_invertible(self) -> bool:
+        """Whether the normalised input can be had back from the output; asked once, since the weights are frozen."""
+        if self._invertible is None:
+            limit = max(_MIN_RATIO_LIMIT, _MAX_ERROR / torch.finfo(self.weight.dtype).eps)
+            bad_H = (self.weight == 0) | (self.bias.abs() > limit * self.weight.abs())
+            self._invertible = bad_H.sum().item() == 0
+        return self._invertible
+
+
+class _NormFromOutput(torch.autograd.Function):
+    """y = x_hat weight + bias, so x_hat = (y - bias) / weight; its rounding error is that of y times bias / weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NH: torch.Tensor, weight_H: torch.Tensor, bias_H: torch.Tensor, eps: float) -> torch.Tensor:
+        y_NH, _, rstd_N = torch.native_layer_norm(x_NH, weight_H.shape, weight_H, bias_H, eps)
+        ctx.save_for_backward(y_NH, rstd_N, weight_H, bias_H)
+        return y_NH
+
+    @staticmethod
+    def backward(ctx: Any, dy_NH: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        y_NH, rstd_N, weight_H, bias_H = ctx.saved_tensors
+        inverse_H = weight_H.reciprocal()
+        normalised_NH = torch.addcmul(-bias_H * inverse_H, y_NH, inverse_H)
+        # The kernel's own backward, told that its input has mean 0 and deviation 1.
+        dx_NH, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dy_NH,
+            normalised_NH,
+            weight_H.shape,
+            torch.zeros_like(rstd_N),
+            torch.ones_like(rstd_N),
+            weight_H,
+            bias_H,
+            [True, False, False],
+        )
+        return dx_NH.mul_(rstd_N), None, None, None

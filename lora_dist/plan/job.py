@@ -1,0 +1,180 @@
+"""A whole job out of its kinds of process: memory, step time, throughput, files."""
+
+import gc
+import multiprocessing
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from lora_dist.config import RunConfig, compute_num_microbatches
+from lora_dist.files.peft_gpt2 import compute_peft_shapes
+from lora_dist.lora.spec import AdapterSpec
+from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.plan.execute import compute_world_size, execute_process, require_hardware
+from lora_dist.plan.live_bytes import ADAPTERS, BASE, GRADIENTS, OPTIMIZER
+from lora_dist.plan.process_plan import ProcessPlan, list_distinct_stages
+
+GIB = 2**30
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobPlan:
+    """One method under one recomputation on one topology."""
+
+    method: str
+    recompute: str
+    tp_size: int
+    pp_size: int
+    dp_size: int
+    sequence_parallel: bool
+    processes: list[ProcessPlan]
+    """One of each kind, by pipeline stage."""
+    reserved_bytes: int
+    """CUDA context and libraries, on every GPU."""
+    memory_bytes: int
+    """Of one GPU."""
+    tokens_per_step: int
+    step_seconds: float
+    num_trainable: int
+    """Of the whole model, each parameter once."""
+    checkpoint_bytes: dict[str, int]
+    """Tensors of each file, headers left out."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size * self.dp_size
+
+    @property
+    def heaviest(self) -> ProcessPlan:
+        return max(self.processes, key=lambda process: process.peak_bytes)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of the fullest GPU, with what is reserved."""
+        return self.heaviest.peak_bytes + self.reserved_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.memory_bytes
+
+    @property
+    def tokens_per_sec_per_gpu(self) -> float:
+        return self.tokens_per_step / self.step_seconds / self.world_size
+
+    @property
+    def flops(self) -> int:
+        """Of one step of the whole job."""
+        return self.sum_over_job([process.flops for process in self.processes])
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, adapters, gradients and optimizer on all GPUs together."""
+        kinds = (BASE, ADAPTERS, GRADIENTS, OPTIMIZER)
+        return self.sum_over_job([sum(process.largest[kind] for kind in kinds) for process in self.processes])
+
+    def sum_over_job(self, values: Sequence[int]) -> int:
+        """`values[i]` is one process's of kind i. A search executes no stage between; the first stands for them."""
+        kinds = {process.stage for process in self.processes}
+        num_between = max(0, self.pp_size - 2)
+        num_stages = {"middle": num_between, "first": 1 if "middle" in kinds else 1 + num_between}
+        stages = (num_stages.get(process.stage, 1) for process in self.processes)
+        return self.tp_size * self.dp_size * sum(n * value for n, value in zip(stages, values, strict=True))
+
+    def describe(self) -> dict[str, Any]:
+        """For plan.json."""
+        derived = ("world_size", "needed_bytes", "fits", "tokens_per_sec_per_gpu", "flops", "state_bytes")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+
+def plan_jobs(configs: Sequence[RunConfig]) -> list[JobPlan]:
+    """Execute every kind of process of each job, `plan.num_processes` at a time."""
+    tasks = [
+        (config, compute_world_size(config), pp_rank)
+        for config in configs
+        for pp_rank in list_distinct_stages(config.topology.pp_size)
+    ]
+    executed = iter(execute_all(tasks, configs[0].plan.num_processes))
+    return [
+        build_job_plan(config, [next(executed) for _ in list_distinct_stages(config.topology.pp_size)])
+        for config in configs
+    ]
+
+
+def execute_all(tasks: Sequence[tuple[RunConfig, int, int]], num_processes: int) -> list[ProcessPlan]:
+    """(config, world_size, pp_rank) of each; each in a process of its own, since it patches what it imports."""
+    gc.freeze()  # the forked processes need not look through what was imported
+    with multiprocessing.get_context("fork").Pool(num_processes, maxtasksperchild=1) as pool:
+        return pool.map(_execute, tasks, chunksize=1)
+
+
+def _execute(task: tuple[RunConfig, int, int]) -> ProcessPlan:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    config, world_size, pp_rank = task
+    return execute_process(config, world_size=world_size, pp_rank=pp_rank)
+
+
+def build_job_plan(config: RunConfig, processes: list[ProcessPlan]) -> JobPlan:
+    hardware, topology, model = require_hardware(config), config.topology, config.model
+    dp_size = compute_world_size(config) // (topology.tp_size * topology.pp_size)
+    rows = config.loop.micro_batch_size * compute_num_microbatches(config.loop, dp_size) * dp_size
+    specs = [] if config.method == "full" else build_adapter_specs(config.lora, model)
+    return JobPlan(
+        method=config.method,
+        recompute=config.loop.recompute,
+        tp_size=topology.tp_size,
+        pp_size=topology.pp_size,
+        dp_size=dp_size,
+        sequence_parallel=topology.sequence_parallel and topology.tp_size > 1,
+        processes=processes,
+        reserved_bytes=round(hardware.reserved_gib * GIB),
+        memory_bytes=round(hardware.memory_gib * GIB),
+        tokens_per_step=rows * config.data.seq_len,
+        step_seconds=compute_step_seconds(processes, topology.pp_size),
+        num_trainable=sum(spec.num_parameters for spec in specs) if specs else model.num_parameters,
+        checkpoint_bytes=compute_checkpoint_bytes(config, specs),
+    )
+
+
+def compute_step_seconds(processes: Sequence[ProcessPlan], pp_size: int) -> float:
+    """1F1B: every microbatch passes the slowest stage, the pipeline fills and drains, then the optimizer steps.
+
+    Nothing is taken to overlap but the stages.
+    """
+    if pp_size == 1:
+        return processes[0].busy_seconds
+    num_microbatches = processes[0].num_microbatches
+    slowest = max(process.microbatch_seconds for process in processes)
+    rest = max(process.busy_seconds - num_microbatches * process.microbatch_seconds for process in processes)
+    return (num_microbatches + pp_size - 1) * slowest + max(0.0, rest)
+
+
+def compute_checkpoint_bytes(config: RunConfig, specs: Sequence[AdapterSpec]) -> dict[str, int]:
+    """What a run of the job writes. The factors alone are the paper's measure of a checkpoint."""
+    model_bytes = config.model.num_parameters * ITEM_BYTES[config.dtype]
+    if not specs:
+        return {"model": model_bytes, "resume state": 12 * config.model.num_parameters}
+    num_elements = sum(spec.num_parameters for spec in specs)
+    shapes = compute_peft_shapes(specs, config.model, config.lora.bias)
+    stacked = sum(torch.Size(shape).numel() for shape in shapes.values())
+    return {
+        "factors fp16": 2 * num_elements,
+        "factors fp32": 4 * num_elements,
+        "PEFT adapter fp32": 4 * stacked,
+        "resume state": 12 * num_elements,
+        "base model": model_bytes,
+    }
+
+
+def list_variants(config: RunConfig) -> list[RunConfig]:
+    """Each method of compare.methods under each recomputation of plan.recompute."""
+    return [
+        replace(config, method=method, loop=replace(config.loop, recompute=recompute))
+        for method in config.compare.methods
+        for recompute in config.plan.recompute
+    ]

@@ -1,0 +1,147 @@
+"""Which topologies of the given GPUs hold a job, best predicted first, and why the others do not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lora_dist.config import ModelConfig, RunConfig
+from lora_dist.mcore.model import compute_padded_vocab_size
+from lora_dist.plan.execute import require_hardware
+from lora_dist.plan.job import GIB, ITEM_BYTES, JobPlan, build_job_plan, execute_all
+from lora_dist.plan.process_plan import ProcessPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One topology; `job` where it was executed, `reason` where it does not do."""
+
+    tp_size: int
+    pp_size: int
+    dp_size: int
+    num_idle: int
+    """GPUs of the given ones that it leaves out."""
+    recompute: str
+    job: JobPlan | None = None
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"tp{self.tp_size} pp{self.pp_size} dp{self.dp_size}"
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tp_size * self.pp_size * self.dp_size
+
+
+def search_topologies(config: RunConfig) -> list[Candidate]:
+    """Every topology of plan.num_gpus GPUs: those that fit by predicted throughput, then the others.
+
+    Where a job fits without recomputation it is not looked at with it. ValueError where plan.num_gpus is not set.
+    """
+    if config.plan.num_gpus is None:
+        raise ValueError("plan.search=true needs plan.num_gpus=N, the GPUs there are")
+    candidates = [_refuse_unexecuted(config, one) for one in list_candidates(config)]
+    for recompute in config.plan.recompute:
+        candidates = _try_all(config, candidates, recompute)
+    fitting = [one for one in candidates if one.reason is None]
+    fitting.sort(key=lambda one: -_count_tokens_per_sec(one))
+    return fitting + [one for one in candidates if one.reason is not None]
+
+
+def _count_tokens_per_sec(one: Candidate) -> float:
+    assert one.job is not None
+    return one.job.tokens_per_sec_per_gpu * one.num_gpus
+
+
+def list_candidates(config: RunConfig) -> list[Candidate]:
+    """Sizes that divide the model, on as many replicas as there are GPUs and rows for."""
+    assert config.plan.num_gpus is not None
+    num_gpus, model = config.plan.num_gpus, config.model
+    found = []
+    for tp_size in _list_divisors(model.num_heads, num_gpus):
+        for pp_size in _list_divisors(model.num_layers, num_gpus // tp_size):
+            if model.ffn_hidden_size % tp_size:
+                continue
+            dp_size = _choose_dp_size(config, num_gpus // (tp_size * pp_size))
+            idle = num_gpus - tp_size * pp_size * dp_size
+            found.append(Candidate(tp_size=tp_size, pp_size=pp_size, dp_size=dp_size, num_idle=idle, recompute=""))
+    return found
+
+
+def _list_divisors(number: int, limit: int) -> list[int]:
+    return [size for size in range(1, limit + 1) if number % size == 0]
+
+
+def _choose_dp_size(config: RunConfig, limit: int) -> int:
+    """The most replicas that the rows of a step divide over."""
+    rows = config.loop.global_batch_size
+    if rows is None:
+        return limit
+    fitting = [n for n in range(1, limit + 1) if rows % (n * config.loop.micro_batch_size) == 0]
+    return max(fitting, default=1)
+
+
+def _refuse_unexecuted(config: RunConfig, one: Candidate) -> Candidate:
+    """What its sizes alone rule out."""
+    hardware = require_hardware(config)
+    if one.tp_size > 1 and hardware.gpus_per_node % one.tp_size:
+        reason = f"tp{one.tp_size} does not divide a node of {hardware.gpus_per_node} GPUs"
+        return replace(one, reason=reason)
+    weight_bytes = compute_weight_bytes(config.model, config.dtype, tp_size=one.tp_size, pp_size=one.pp_size)
+    if weight_bytes > hardware.memory_gib * GIB:
+        reason = f"{weight_bytes / GIB:.1f} GiB of weights > {hardware.memory_gib:.1f} GiB"
+        return replace(one, reason=reason)
+    return one
+
+
+def compute_weight_bytes(model: ModelConfig, dtype: str, *, tp_size: int, pp_size: int) -> int:
+    """Of the fullest stage's base shard; exact."""
+    h, f = model.hidden_size, model.ffn_hidden_size
+    layer = (3 * h * h + 3 * h + h * h + h * f + f + f * h) // tp_size + 6 * h
+    vocab = compute_padded_vocab_size(model.vocab_size, tp_size) // tp_size * h
+    positions, norm = model.max_position_embeddings * h, 2 * h
+    first = vocab + positions + (norm if pp_size == 1 else 0)
+    return ITEM_BYTES[dtype] * (model.num_layers // pp_size * layer + max(first, vocab + norm))
+
+
+def _try_all(config: RunConfig, candidates: Sequence[Candidate], recompute: str) -> list[Candidate]:
+    """Execute the first stage, which holds the most microbatches, and the last one of those that fit so far."""
+    open_ones = [one for one in candidates if one.job is None and (one.reason is None or one.recompute)]
+    jobs = [_configure(config, one, recompute) for one in open_ones]
+    first = execute_all([(job, one.num_gpus, 0) for job, one in zip(jobs, open_ones, strict=True)], _workers(config))
+    tried = {one.name: (job, [process]) for one, job, process in zip(open_ones, jobs, first, strict=True)}
+    more = [one for one in open_ones if one.pp_size > 1 and _fits(config, tried[one.name][1])]
+    last = execute_all([(tried[one.name][0], one.num_gpus, one.pp_size - 1) for one in more], _workers(config))
+    for one, process in zip(more, last, strict=True):
+        tried[one.name][1].append(process)
+    return [_judge(config, one, recompute, *tried[one.name]) if one.name in tried else one for one in candidates]
+
+
+def _workers(config: RunConfig) -> int:
+    return config.plan.num_processes
+
+
+def _configure(config: RunConfig, one: Candidate, recompute: str) -> RunConfig:
+    topology = replace(
+        config.topology,
+        tp_size=one.tp_size,
+        pp_size=one.pp_size,
+        dp_size=one.dp_size,
+        sequence_parallel=one.tp_size > 1 and config.data.seq_len % one.tp_size == 0,
+    )
+    plan = replace(config.plan, num_gpus=one.num_gpus)
+    return replace(config, topology=topology, plan=plan, loop=replace(config.loop, recompute=recompute))
+
+
+def _fits(config: RunConfig, processes: Sequence[ProcessPlan]) -> bool:
+    return max(process.peak_bytes for process in processes) <= require_hardware(config).available_gib * GIB
+
+
+def _judge(
+    config: RunConfig, one: Candidate, recompute: str, job: RunConfig, processes: list[ProcessPlan]
+) -> Candidate:
+    if _fits(config, processes):
+        return replace(one, recompute=recompute, reason=None, job=build_job_plan(job, processes))
+    fullest = max(processes, key=lambda process: process.peak_bytes)
+    available = require_hardware(config).available_gib
+    reason = f"{fullest.peak_bytes / GIB:.1f} GiB on the {fullest.stage} stage > {available:.1f} GiB left of the GPU"
+    return replace(one, recompute=recompute, reason=reason)

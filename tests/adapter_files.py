@@ -1,0 +1,31 @@
+"""Adapters written by PEFT itself, and read into a store, for the tests of import and export."""
+
+from pathlib import Path
+
+import peft
+import torch
+
+from lora_dist.adapter_config import ImportConfig
+from lora_dist.checkpoint.convert import import_adapter
+from lora_dist.checkpoint.store import StoredAdapter, open_adapter
+from lora_dist.config import ModelConfig
+
+
+@torch.no_grad()
+def write_with_peft(
+    model: torch.nn.Module, directory: Path, dtype: torch.dtype = torch.float32, **options: object
+) -> None:
+    """An adapter with nothing zero, saved by PEFT itself."""
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **options))
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            if "lora_" in name:
+                parameter.data = parameter.to(dtype)
+    adapted.save_pretrained(directory)
+
+
+def read_in(source: Path, output: Path, model: ModelConfig, **options: object) -> StoredAdapter:
+    import_adapter(ImportConfig(model=model, source=str(source), output=str(output), **options), "base")  # type: ignore[arg-type]
+    return open_adapter(output, model=model, base_fingerprint="base")

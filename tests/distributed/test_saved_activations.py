@@ -1,0 +1,74 @@
+"""What a LoRA layer keeps for backward, in units of one hidden vector a token: a budget that may only shrink."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_distributed
+
+from lora_dist.batch import Batch
+from lora_dist.config import LoraConfig, ModelConfig, TopologyConfig
+from lora_dist.lora.dropout import DropoutClock
+from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.mcore.adapters import apply_lora
+from lora_dist.mcore.base_parameters import initialize_base
+from lora_dist.mcore.model import build_model
+from lora_dist.mcore.parallel import build_topology
+from lora_dist.mcore.schedule import forward_backward
+from lora_dist.measure.ledger import open_activation_ledger
+
+B, S, H = 2, 64, 128
+
+
+def measure_units(targets: list[str], num_layers: int, recompute: str) -> float:
+    """Peak saved bytes over B S H fp32 values."""
+    model = ModelConfig(
+        name="wide",
+        num_layers=num_layers,
+        hidden_size=H,
+        num_heads=2,
+        ffn_hidden_size=4 * H,
+        vocab_size=64,
+        max_position_embeddings=S,
+    )
+    topology = build_topology(TopologyConfig(), device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
+    gpt = build_model(model, topology, dtype=torch.float32, recompute=recompute, clock=DropoutClock())
+    initialize_base(gpt, model, seed=0)
+    apply_lora(gpt, build_adapter_specs(LoraConfig(rank=1, target_modules=targets), model), bias="none", seed=0)
+    tokens = torch.arange(B * S).view(B, S) % 64
+    batch = Batch(
+        input_ids_BS=tokens,
+        labels_BS=tokens,
+        loss_mask_BS=torch.arange(S).expand(B, S) >= S - 4,  # few targets: the output layer's share is small
+        position_ids_BS=torch.arange(S).expand(B, S),
+        segment_ids_BS=None,
+        row_ids_B=torch.arange(B),
+        num_loss_tokens=4 * B,
+        num_tokens=B * S,
+    )
+    with open_activation_ledger(gpt.parameters) as ledger:
+        forward_backward(gpt, [batch], seed=0, step=0, scale_loss=None)
+    return ledger.peak_bytes / (B * S * H * 4)
+
+
+def measure_units_a_layer(targets: list[str], recompute: str = "none") -> float:
+    """Of one more layer: the embedding, the last norm and the loss drop out of the difference."""
+    few, many = (run_distributed(measure_units, 1, targets, n, recompute)[0] for n in (2, 6))
+    return (many - few) / 4
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        # qkv's input (the first norm's output), q, k, v, attention's output, the second norm's input, GELU's input
+        (["q_proj", "v_proj"], 1 + 3 + 1 + 1 + 4),
+        (["up_proj"], 1 + 3 + 1 + 1 + 4),  # the second norm's output instead of its input; the first's input
+        (["q_proj", "o_proj", "up_proj", "down_proj"], 1 + 3 + 1 + 1 + 4 + 4),  # and down_proj's input
+    ],
+)
+def test_units_a_layer(targets: list[str], expected: int) -> None:
+    units = measure_units_a_layer(targets)
+    assert expected <= units < expected + 0.3  # the factors, their products and the norms' deviations
+
+
+def test_full_recompute_keeps_a_layers_input() -> None:
+    assert 1 <= measure_units_a_layer(["q_proj", "v_proj"], "full") < 1.1

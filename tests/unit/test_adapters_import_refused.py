@@ -1,0 +1,88 @@
+"""Foreign adapters that have no place here are refused by name, and nothing is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_files import read_in, write_with_peft
+from hf_toy import build_hf_model, write_toy_checkpoint
+from safetensors.torch import load_file, save_file
+
+from lora_dist.config import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
+    directory = tmp_path_factory.mktemp("base")
+    return directory, write_toy_checkpoint(directory)
+
+
+def damage_config(directory: Path, **changes: object) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' trained beside a changed base"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] is not supported"),
+        ({"r": 5}, "c_attn.lora_A.weight has shape (2, 32), adapter_config.json says rank 5"),
+        ({"bias": "all"}, "h.0.attn.c_attn.bias has shape none, bias=all on"),
+    ],
+)
+def test_what_peft_means_otherwise_is_refused(
+    changes: dict, message: str, base: tuple[Path, ModelConfig], tmp_path: Path
+) -> None:
+    write_with_peft(build_hf_model(), tmp_path / "source", target_modules=["c_attn"], r=2)
+    damage_config(tmp_path / "source", **changes)
+    with pytest.raises(ValueError, match="source") as caught:
+        read_in(tmp_path / "source", tmp_path / "stored", base[1])
+    assert message in str(caught.value)
+    assert not (tmp_path / "stored").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "message"),
+    [
+        ("base_model.model.transformer.h.0.attn.c_attn.lora_B.weight", None, "c_attn.lora_B.weight is missing"),
+        ("base_model.model.score.weight", torch.ones(2), "score.weight is neither a LoRA factor nor a bias"),
+        ("base_model.model.transformer.h.9.attn.c_attn", (2, 32, 96), "in layers 0 to 3"),
+        ("base_model.model.transformer.h.0.attn.nothing", (2, 32, 96), "is no linear of a layer that is known here"),
+        ("base_model.model.transformer.h.0.mlp.c_fc", (2, 32, 40), "needs ((2, 32), (48, 2))"),
+    ],
+)
+def test_tensors_without_a_place_are_named(
+    key: str, tensor: object, message: str, base: tuple[Path, ModelConfig], tmp_path: Path
+) -> None:
+    write_with_peft(build_hf_model(), tmp_path / "source", target_modules=["c_attn"], r=2)
+    path = tmp_path / "source/adapter_model.safetensors"
+    tensors = load_file(path)
+    if tensor is None:
+        tensors.pop(key)
+    elif isinstance(tensor, tuple):
+        r, h, o = tensor
+        tensors |= {f"{key}.lora_A.weight": torch.ones(r, h), f"{key}.lora_B.weight": torch.ones(o, r)}
+    else:
+        tensors[key] = tensor  # type: ignore[assignment]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="adapter_model") as caught:
+        read_in(tmp_path / "source", tmp_path / "stored", base[1])
+    assert message in str(caught.value)
+
+
+def test_a_pickle_that_runs_code_is_refused(base: tuple[Path, ModelConfig], tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"x": Harmful()}, tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match="is no file of tensors alone"):
+        read_in(tmp_path / "lora.pt", tmp_path / "stored", base[1], format="loralib", alpha=1)
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "cut.safetensors").write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        read_in(tmp_path / "cut.safetensors", tmp_path / "stored", base[1], format="loralib", alpha=1)

@@ -1,0 +1,111 @@
+"""The bench whole on a tiny model: contenders agree on the loss, the record adds up, a failing contender is named."""
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hf_toy import build_run_config
+from processes import run_distributed
+
+from lora_dist.bench.batches import build_batches
+from lora_dist.bench.ours import write_start_weights
+from lora_dist.bench.peers import build_peft_config
+from lora_dist.bench.record import build_record
+from lora_dist.bench.runner import check_bench, measure_contenders
+from lora_dist.config import BenchConfig, LoopConfig, LoraConfig, ModelConfig, RunConfig, TopologyConfig
+from lora_dist.measure.environment import describe_environment
+from lora_dist.measure.flops import StepShape, compute_full_flops
+
+FORK = multiprocessing.get_context("fork")
+MODEL = ModelConfig(
+    name="toy",
+    num_layers=2,
+    hidden_size=32,
+    num_heads=4,
+    ffn_hidden_size=64,
+    vocab_size=104,
+    max_position_embeddings=16,
+)
+ALL = ["lora", "full", "peft", "peft_tuned", "hf_full"]
+
+
+def build_config(**options: object) -> RunConfig:
+    bench = BenchConfig(contenders=ALL, num_rounds=2, num_warmup_rounds=1, target_fraction=0.5)
+    loop = LoopConfig(micro_batch_size=2, global_batch_size=4)
+    return build_run_config(MODEL, **{"bench": bench, "loop": loop, "device": "cpu", **options})
+
+
+@pytest.fixture
+def started_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """With the weights that every contender starts from."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    config = build_config()
+    run_distributed(write_start_weights, 1, config, str(tmp_path / "start"))
+    return replace(config, model=replace(MODEL, checkpoint=str(tmp_path / "start")))
+
+
+def test_bench_end_to_end(started_config: RunConfig) -> None:
+    measured = measure_contenders(started_config, context=FORK)
+    record = json.loads(json.dumps(build_record(started_config, describe_environment(), measured)))
+    contenders = record["contenders"]
+    assert list(contenders) == ALL
+    losses = {name: [sample["loss"] for sample in one["samples"]] for name, one in contenders.items()}
+    for same in (["lora", "peft", "peft_tuned"], ["full", "hf_full"]):  # one step apart at the first timed round
+        assert losses[same[0]][0] == pytest.approx(losses[same[1]][0], abs=2e-3)
+        assert losses[same[0]][0] == pytest.approx(losses[same[-1]][0], abs=2e-3)
+    assert contenders["lora"]["num_trainable"] == contenders["peft"]["num_trainable"] == 2 * 2 * 2 * 4 * 32
+    shape = StepShape(num_tokens=64, num_loss_tokens=32, seq_len=16, num_vocab_rows=104)
+    assert contenders["full"]["flops_per_step"] == compute_full_flops(MODEL, shape)
+    assert contenders["lora"]["saved_activation_bytes"] < contenders["peft"]["saved_activation_bytes"]
+    assert len(record["ratios"]) == len(ALL) * (len(ALL) - 1)
+
+
+def test_a_failing_contender_is_named(started_config: RunConfig) -> None:
+    broken = replace(started_config, lora=LoraConfig(layers=[0]))
+    with pytest.raises(RuntimeError, match=r"(?s)a contender failed: peft: .*bench compares with PEFT"):
+        measure_contenders(replace(broken, bench=BenchConfig(contenders=["lora", "peft"])), context=FORK)
+    assert not multiprocessing.active_children()
+
+
+def test_batches_are_a_function_of_the_step() -> None:
+    config = build_config()
+    first, again, other = (build_batches(config, step) for step in (0, 0, 1))
+    assert len(first) == 2
+    assert all((a.input_ids_BS == b.input_ids_BS).all() for a, b in zip(first, again, strict=True))
+    assert not (first[0].input_ids_BS == other[0].input_ids_BS).all()
+    assert first[0].num_loss_tokens == sum(int(batch.loss_mask_BS.sum()) for batch in first) == 32
+    assert (first[0].input_ids_BS[:, 1:] == first[0].labels_BS[:, :-1])[:, 8:].all()
+
+
+def test_peft_gets_the_same_adapters() -> None:
+    peft = build_peft_config(build_config(lora=LoraConfig(rank=2, target_modules=["q_proj", "down_proj"])))
+    assert (peft.r, peft.target_modules) == (2, {"c_attn", "mlp.c_proj"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topology": TopologyConfig(tp_size=2)}, "got tp 2 pp 1"),
+        ({"loop": LoopConfig(recompute="selective")}, "no like in transformers"),
+    ],
+)
+def test_what_bench_does_not_measure_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_bench(build_config(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contenders": ["lora", "unsloth"]}, "unsloth"),
+        ({"contenders": []}, "empty"),
+        ({"contenders": ["lora", "lora"]}, "twice"),
+        ({"num_rounds": 0}, "num_rounds=0"),
+        ({"target_fraction": 0.0}, "target_fraction=0.0"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BenchConfig(**options)

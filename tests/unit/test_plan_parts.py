@@ -1,0 +1,152 @@
+"""The plan's parts without a model: the repeating pipeline, messages, step time, files, search, tables."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hf_toy import build_run_config
+
+from lora_dist.cli.compose import compose_config
+from lora_dist.cli.schema import list_groups
+from lora_dist.config import HardwareConfig, LoraConfig, PlanConfig, RunConfig
+from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.measure.collectives import Collective
+from lora_dist.plan.clock import compute_message_seconds
+from lora_dist.plan.execute import compute_world_size, require_hardware
+from lora_dist.plan.job import compute_checkpoint_bytes, compute_step_seconds, list_variants
+from lora_dist.plan.process_plan import ProcessPlan, list_distinct_stages, name_stage
+from lora_dist.plan.search import Candidate, compute_weight_bytes, list_candidates, search_topologies
+from lora_dist.plan.steady import WatchedBatches, Work, compute_num_executed, count_calls
+
+GIB = 2**30
+HARDWARE = compose_config(["hardware=v100_32gb"]).hardware
+GPT3 = compose_config(["model=gpt3_175b"]).model
+TINY = compose_config(["model=tiny"]).model
+
+
+def call(op: str = "all_reduce", group: str = "tp", payload_bytes: int = 10**9, count: int = 1) -> Collective:
+    return Collective(op=op, group=group, in_layer=False, payload_bytes=payload_bytes, count=count)
+
+
+def test_stages_worth_executing() -> None:
+    assert [list_distinct_stages(n) for n in (1, 2, 3, 8)] == [[0], [0, 1], [0, 1, 2], [0, 1, 7]]
+    assert [name_stage(0, 1), *(name_stage(i, 3) for i in range(3))] == ["only", "first", "middle", "last"]
+
+
+def test_executes_the_warm_up_and_three_more() -> None:
+    assert compute_num_executed(0, 4, 128) == 6
+    assert compute_num_executed(3, 4, 128) == 3
+    assert compute_num_executed(0, 4, 2) == 2
+
+
+def take(works: list[Work]) -> WatchedBatches:
+    readings = iter(works)
+    watched = WatchedBatches([object()] * len(works), lambda: next(readings))  # type: ignore[list-item]
+    assert len(list(watched)) == len(works)
+    return watched
+
+
+def test_the_steady_state_is_what_repeats() -> None:
+    def at(flops: int, calls: int) -> Work:
+        return Work(flops=flops, seconds=flops / 2, collectives=count_calls([call(count=calls)]))
+
+    steady = take([at(0, 1), at(7, 2), at(17, 4), at(27, 6)]).compute_steady(1)
+    assert steady == Work(flops=10, seconds=5.0, collectives=Counter({call(): 2}))
+    assert take([at(0, 1), at(7, 2)]).compute_steady(0) is None
+    with pytest.raises(AssertionError):
+        take([at(0, 1), at(10, 2), at(21, 3)]).compute_steady(0)
+    more = at(30, 7).plus(steady, 3)
+    assert (more.flops, more.list_collectives()) == (60, [call(count=13)])
+
+
+def test_rings_and_latency() -> None:
+    assert HARDWARE is not None
+    hardware = replace(HARDWARE, link_gb_s=100, network_gb_s=10, link_latency_us=0, network_latency_us=1e6)
+    assert compute_message_seconds(call(), 4, within_node=True, hardware=hardware) == pytest.approx(2 * 0.75 / 100)
+    assert compute_message_seconds(call("all_gather"), 4, within_node=True, hardware=hardware) == pytest.approx(0.0075)
+    assert compute_message_seconds(call("send"), 2, within_node=False, hardware=hardware) == pytest.approx(1.1)
+    assert compute_message_seconds(call(), 1, within_node=True, hardware=hardware) == 0.0
+
+
+def process(pp_rank: int, pp_size: int, seconds: float, rest: float) -> ProcessPlan:
+    return ProcessPlan(
+        pp_rank=pp_rank, stage=name_stage(pp_rank, pp_size), num_layers=1, num_parameters=1, num_trainable=1,
+        ledger={}, peak_bytes=0, setup_peak_bytes=0, held_bytes=0, largest={}, num_in_flight=1, num_microbatches=8,
+        num_executed=3, flops=0, collectives=[], compute_seconds=8 * seconds, communication_seconds=rest,
+        microbatch_seconds=seconds,
+    )  # fmt: skip
+
+
+def test_a_pipeline_fills_and_drains_at_its_slowest_stage() -> None:
+    assert compute_step_seconds([process(0, 1, 2.0, 0.5)], 1) == 16.5
+    assert compute_step_seconds([process(0, 2, 2.0, 0.5), process(1, 2, 3.0, 0.1)], 2) == (8 + 1) * 3.0 + 0.5
+
+
+def test_the_papers_checkpoint() -> None:
+    config = build_run_config(GPT3, LoraConfig(rank=4), dtype="fp16")
+    sizes = compute_checkpoint_bytes(config, build_adapter_specs(config.lora, GPT3))
+    assert sizes["factors fp16"] == 37_748_736
+    assert sizes["base model"] == pytest.approx(349.2e9, rel=1e-3)
+    full = compute_checkpoint_bytes(replace(config, method="full"), [])
+    assert full == {"model": sizes["base model"], "resume state": 6 * sizes["base model"]}
+
+
+def test_variants_and_world_size() -> None:
+    config = build_run_config(TINY, plan=PlanConfig(recompute=["none", "full"]))
+    assert [(v.method, v.loop.recompute) for v in list_variants(config)] == [
+        ("lora", "none"), ("lora", "full"), ("full", "none"), ("full", "full"),
+    ]  # fmt: skip
+    assert compute_world_size(config) == 1
+    odd = replace(config, topology=replace(config.topology, dp_size=3), plan=PlanConfig(num_gpus=4))
+    with pytest.raises(ValueError, match="tp 1 x pp 1 x dp 3 = 3 processes"):
+        compute_world_size(odd)
+
+
+def test_hardware_is_asked_for_and_its_dtypes_hold() -> None:
+    with pytest.raises(ValueError, match="hardware is not set"):
+        require_hardware(build_run_config(TINY))
+    with pytest.raises(ValueError, match="dtype=bf16: v100_32gb computes in fp16, fp32"):
+        require_hardware(build_run_config(TINY, hardware=HARDWARE, dtype="bf16"))
+
+
+@pytest.mark.parametrize("name", list_groups()["hardware"])
+def test_every_hardware_file_composes(name: str) -> None:
+    hardware = compose_config([f"hardware={name}"]).hardware
+    assert isinstance(hardware, HardwareConfig)
+    assert (hardware.name, "fp32" in hardware.peak_tflops) == (name, True)
+    assert hardware.available_gib > 0
+
+
+def search_config(num_gpus: int | None, **options: object) -> RunConfig:
+    return build_run_config(GPT3, hardware=HARDWARE, dtype="fp16", plan=PlanConfig(num_gpus=num_gpus), **options)
+
+
+def test_weights_of_gpt3() -> None:
+    """349.2 GB of fp16 weights; TP8 alone leaves 40.7 GiB a GPU."""
+    assert compute_weight_bytes(GPT3, "fp16", tp_size=8, pp_size=1) / GIB == pytest.approx(40.7, abs=0.05)
+    assert compute_weight_bytes(GPT3, "fp16", tp_size=1, pp_size=1) == pytest.approx(2 * GPT3.num_parameters, rel=1e-4)
+
+
+def test_candidates_divide_the_model() -> None:
+    found = list_candidates(search_config(12))
+    assert {(one.tp_size, one.pp_size) for one in found if one.tp_size * one.pp_size == 12} == {
+        (1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1),
+    }  # fmt: skip
+    assert all(one.tp_size * one.pp_size * one.dp_size + one.num_idle == 12 for one in found)
+
+
+def test_what_cannot_hold_the_weights_is_not_executed() -> None:
+    found = search_topologies(search_config(8))
+    assert all(one.job is None for one in found)
+    reasons = {one.name: one.reason for one in found}
+    assert reasons["tp8 pp1 dp1"] == "40.7 GiB of weights > 31.8 GiB"
+    assert reasons["tp3 pp2 dp1"] == "tp3 does not divide a node of 8 GPUs"
+    with pytest.raises(ValueError, match=r"plan.search=true needs plan.num_gpus"):
+        search_topologies(search_config(None))
+
+
+def test_replicas_only_where_rows_divide() -> None:
+    config = search_config(32)
+    config = replace(config, loop=replace(config.loop, micro_batch_size=1, global_batch_size=6))
+    one = next(one for one in list_candidates(config) if (one.tp_size, one.pp_size) == (8, 1))
+    assert one == Candidate(tp_size=8, pp_size=1, dp_size=3, num_idle=8, recompute="")
