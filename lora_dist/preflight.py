@@ -47,17 +47,16 @@ def check_job(config: RunConfig) -> str | None:
     started = time.monotonic()
     global_rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = _meet(global_rank, world_size)
-    directory = _find_existing(Path(config.run_dir).absolute())
-    if global_rank == 0:
-        probe = directory / f".preflight-{uuid.uuid4().hex}"
-        probe.touch()
-        store.set("probe", str(probe))
-    facts = collect_facts(config, Path(store.get("probe").decode()))
-    store.set(f"facts/{global_rank}", json.dumps(asdict(facts)))
     if global_rank != 0:
+        facts = collect_facts(config, Path(store.get("probe").decode()))
+        store.set(f"facts/{global_rank}", json.dumps(asdict(facts)))
         return None  # and ask nothing more: process 0, which holds the store, may be gone
+    probe = _find_existing(Path(config.run_dir).absolute()) / f".preflight-{uuid.uuid4().hex}"
+    probe.touch()
     try:
-        everyone = [Facts(**json.loads(store.get(f"facts/{one}"))) for one in range(world_size)]
+        store.set("probe", str(probe))
+        first = collect_facts(config, probe)
+        everyone = [first, *(Facts(**json.loads(store.get(f"facts/{one}"))) for one in range(1, world_size))]
     finally:
         probe.unlink()
     if problems := find_problems(everyone):
