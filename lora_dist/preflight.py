@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lora_dist.config import ModelConfig, RunConfig, compute_dp_size
@@ -66,12 +65,12 @@ def check_job(config: RunConfig) -> str | None:
     return f"{describe(everyone)}; passed in {time.monotonic() - started:.1f} s"
 
 
-def _meet(global_rank: int, world_size: int) -> Any:
+def _meet(global_rank: int, world_size: int) -> Store:
     """The store through which the training's processes will find each other, too."""
     timeout = timedelta(seconds=_SECONDS_TO_MEET)
     try:
         store, _, _ = next(rendezvous("env://", global_rank, world_size, timeout=timeout))
-    except (dist.DistError, TimeoutError) as error:
+    except (DistError, TimeoutError) as error:
         raise ValueError(
             f"global rank {global_rank} of {world_size} cannot meet the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} within {_SECONDS_TO_MEET:.0f} s ({str(error).splitlines()[0]});"
@@ -203,19 +202,17 @@ def find_problems(everyone: Sequence[Facts]) -> list[str]:
         for problem in facts.problems:
             nodes_of.setdefault(problem, []).append(facts.node)
     found = [f"{_list_nodes(nodes)}: {problem}" for problem, nodes in nodes_of.items()]
-    kinds = {facts.node: "cpu" if facts.device == "cpu" else "gpu" for facts in everyone if facts.device != "none"}
-    found += _find_differences("device", {node: {"kind": kind} for node, kind in kinds.items()})
-    found += _find_differences("version", {facts.node: facts.versions for facts in everyone if facts.versions})
-    sizes = {facts.node: facts.sizes for facts in everyone if facts.sizes}
-    shown = {node: {key: _show_size(size) for key, size in one.items()} for node, one in sizes.items()}
-    return found + _find_differences("size", shown)
+    return found + _find_differences({facts.node: _list_equal(facts) for facts in everyone if facts.versions})
 
 
-def _show_size(size: int) -> str:
-    return "not there" if size < 0 else f"{size} bytes"
+def _list_equal(facts: Facts) -> dict[str, str]:
+    """What must be the same on every node, as its first process found it."""
+    device = {"none": {}, "cpu": {"device": "cpu"}}.get(facts.device, {"device": "gpu"})
+    sizes = {key: "not there" if size < 0 else f"{size} bytes" for key, size in facts.sizes.items()}
+    return {**device, **facts.versions, **sizes}
 
 
-def _find_differences(what: str, values: Mapping[str, Mapping[str, str]]) -> list[str]:
+def _find_differences(values: Mapping[str, Mapping[str, str]]) -> list[str]:
     """`values` by node and key; a line for each key that has several."""
     found = []
     for key in sorted({key for one in values.values() for key in one}):
@@ -223,8 +220,8 @@ def _find_differences(what: str, values: Mapping[str, Mapping[str, str]]) -> lis
         for node, one in values.items():
             nodes_of.setdefault(one.get(key, "nothing"), []).append(node)
         if len(nodes_of) > 1:
-            shown = ", ".join(f"{value} on {_list_nodes(nodes)}" for value, nodes in nodes_of.items())
-            found.append(f"{what} of {key} differs: {shown}")
+            shown = " / ".join(f"{value} on {_list_nodes(nodes)}" for value, nodes in nodes_of.items())
+            found.append(f"{key} differs: {shown}")
     return found
 
 

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Makes the CPU records of tools/records/ anew: `bash tools/bench_records.sh [NAME ...]`, all of them without a NAME.
+# Needs the tests' installation (launch/install.sh dev: peft) and a clean checkout; about 25 minutes of one core.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OMP_NUM_THREADS=1
+RUNS=$(mktemp -d)
+trap 'rm -rf "$RUNS"' EXIT
+
+record() {
+    local name=$1
+    shift
+    [[ ${#WANTED[@]} -eq 0 || " ${WANTED[*]} " == *" $name "* ]] || return 0
+    printf '[bench] %s\n' "$name"
+    .venv/bin/lora-dist bench data=fake data.seq_len=256 track=none device=cpu run_dir="$RUNS/$name" "$@"
+    cp "$RUNS/$name/bench.json" "tools/records/$name.json"
+}
+
+WANTED=("$@")
+GPT2=(model=gpt2_small loop.micro_batch_size=4)
+record cpu_demo model=demo model.checkpoint=null loop.micro_batch_size=8 bench.num_rounds=20 \
+    bench.num_warmup_rounds=5 'bench.contenders=[lora,full,peft,peft_tuned,hf_full]'
+record cpu_gpt2_small "${GPT2[@]}" bench.num_rounds=10 bench.num_warmup_rounds=2
+record cpu_gpt2_small_half_targets "${GPT2[@]}" bench.num_rounds=8 bench.num_warmup_rounds=2 \
+    bench.target_fraction=0.5 'bench.contenders=[lora,peft,peft_tuned]'
+record cpu_gpt2_small_recompute "${GPT2[@]}" loop.recompute=full bench.num_rounds=5 bench.num_warmup_rounds=1
+record cpu_gpt2_small_8k "${GPT2[@]}" loop.global_batch_size=32 bench.num_rounds=3 bench.num_warmup_rounds=1 \
+    'bench.contenders=[lora,full]'
