@@ -4,6 +4,7 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh dev
+bash tests/slurm/install.sh
 BIN=.venv/bin
 
 step() {
