@@ -26,6 +26,8 @@ class Batch:
     """Target tokens of the whole global batch over all replicas and microbatches: the loss's denominator."""
     num_tokens: int
     """Tokens of the whole global batch that are not padding."""
+    adapter_of_row: tuple[int | None, ...] = ()
+    """Where several adapters are attached: each row's, None for the base alone."""
 
     @property
     def seq_len(self) -> int:

@@ -56,6 +56,7 @@ class PeerContender:
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
             weight_decay=optim.weight_decay,
+            fused=True,  # as lora_dist's
         )
 
     def step(self, batches: Sequence[Batch], step: int) -> float:

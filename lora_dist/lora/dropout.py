@@ -22,10 +22,13 @@ class DropoutKey:
 
 
 class DropoutClock:
-    """Holds the key of the microbatch that is running forward; None outside training."""
+    """What a model's adapters have to know of the microbatch that is running forward."""
 
     def __init__(self) -> None:
         self.key: DropoutKey | None = None
+        """None outside training."""
+        self.adapter_of_row: tuple[int | None, ...] = ()
+        """Where several adapters are attached: each row's, None for the base alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -1,12 +1,13 @@
 """y = x W^T + bias + x A^T B^T on one tensor-parallel shard, with no collective the frozen base has not.
 
-Shapes: S sequence, B rows, H input features, O output features, R the summed ranks of the stacked adapters.
+Shapes: S sequence, B rows, H input features, O output features, R the summed ranks of the stacked adapters. The
+factors are a_RH, b_OR where every row of the batch uses the same adapters, a_BRH, b_BOR where each row has its own.
 
 | base linear | A            | B            | what stays TP-partial |
 | column      | whole        | this shard's | dA                    |
 | row         | this shard's | whole        | dB                    |
 
-The partial gradients are summed over TP once a step (`lora_dist.gradients`). `b_OR` comes scaled by alpha / lora_rank.
+The partial gradients are summed over TP once a step (`lora_dist.gradients`). B comes scaled by alpha / lora_rank.
 With sequence parallelism z = x A^T of the local shard rides in the base's all-gather as extra columns, and its
 gradient in the base's reduce-scatter, so that the whole sequence is never kept.
 """
@@ -39,15 +40,15 @@ def lora_linear(
     x_SBH: torch.Tensor,
     weight_OH: torch.Tensor,
     bias_O: torch.Tensor | None,
-    a_RH: torch.Tensor,
-    b_OR: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
     *,
     mask: DropoutMask | None = None,
     communication: ShardCommunication = NO_COMMUNICATION,
 ) -> torch.Tensor:
     """The shard's output [S, B, O]; with sequence parallelism S is the local share on input, the whole on output."""
     y_SBO: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x_SBH, weight_OH, bias_O, a_RH, b_OR, mask, communication
+        x_SBH, weight_OH, bias_O, a, b, mask, communication
     )
     return y_SBO
 
@@ -61,61 +62,82 @@ class _LoraLinear(torch.autograd.Function):
         x_SBH: torch.Tensor,
         weight_OH: torch.Tensor,
         bias_O: torch.Tensor | None,
-        a_RH: torch.Tensor,
-        b_OR: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
         mask: DropoutMask | None,
         communication: ShardCommunication,
     ) -> torch.Tensor:
-        z_SBR = (x_SBH if mask is None else mask.apply(x_SBH)) @ a_RH.t()
+        z_SBR = _project(x_SBH if mask is None else mask.apply(x_SBH), a)
         gathered_SBH = x_SBH
         if communication.sequence_parallel:
             joined = _all_gather_sequence(torch.cat([x_SBH, z_SBR], dim=-1), communication.group)
             gathered_SBH, z_SBR = joined.split([x_SBH.shape[-1], z_SBR.shape[-1]], dim=-1)
             z_SBR = z_SBR.contiguous()  # a view would keep the gathered input alive
         y_SBO = F.linear(gathered_SBH, weight_OH, bias_O)
-        y_SBO.view(-1, y_SBO.shape[-1]).addmm_(z_SBR.flatten(0, 1), b_OR.t())
-        ctx.save_for_backward(x_SBH, weight_OH, a_RH, b_OR, z_SBR)
+        _add_projected(y_SBO, z_SBR, b)
+        ctx.save_for_backward(x_SBH, weight_OH, a, b, z_SBR)
         ctx.mask, ctx.communication = mask, communication
         return y_SBO
 
     @staticmethod
     def backward(ctx: Any, dy_SBO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_SBH, weight_OH, a_RH, b_OR, z_SBR = ctx.saved_tensors
+        x_SBH, weight_OH, a, b, z_SBR = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         assert not needs_dweight, "the base weight of an adapted linear is frozen"
-        dy_NO = dy_SBO.flatten(0, 1)
-        dz_SBR = dy_SBO @ b_OR
+        dz_SBR = _project(dy_SBO, b.mT)
         dx_SBH = dy_SBO @ weight_OH if needs_dx else None
         pending = None
         if ctx.communication.sequence_parallel:
             dx_SBH, dz_SBR, pending = _start_reduce_scatter(dx_SBH, dz_SBR, ctx.communication.group)
         elif dx_SBH is not None:
-            _add_adapter_input_grad(dx_SBH, dz_SBR, a_RH, ctx.mask)
+            _add_adapter_input_grad(dx_SBH, dz_SBR, a, ctx.mask)
             if ctx.communication.allreduce_input_grad:
                 pending = dist.all_reduce(dx_SBH, group=ctx.communication.group, async_op=True)
-        db_OR = dy_NO.t() @ z_SBR.flatten(0, 1)  # while the collective runs
-        dbias_O = dy_NO.sum(0) if needs_dbias else None
+        db = _multiply_outer(dy_SBO, z_SBR, b.ndim)  # while the collective runs
+        dbias_O = dy_SBO.flatten(0, 1).sum(0) if needs_dbias else None
         if ctx.communication.sequence_parallel:
             assert pending is not None
             pending.wait()
             if dx_SBH is not None:
                 dx_SBH = dx_SBH.contiguous()
-                _add_adapter_input_grad(dx_SBH, dz_SBR, a_RH, ctx.mask)
+                _add_adapter_input_grad(dx_SBH, dz_SBR, a, ctx.mask)
         dropped_SBH = x_SBH if ctx.mask is None else ctx.mask.apply(x_SBH)
-        da_RH = dz_SBR.flatten(0, 1).t() @ dropped_SBH.flatten(0, 1)
+        da = _multiply_outer(dz_SBR, dropped_SBH, a.ndim)
         if pending is not None and not ctx.communication.sequence_parallel:
             pending.wait()
-        return dx_SBH, None, dbias_O, da_RH, db_OR, None, None
+        return dx_SBH, None, dbias_O, da, db, None, None
+
+
+def _project(x_SBH: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """x A^T [S, B, R]: one product for all rows, or one batched product where each row has its own A [B, R, H]."""
+    if a.ndim == 2:
+        return x_SBH @ a.t()
+    return torch.bmm(x_SBH.transpose(0, 1), a.mT).transpose(0, 1)
+
+
+def _add_projected(y_SBO: torch.Tensor, z_SBR: torch.Tensor, b: torch.Tensor) -> None:
+    """y += z B^T, in place."""
+    if b.ndim == 2:
+        y_SBO.view(-1, y_SBO.shape[-1]).addmm_(z_SBR.flatten(0, 1), b.t())
+    else:
+        y_SBO.transpose(0, 1).baddbmm_(z_SBR.transpose(0, 1), b.mT)
+
+
+def _multiply_outer(left_SBO: torch.Tensor, right_SBR: torch.Tensor, ndim: int) -> torch.Tensor:
+    """Gradient of a factor: summed over all tokens [O, R], or over each row's [B, O, R]."""
+    if ndim == 2:
+        return left_SBO.flatten(0, 1).t() @ right_SBR.flatten(0, 1)
+    return torch.bmm(left_SBO.permute(1, 2, 0), right_SBR.transpose(0, 1))
 
 
 def _add_adapter_input_grad(
-    dx_SBH: torch.Tensor, dz_SBR: torch.Tensor, a_RH: torch.Tensor, mask: DropoutMask | None
+    dx_SBH: torch.Tensor, dz_SBR: torch.Tensor, a: torch.Tensor, mask: DropoutMask | None
 ) -> None:
     """dx += dz A, through the dropout's mask."""
     if mask is None:
-        dx_SBH.view(-1, dx_SBH.shape[-1]).addmm_(dz_SBR.flatten(0, 1), a_RH)
+        _add_projected(dx_SBH, dz_SBR, a.mT)
     else:
-        dx_SBH += mask.apply(dz_SBR @ a_RH)
+        dx_SBH += mask.apply(_project(dz_SBR, a.mT))
 
 
 def _all_gather_sequence(x_SBH: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

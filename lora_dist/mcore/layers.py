@@ -18,6 +18,7 @@ from torch import nn
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.function import NO_COMMUNICATION, ShardCommunication
 from lora_dist.lora.layer import LoraShard
+from lora_dist.lora.mixed import MixedLoraShard
 
 
 class SdpaAttention(nn.Module):
@@ -59,7 +60,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, *args: Any, **options: Any) -> None:
         # The bias goes into the GEMM here; Megatron would add it in a pass of its own.
         super().__init__(*args, **{**options, "skip_bias_add": False})
-        self.lora: LoraShard | None = None
+        self.lora: LoraShard | MixedLoraShard | None = None
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
         communicates = options["allreduce_dgrad"] or options["sequence_parallel"]
@@ -83,7 +84,7 @@ class LoraRowParallelLinear(RowParallelLinear):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.lora: LoraShard | None = None
+        self.lora: LoraShard | MixedLoraShard | None = None
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output, and the bias that is still to be added."""
@@ -105,8 +106,8 @@ class Layer(TransformerLayer):
     """Megatron's transformer layer with recomputation that works over a frozen base.
 
     A recomputed region needs an input that requires grad, which a frozen embedding's output does not: the region's
-    input is detached and made to. The dropout key of the microbatch is put back when backward runs the region again,
-    since by then a pipeline has moved on to another microbatch.
+    input is detached and made to. What the adapters know of the microbatch is put back when backward runs the region
+    again, since by then a pipeline has moved on to another microbatch.
     """
 
     recompute: str = "none"
@@ -139,14 +140,16 @@ class Layer(TransformerLayer):
 
     def _checkpoint(self, region: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         assert self.clock is not None
-        clock, key = self.clock, self.clock.key
+        clock = self.clock
+        mine = clock.key, clock.adapter_of_row
 
         def keyed_region(hidden: torch.Tensor) -> torch.Tensor:
-            outer, clock.key = clock.key, key
+            outer = clock.key, clock.adapter_of_row
+            clock.key, clock.adapter_of_row = mine
             try:
                 return region(hidden)
             finally:
-                clock.key = outer
+                clock.key, clock.adapter_of_row = outer
 
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()

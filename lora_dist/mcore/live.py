@@ -7,10 +7,13 @@ import torch
 
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.merge import WeightMerge
+from lora_dist.lora.mixed import MixedLoraShard
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.adapters import build_shards, describe_factors
 from lora_dist.mcore.base_parameters import describe_base_parameters
+from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.parameters import TrainableParameter
 from lora_dist.whole import cut_shard
 
 
@@ -41,6 +44,31 @@ def load_shards(
         if one.kind == "bias" and one.name in values:
             biases[local_names[id(one.parameter)]] = cut_shard(values[one.name], one, gpt.topology).to(one.parameter)
     return LoadedAdapter(name=name, shards=shards, biases=biases)
+
+
+def attach_adapters(gpt: ShardedGpt, adapters: Sequence[LoadedAdapter]) -> None:
+    """Put several adapters beside the weights; `Batch.adapter_of_row` then says which one each row uses, or none.
+
+    What was attached before is replaced; an empty sequence leaves the base alone. ValueError for trained biases, which
+    are the whole batch's.
+    """
+    for adapter in adapters:
+        if adapter.biases:
+            raise ValueError(f"{adapter.name} has trained biases; a batch can mix adapters only without, merge it")
+    adapted = {name for adapter in adapters for name in adapter.shards}
+    for name, linear in gpt.named_modules():
+        if isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear):
+            shards = [adapter.shards.get(name) for adapter in adapters]
+            linear.lora = MixedLoraShard(shards, gpt.clock) if name in adapted else None
+
+
+def describe_attached(adapter: LoadedAdapter) -> list[TrainableParameter]:
+    """The adapter's factors, to be trained beside others; names start with the adapter's own."""
+    described = [one for shard in adapter.shards.values() for one in describe_factors(shard)]
+    for one in described:
+        one.name = f"{adapter.name}/{one.name}"
+        one.parameter.requires_grad_(True)
+    return described
 
 
 class LiveMerge:

@@ -50,6 +50,7 @@ def _run_schedule(
     def forward_step(iterator: "object", stage: ShardedGpt) -> tuple[torch.Tensor, Callable]:
         batch = next(iterator).to(gpt.topology.device)  # type: ignore[call-overload]
         gpt.clock.key = None if forward_only else DropoutKey(seed=seed, step=step, row_ids_B=batch.row_ids_B)
+        gpt.clock.adapter_of_row = batch.adapter_of_row
         output = stage(
             batch.input_ids_BS,
             batch.position_ids_BS,

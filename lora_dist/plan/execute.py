@@ -68,6 +68,9 @@ class _FakeRun:
         clock = ComputeClock(self.hardware)
         with self._open_modes(live, clock) as (answers, counter):
             engine, _ = build_engine(config, topology, fill=False)
+            if self.hardware.kind == "gpu":
+                for group in engine.zero.adam.param_groups:
+                    group["foreach"] = True  # as torch chooses there; it makes fewer temporaries
             answers.know_step_counts(state["step"] for state in engine.zero.adam.state.values())
             declare_holdings(live, engine, adapters=config.method != "full", on_host=config.zero.offload_optimizer)
             setup_peak_bytes, held_bytes = live.peak_total, live.total
@@ -78,7 +81,7 @@ class _FakeRun:
 
             start = read_work()
             batches = WatchedBatches(build_batches(config, topology, num_executed), read_work)
-            with live.watch_saved():
+            with live.watch_saved(engine.gpt.parameters() if config.zero.stage == 3 else ()):
                 stop_watching = watch_gradients(live, (one.parameter for one in engine.trainable))
                 engine.train_step(batches, step=0, lr=config.optim.lr)
                 stop_watching()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 BASE = "base weights"
 ADAPTERS = "adapters"
@@ -44,6 +45,7 @@ class LiveBytes:
     largest: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*KINDS, HOST), 0))
     """Of each kind, whenever that was."""
     _storages: dict[int, _Storage] = field(default_factory=dict)
+    _gathered: tuple[torch.Tensor, ...] = ()
 
     def see(self, tensor: torch.Tensor, kind: str = TRANSIENT) -> None:
         """Count the tensor's storage under `kind` if it is new."""
@@ -81,18 +83,25 @@ class LiveBytes:
         self.peak_total, self.peak, self.largest = self.total, dict(self.now), dict(self.now)
 
     @contextmanager
-    def watch_saved(self) -> Iterator[None]:
-        """Know what autograd keeps for backward; recomputed regions as they run."""
+    def watch_saved(self, gathered: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+        """Know what autograd keeps for backward; recomputed regions as they run.
+
+        `gathered`: parameters that ZeRO 3 puts into new storages whenever it needs them, which are no activations.
+        """
+        self._gathered = tuple(gathered)
         with torch.autograd.graph.saved_tensors_hooks(self._save, _unpack):
             yield
 
     def _save(self, tensor: torch.Tensor) -> "_Saved":
-        saved = _Saved(tensor.detach())  # an output that held on to its own graph would never be freed
+        # An output that held on to its own graph would never be freed; a parameter stays itself, or the storage that
+        # ZeRO 3 takes from it would be held here.
+        saved = _Saved(tensor if isinstance(tensor, nn.Parameter) else tensor.detach())
         self.see(tensor)
         key = tensor.untyped_storage()._cdata
         entry = self._storages[key]
         if entry.kind in _PASSING:
-            self._move(entry, SAVED)
+            is_weight = any(parameter.untyped_storage()._cdata == key for parameter in self._gathered)
+            self._move(entry, BASE if is_weight else SAVED)
         if entry.kind == SAVED:
             entry.num_saves += 1
             weakref.finalize(saved, self._release, key, entry).atexit = False

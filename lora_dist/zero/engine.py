@@ -64,7 +64,11 @@ def build_zero_engine(
         "fp32" if master_dtypes == {torch.float32} else {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     )
     optimizer = torch.optim.AdamW(
-        _build_groups(trainable, parameters, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
+        _build_groups(trainable, parameters, optim),
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(
         model=model,

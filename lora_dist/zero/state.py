@@ -36,7 +36,7 @@ def materialize_adam_state(ds_optimizer: Any, adam: torch.optim.AdamW, stage: in
     for partition in iterate_partitions(ds_optimizer, stage):
         state = adam.state[partition]
         assert not state, "Adam has already stepped"
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)  # where fused AdamW looks for it
         for key in MOMENTS:
             state[key] = torch.zeros_like(partition, memory_format=torch.preserve_format)
     if stage in (1, 2):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hf_toy import (
     build_shard,
     compute_hf_logits,
@@ -110,6 +111,7 @@ def cycle(options: dict, base: Path, dtype: torch.dtype) -> None:
         for name, parameter in gpt.named_parameters():
             assert torch.equal(parameter, before[name]), name
             assert parameter.data_ptr() == addresses[name]
+    dist.barrier()  # nothing else here waits for the other process to have joined
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -126,6 +128,7 @@ def count_and_weigh(options: dict, base: Path) -> tuple[int, int]:
         live.merge(first)
         kept = live.kept_bytes
         live.unmerge()
+    dist.barrier()  # nothing else here waits for the other process to have joined
     return len(counter.read()), kept
 
 

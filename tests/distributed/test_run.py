@@ -51,7 +51,7 @@ def test_a_run_directory_holds_its_record(tmp_path: Path) -> None:
     wanted = {"step", "loss", "grad_norm", "lr", "tokens", "step_time_ms", "tokens_per_sec_per_gpu", "peak_memory_gib"}
     assert wanted <= line.keys()
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["num_trainable_parameters"] == 4 * 2 * 4 * (256 + 256)
+    assert summary["num_trainable_parameters"] == 4 * 16 * (4 * (256 + 256) + 2 * (256 + 1024))
 
 
 def test_peft_gives_the_same_loss_with_the_adapter_of_a_demo_run(tmp_path: Path) -> None:

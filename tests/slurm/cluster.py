@@ -26,7 +26,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={root}/munge/socket,cred_expire=3
+AuthInfo=socket={root}/munge/socket,cred_expire=5
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 ProctrackType={proctrack}
 TaskPlugin=task/none
@@ -142,6 +142,9 @@ class Cluster:
     def signal_job(self, job: str, *options: str) -> None:
         self._call("scancel", *options, job)
 
+    def set_time_limit(self, job: str, minutes: int) -> None:
+        self._call("scontrol", "update", f"job={job}", f"TimeLimit={minutes}")
+
     def wait_for(self, condition: Callable[[], bool], timeout_s: float, *, must: bool = True) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -156,7 +159,8 @@ class Cluster:
         done = subprocess.run(
             words, env={**self.environ, **(environ or {})}, cwd=cwd, capture_output=True, text=True, timeout=60
         )
-        assert done.returncode == 0 or not check, f"{' '.join(words)}: {done.stdout}{done.stderr}"
+        said = f"{' '.join(words)} ({done.returncode}): {done.stdout}{done.stderr}"
+        assert done.returncode == 0 or not check, said
         return done.stdout.strip()
 
 

@@ -147,7 +147,8 @@ def test_a_time_limit_and_then_a_lost_node_change_nothing(cluster: Cluster, tmp_
     limits = ["--time=2", "--signal=USR1@60"]  # minutes; Slurm may send it up to a minute early
     words = ["--nodes=2", "--ntasks-per-node=1", *limits, str(ROOT / "slurm" / "gpt3_lora.sh"), *overrides]
     job = Job(cluster, tmp_path, words, pace=0.5)
-    job.wait_for("num_restarts == 1", 150)
+    job.wait_for("num_restarts == 1", 200)
+    cluster.set_time_limit(job.id, minutes=60)
     num_steps = job.num_steps
     assert f"stopped after step {num_steps} of 200, as asked" in job.log
     assert f"job {job.id}: stopped as asked; queued again" in job.log

@@ -99,3 +99,10 @@ def test_gpt3_175b_count_of_the_paper() -> None:
     """Rank 4 on q and v of GPT-3 175B: 18.9 M parameters, 37.75 MB in fp16 (the paper's 35 MB)."""
     gpt3 = dataclasses.replace(MODEL, num_layers=96, hidden_size=12288, num_heads=96, ffn_hidden_size=49152)
     assert sum(spec.num_parameters for spec in build_adapter_specs(LoraConfig(), gpt3)) == 18_874_368
+
+
+def test_rank_stabilized_scaling_divides_by_the_root_of_the_rank() -> None:
+    lora = LoraConfig(rank=16, alpha=8, use_rslora=True, rank_pattern={"v_proj": 4})
+    specs = {spec.name: spec for spec in build_adapter_specs(lora, MODEL)}
+    assert specs["layers.0.q_proj"].scaling == 8 / 4
+    assert specs["layers.0.v_proj"].scaling == 8 / 2

@@ -19,9 +19,9 @@ from lora_dist.plan.search import Candidate, compute_weight_bytes, list_candidat
 from lora_dist.plan.steady import WatchedBatches, Work, compute_num_executed, count_calls
 
 GIB = 2**30
-HARDWARE = compose_config(["hardware=v100_32gb"]).hardware
+HARDWARE = compose_config(["data=fake", "hardware=v100_32gb"]).hardware
 GPT3 = compose_config(["model=gpt3_175b"]).model
-TINY = compose_config(["model=tiny"]).model
+TINY = compose_config(["model=tiny", "data.seq_len=64"]).model
 
 
 def call(op: str = "all_reduce", group: str = "tp", payload_bytes: int = 10**9, count: int = 1) -> Collective:
