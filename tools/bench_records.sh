@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the CPU records of tools/records/ anew: `bash tools/bench_records.sh [NAME ...]`, all of them without a NAME.
+# Makes the CPU records of tools/records/bench/ anew: `bash tools/bench_records.sh [NAME ...]`, all of them without a NAME.
 # Needs the tests' installation (launch/install.sh dev: peft) and a clean checkout; about 25 minutes of one core.
 set -euo pipefail
 
@@ -14,7 +14,7 @@ record() {
     [[ ${#WANTED[@]} -eq 0 || " ${WANTED[*]} " == *" $name "* ]] || return 0
     printf '[bench] %s\n' "$name"
     .venv/bin/lora-dist bench data=fake data.seq_len=256 track=none device=cpu run_dir="$RUNS/$name" "$@"
-    cp "$RUNS/$name/bench.json" "tools/records/$name.json"
+    cp "$RUNS/$name/bench.json" "tools/records/bench/$name.json"
 }
 
 WANTED=("$@")
