@@ -15,7 +15,7 @@ RECORDS = ROOT / "tools" / "records"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is out of date")
     readme = ROOT / "README.md"
     current = readme.read_text(encoding="utf-8")
     wanted = fill(current)
@@ -44,16 +44,15 @@ def build_demo_table() -> str:
 
 
 def build_performance_tables() -> str:
-    names = sorted(path.stem for path in RECORDS.glob("cpu_*.json"))
-    return "\n\n".join(format_record(_read(name), f"{name}.json") for name in names)
+    names = sorted(path.stem for path in (RECORDS / "bench").glob("cpu_*.json"))
+    return "\n\n".join(format_record(_read(f"bench/{name}"), f"{name}.json") for name in names)
 
 
 def build_quality_table() -> str:
-    rows = _read("lr_sweep_demo")["rows"]
-    lines = [
-        _join([row["method"], f"{row['num_trainable_parameters']:,}", f"{row['lr']:g}", f"{row['valid_loss_after']:.3f}"])
-        for row in rows
-    ]
+    lines = []
+    for row in _read("lr_sweep_demo")["rows"]:
+        trainable, loss = f"{row['num_trainable_parameters']:,}", f"{row['valid_loss_after']:.3f}"
+        lines.append(_join([row["method"], trainable, f"{row['lr']:g}", loss]))
     return "\n".join([_join(["method", "trainable", "learning rate", "validation loss"]), "|:--|--:|--:|--:|", *lines])
 
 
