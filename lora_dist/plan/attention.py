@@ -1,4 +1,4 @@
-"""The attention kernel that a GPU would choose, where there is none: it decides what is saved for backward."""
+"""The attention kernel that the planned hardware would choose: it decides what is saved for backward."""
 
 from typing import Any
 
@@ -14,25 +14,28 @@ _MASK_ALIGNMENT = 8
 """Elements; the memory-efficient kernel wants each row of a mask to begin at a multiple of so many."""
 
 
-class GpuAttention(TorchFunctionMode):
-    """Replaces scaled_dot_product_attention by flash attention (8.0 and above, 16 bits, no mask) or the efficient one.
+class AttentionKernel(TorchFunctionMode):
+    """Replaces scaled_dot_product_attention by the kernel behind it, which fake tensors do not say.
 
-    The choice is that of torch's `sdp_utils.cpp`; cuDNN's kernel, which Hopper may take instead of flash attention,
-    saves the same.
+    On a GPU flash attention (8.0 and above, 16 bits, no mask) or the memory-efficient one; cuDNN's, which Hopper may
+    take instead of flash attention, saves the same. On a CPU its flash attention, or plain products with dropout. The
+    choice is that of torch's `sdp_utils`.
     """
 
     def __init__(self, hardware: HardwareConfig) -> None:
         super().__init__()
+        self._on_cpu = hardware.kind == "cpu"
         self._has_flash = hardware.compute_capability >= _FLASH_CAPABILITY
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or (self._on_cpu and kwargs["dropout_p"] > 0):
+            return func(*args, **kwargs)
+        return (_attend_on_cpu if self._on_cpu else self._attend_on_gpu)(*args, **kwargs)
 
-    def _attend(
+    def _attend_on_gpu(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -44,15 +47,34 @@ class GpuAttention(TorchFunctionMode):
     ) -> torch.Tensor:
         if self._has_flash and attn_mask is None and query.dtype != torch.float32:
             return _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]  # type: ignore[no-any-return]
-        bias = None if attn_mask is None else _build_bias(attn_mask, query)
+        bias = None if attn_mask is None else _expand(_build_bias(attn_mask, query.dtype), query)
         needs_lse = torch.is_grad_enabled() and query.requires_grad
         out = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, needs_lse, dropout_p, is_causal)
         return out[0]  # type: ignore[no-any-return]
 
 
-def _build_bias(mask_B1SS: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """The additive mask that torch makes of a boolean one in each call, expanded over the heads."""
-    bias = torch.zeros_like(mask_B1SS, dtype=query.dtype).masked_fill_(mask_B1SS.logical_not(), float("-inf"))
-    if (S := bias.shape[-1]) % _MASK_ALIGNMENT:
-        bias = F.pad(bias, (0, -S % _MASK_ALIGNMENT))[..., :S]
-    return bias.expand(query.shape[0], query.shape[1], -1, -1)
+def _attend_on_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+) -> torch.Tensor:
+    bias = None if attn_mask is None else _build_bias(attn_mask, query.dtype)
+    out = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, attn_mask=bias)
+    return out[0]  # type: ignore[no-any-return]
+
+
+def _build_bias(mask_B1SS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The additive mask that torch makes of a boolean one in each call."""
+    return torch.zeros_like(mask_B1SS, dtype=dtype).masked_fill_(mask_B1SS.logical_not(), float("-inf"))
+
+
+def _expand(bias_B1SS: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Over the heads, its rows aligned as the memory-efficient kernel wants them."""
+    S = bias_B1SS.shape[-1]
+    if S % _MASK_ALIGNMENT:
+        bias_B1SS = F.pad(bias_B1SS, (0, -S % _MASK_ALIGNMENT))[..., :S]
+    return bias_B1SS.expand(query.shape[0], query.shape[1], -1, -1)

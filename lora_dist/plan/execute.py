@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_dist.batch import Batch
 from lora_dist.config import HardwareConfig, RunConfig, compute_dp_size, compute_num_microbatches
@@ -16,9 +15,10 @@ from lora_dist.mcore.model import compute_padded_vocab_size
 from lora_dist.measure.collectives import CollectiveCounter, count_collectives
 from lora_dist.parameters import TrainableParameter
 from lora_dist.plan.answers import Answers
-from lora_dist.plan.attention import GpuAttention
+from lora_dist.plan.attention import AttentionKernel
 from lora_dist.plan.clock import ComputeClock, compute_message_seconds
 from lora_dist.plan.live_bytes import ADAPTERS, BASE, COMMUNICATION, HOST, KINDS, OPTIMIZER, LiveBytes, watch_gradients
+from lora_dist.plan.meta_tensors import MetaTensors
 from lora_dist.plan.observer import Observer
 from lora_dist.plan.process_plan import ProcessPlan, name_stage
 from lora_dist.plan.steady import WatchedBatches, Work, compute_num_executed, compute_num_warmup, count_calls
@@ -74,6 +74,8 @@ class _FakeRun:
             answers.know_step_counts(state["step"] for state in engine.zero.adam.state.values())
             declare_holdings(live, engine, adapters=config.method != "full", on_host=config.zero.offload_optimizer)
             setup_peak_bytes, held_bytes = live.peak_total, live.total
+            if config.zero.stage == 3:  # learns in one step in which order to gather, and gathers ahead from the next
+                engine.train_step(build_batches(config, topology, 1), step=0, lr=config.optim.lr)
             live.restart_peak()
 
             def read_work() -> Work:
@@ -99,12 +101,11 @@ class _FakeRun:
         config = self.config
         num_vocab_rows = compute_padded_vocab_size(config.model.vocab_size, self.topology.tp_size)
         with ExitStack() as stack:
-            stack.enter_context(FakeTensorMode())
+            stack.enter_context(MetaTensors())
             answers = stack.enter_context(Answers(compute_num_targets(config)))
             stack.enter_context(Observer(live, clock, num_vocab_rows // self.topology.tp_size))
             counter = stack.enter_context(count_collectives(self.topology))
-            if self.hardware.kind == "gpu":
-                stack.enter_context(GpuAttention(self.hardware))
+            stack.enter_context(AttentionKernel(self.hardware))
             yield answers, counter
 
     def _describe(

@@ -113,7 +113,6 @@ def execute_all(tasks: Sequence[tuple[RunConfig, int, int]], num_processes: int)
 
 def _execute(task: tuple[RunConfig, int, int]) -> ProcessPlan:
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     config, world_size, pp_rank = task
     return execute_process(config, world_size=world_size, pp_rank=pp_rank)

@@ -21,8 +21,6 @@ class Observer(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:
-            return args[0].fake_device  # asked more often than anything else
         out = func(*args, **kwargs)
         if func.namespace == "c10d":
             for tensor in _find_tensors(args):

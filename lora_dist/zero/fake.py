@@ -1,10 +1,9 @@
-"""Stand-ins for what DeepSpeed asks of other processes and of real memory, so that its code runs on fake tensors."""
+"""Stand-ins for what DeepSpeed asks of other processes, so that it runs in one that has none."""
 
 import os
 from contextlib import suppress
 from functools import cache
 
-import torch
 from deepspeed.runtime.zero import utils as ds_zero_utils
 
 
@@ -12,13 +11,7 @@ from deepspeed.runtime.zero import utils as ds_zero_utils
 def use_fake_stand_ins() -> None:
     """For the rest of this process, which does nothing else."""
     os.environ.setdefault("LOCAL_RANK", "0")
-    _agree_with_other_ranks()
-    # Module.to() wants to swap fake parameters, which it refuses because they are referred to weakly.
-    torch.utils.swap_tensors = _assign
-
-
-def _agree_with_other_ranks() -> None:
-    """ZeRO 3 compares lists of numbers between processes, of which there is one here: send, and believe one's own."""
+    # ZeRO 3 compares lists of numbers between processes, of which there is one here: it sends, and believes its own.
     send_list, compare_length = ds_zero_utils.get_lst_from_rank0, ds_zero_utils.assert_lst_len_same_as_other_ranks
 
     def get_list(numbers: list[int]) -> list[int]:
@@ -31,6 +24,3 @@ def _agree_with_other_ranks() -> None:
 
     ds_zero_utils.get_lst_from_rank0, ds_zero_utils.assert_lst_len_same_as_other_ranks = get_list, compare
 
-
-def _assign(parameter: torch.Tensor, converted: torch.Tensor) -> None:
-    parameter.data = converted.data

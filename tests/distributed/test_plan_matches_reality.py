@@ -1,7 +1,7 @@
 """What the plan predicts on fake tensors against the same step run for real: bytes, FLOPs, collectives."""
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -32,10 +32,10 @@ from lora_dist.plan.live_bytes import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, SAVE
 from lora_dist.run import build_engine
 
 TOLERANCE = 0.03
-STAGE3_TOLERANCE = 0.1
-"""ZeRO 3 learns in its first step, which the plan executes, in which order to gather; later ones hold a little less."""
-GLOO_COPIED, GLOO_COPIES = ("all_gather", "reduce_scatter"), 3
-"""gloo, unlike NCCL, makes copies of what it gathers and scatters; they show where sequences are that short."""
+STAGE3_TOLERANCE = 0.03
+"""ZeRO 3 gathers ahead as far as its own counters allow, which depends on when other processes answer."""
+NUM_GLOO_BUFFERS = 4
+"""gloo, unlike NCCL, copies what it scatters, and its threads let go of a buffer when they come to it."""
 MODEL = ModelConfig(
     name="mini", num_layers=4, hidden_size=128, num_heads=4, ffn_hidden_size=512, vocab_size=1001,
     max_position_embeddings=128,
@@ -85,7 +85,8 @@ class Reality:
     state_bytes: int
     flops: int
     collectives: list[Collective]
-    peak_increase: int
+    peak_bytes: int
+    """Held when a step begins, and handed out by torch's allocator since; the least of a few steps."""
 
 
 def run_for_real(config: RunConfig) -> Reality:
@@ -96,6 +97,8 @@ def run_for_real(config: RunConfig) -> Reality:
     batches = build_batches(config, topology, num_batches)
     held_bytes = count_tensor_bytes() - before
     state = check_optimizer_state(engine.zero, engine.gpt, engine.trainable, topology)
+    if config.zero.stage == 3:
+        engine.train_step(batches, step=0, lr=1e-3)  # as the plan does
     with (
         open_step_ledger(engine.gpt, engine.trainable) as step,
         count_flops() as flops,
@@ -103,8 +106,12 @@ def run_for_real(config: RunConfig) -> Reality:
     ):
         engine.train_step(batches, step=0, lr=1e-3)
     static = measure_static(engine.gpt, engine.trainable, engine.zero)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine.train_step(batches, step=1, lr=1e-3)
+    peaks = []
+    for step_index in range(1, 5):
+        start_bytes = count_tensor_bytes() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            engine.train_step(batches, step=step_index, lr=1e-3)
+        peaks.append(start_bytes + find_peak_increase(profiler))
     return Reality(
         held_bytes=held_bytes,
         static=static,
@@ -112,7 +119,7 @@ def run_for_real(config: RunConfig) -> Reality:
         state_bytes=state.state_bytes,
         flops=flops.get_total_flops(),
         collectives=collectives.read(),
-        peak_increase=find_peak_increase(profiler),
+        peak_bytes=min(peaks[1:]),  # the first profile does not know the sizes of what it sees freed
     )
 
 
@@ -141,6 +148,7 @@ CASES = {
     "lora-selective": {"recompute": "selective", "num_microbatches": 2},
     "lora-all-dropout-packed": {"lora": ALL, "collate": "pack"},
     "full": FULL,
+    "full-base-dropout": {**FULL, "model": replace(MODEL, hidden_dropout=0.1, attention_dropout=0.1)},
     "full-recompute": {**FULL, "recompute": "full", "num_microbatches": 2},
     "full-stage0": {**FULL, "zero": ZeroConfig(stage=0)},
     "lora-tp2": {"topology": {"tp_size": 2}},
@@ -177,10 +185,11 @@ def test_plan_is_what_happens(name: str) -> None:
         assert is_close(plan.largest[GRADIENTS], real.step.gradient_bytes)
         assert is_close(plan.largest[SAVED], real.step.activation_bytes)
         assert is_close(plan.held_bytes, real.held_bytes)
-        peak = real.held_bytes + real.peak_increase
+        peak = real.peak_bytes
         if config.zero.stage == 3:
             assert plan.peak_bytes == pytest.approx(peak, rel=STAGE3_TOLERANCE)
             continue
-        copies = GLOO_COPIES * max((one.payload_bytes for one in plan.collectives if one.op in GLOO_COPIED), default=0)
-        assert is_close(plan.peak_bytes, peak) or plan.peak_bytes <= peak <= plan.peak_bytes + copies
+        largest = max(one.payload_bytes for one in plan.collectives if one.group != "dp")
+        gloo_bytes = NUM_GLOO_BUFFERS * largest if world_size > 1 else 0
+        assert is_close(plan.peak_bytes, peak) or plan.peak_bytes <= peak <= plan.peak_bytes + gloo_bytes
         assert sum(plan.ledger.values()) == plan.peak_bytes
