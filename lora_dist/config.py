@@ -315,6 +315,8 @@ class PlanConfig:
     """Share of the tokens that are target tokens: what the output layer has to see. 1 is the most it can be."""
     num_processes: int = 2
     """Local processes that work on the plan at once."""
+    file: str | None = None
+    """plan.json of this job, from an earlier `lora-dist plan`: the pre-flight check holds free memory against it."""
 
     def __post_init__(self) -> None:
         _require(self.num_gpus is None or self.num_gpus >= 1, f"plan.num_gpus={self.num_gpus} must be at least 1")

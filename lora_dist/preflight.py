@@ -16,12 +16,12 @@ from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from lora_dist.config import ModelConfig, RunConfig, compute_dp_size
+from lora_dist.config import RunConfig
 from lora_dist.measure.environment import describe_environment
-from lora_dist.topology import check_device, choose_device, compute_coordinates
+from lora_dist.needed_bytes import compute_needed_bytes
+from lora_dist.topology import check_device, choose_device
 
 _GIB = 2**30
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _SECONDS_TO_MEET = 60.0
 _SECONDS_TO_SEE_A_FILE = 5.0
 
@@ -47,17 +47,16 @@ def check_job(config: RunConfig) -> str | None:
     started = time.monotonic()
     global_rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = _meet(global_rank, world_size)
-    directory = _find_existing(Path(config.run_dir).absolute())
-    if global_rank == 0:
-        probe = directory / f".preflight-{uuid.uuid4().hex}"
-        probe.touch()
-        store.set("probe", str(probe))
-    facts = collect_facts(config, Path(store.get("probe").decode()))
-    store.set(f"facts/{global_rank}", json.dumps(asdict(facts)))
     if global_rank != 0:
+        facts = collect_facts(config, Path(store.get("probe").decode()))
+        store.set(f"facts/{global_rank}", json.dumps(asdict(facts)))
         return None  # and ask nothing more: process 0, which holds the store, may be gone
+    probe = _find_existing(Path(config.run_dir).absolute()) / f".preflight-{uuid.uuid4().hex}"
+    probe.touch()
     try:
-        everyone = [Facts(**json.loads(store.get(f"facts/{one}"))) for one in range(world_size)]
+        store.set("probe", str(probe))
+        first = collect_facts(config, probe)
+        everyone = [first, *(Facts(**json.loads(store.get(f"facts/{one}"))) for one in range(1, world_size))]
     finally:
         probe.unlink()
     if problems := find_problems(everyone):
@@ -122,28 +121,6 @@ def _examine_device(config: RunConfig, local_rank: int, facts: Facts) -> None:
             f"{facts.device} {local_rank} has {facts.free_bytes / _GIB:.1f} GiB free, this process needs more than"
             f" {facts.needed_bytes / _GIB:.1f} GiB; free it, or raise topology.tp_size or topology.pp_size"
         )
-
-
-def compute_needed_bytes(config: RunConfig, global_rank: int, world_size: int) -> int:
-    """Lower bound: this process's weights, and where they train, their gradients and optimizer state."""
-    dp_size = compute_dp_size(config.topology, world_size)
-    place = compute_coordinates(global_rank, tp_size=config.topology.tp_size, dp_size=dp_size)
-    num_parameters = _count_stage(config.model, place.pp_rank, config.topology.pp_size) // config.topology.tp_size
-    stage, element = config.zero.stage, _BYTES[config.dtype]
-    needed = num_parameters * element // (dp_size if stage == 3 else 1)
-    if config.method == "full":
-        needed += num_parameters * element // (dp_size if stage >= 2 else 1)
-        if not config.zero.offload_optimizer:
-            masters_and_moments = 8 if config.dtype == "fp32" else 12
-            needed += num_parameters * masters_and_moments // (dp_size if stage >= 1 else 1)
-    return needed
-
-
-def _count_stage(model: ModelConfig, pp_rank: int, pp_size: int) -> int:
-    """Parameters of one pipeline stage; first and last hold the tied embedding."""
-    embedding = model.vocab_size * model.hidden_size
-    layers = (model.num_parameters - embedding) // pp_size
-    return layers + (embedding if pp_rank in (0, pp_size - 1) else 0)
 
 
 def measure_inputs(config: RunConfig) -> dict[str, int]:
@@ -237,5 +214,5 @@ def describe(everyone: Sequence[Facts]) -> str:
     free, needed = min(f.free_bytes for f in everyone), max(f.needed_bytes for f in everyone)
     return (
         f"preflight: {len(everyone)} processes on {num_nodes} nodes, {devices}, at least {free / _GIB:.1f} GiB free for"
-        f" {needed / _GIB:.1f} GiB of weights and what trains with them, torch {torch.__version__}"
+        f" {needed / _GIB:.1f} GiB or more that it takes, torch {torch.__version__}"
     )

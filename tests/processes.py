@@ -67,6 +67,7 @@ def _work(
             timeout=timedelta(seconds=timeout_s),
         )
         torch.save(fn(*args), directory / f"result{global_rank}.pt")
+        dist.barrier()  # a process that left at once could be missed by one that still connects
         dist.destroy_process_group()
     except BaseException:
         (directory / f"failure{global_rank}.txt").write_text(

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need, then runs every check. Arguments go to pytest: `bash tests/run.sh -k topology`.
+# The job scripts' own tests start a Slurm: `bash tests/slurm/install.sh && bash tests/run.sh -m slurm`.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the CPU records of tools/records/ anew: `bash tools/bench_records.sh [NAME ...]`, all of them without a NAME.
+# Makes the CPU records of tools/records/bench/ anew: `bash tools/bench_records.sh [NAME ...]`, all of them without a NAME.
 # Needs the tests' installation (launch/install.sh dev: peft) and a clean checkout; about 25 minutes of one core.
 set -euo pipefail
 
@@ -14,7 +14,7 @@ record() {
     [[ ${#WANTED[@]} -eq 0 || " ${WANTED[*]} " == *" $name "* ]] || return 0
     printf '[bench] %s\n' "$name"
     .venv/bin/lora-dist bench data=fake data.seq_len=256 track=none device=cpu run_dir="$RUNS/$name" "$@"
-    cp "$RUNS/$name/bench.json" "tools/records/$name.json"
+    cp "$RUNS/$name/bench.json" "tools/records/bench/$name.json"
 }
 
 WANTED=("$@")
@@ -24,6 +24,7 @@ record cpu_demo model=demo model.checkpoint=null loop.micro_batch_size=8 bench.n
 record cpu_gpt2_small "${GPT2[@]}" bench.num_rounds=10 bench.num_warmup_rounds=2
 record cpu_gpt2_small_half_targets "${GPT2[@]}" bench.num_rounds=8 bench.num_warmup_rounds=2 \
     bench.target_fraction=0.5 'bench.contenders=[lora,peft,peft_tuned]'
-record cpu_gpt2_small_recompute "${GPT2[@]}" loop.recompute=full bench.num_rounds=5 bench.num_warmup_rounds=1
+record cpu_gpt2_small_recompute "${GPT2[@]}" loop.recompute=full bench.num_rounds=5 bench.num_warmup_rounds=1 \
+    'bench.contenders=[lora,full,peft]'
 record cpu_gpt2_small_8k "${GPT2[@]}" loop.global_batch_size=32 bench.num_rounds=3 bench.num_warmup_rounds=1 \
     'bench.contenders=[lora,full]'

@@ -50,7 +50,8 @@ def describe_checkout(directory: Path) -> dict[str, Any] | None:
     if not (directory / ".git").exists():
         return None
     commit = _run_git(directory, "rev-parse", "HEAD")
-    changes = _run_git(directory, "status", "--porcelain", "--untracked-files=no")
+    # Records change no code: the first of several must not make the others look changed.
+    changes = _run_git(directory, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!tools/records")
     return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
 
 

@@ -23,4 +23,3 @@ def use_fake_stand_ins() -> None:
             compare_length(numbers)
 
     ds_zero_utils.get_lst_from_rank0, ds_zero_utils.assert_lst_len_same_as_other_ranks = get_list, compare
-

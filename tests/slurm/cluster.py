@@ -157,7 +157,13 @@ class Cluster:
         self, *words: str, check: bool = True, cwd: Path | None = None, environ: Mapping[str, str] | None = None
     ) -> str:
         done = subprocess.run(
-            words, env={**self.environ, **(environ or {})}, cwd=cwd, capture_output=True, text=True, timeout=60
+            words,
+            env={**self.environ, **(environ or {})},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            restore_signals=False,  # a client that finds munged busy then asks again, where SIGPIPE would end it
         )
         said = f"{' '.join(words)} ({done.returncode}): {done.stdout}{done.stderr}"
         assert done.returncode == 0 or not check, said

@@ -1,8 +1,6 @@
 """The job scripts on a real Slurm of two nodes: overrides arrive, time limits, lost nodes and scancel lose nothing."""
 
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -143,20 +141,20 @@ def test_overrides_arrive_as_they_were_typed_and_the_run_is_the_one_of_any_launc
 
 
 def test_a_time_limit_and_then_a_lost_node_change_nothing(cluster: Cluster, tmp_path: Path) -> None:
-    overrides = [*TINY, "loop.num_steps=200", "loop.save_every=3"]
+    overrides = [*TINY, "loop.num_steps=150", "loop.save_every=5"]
     limits = ["--time=2", "--signal=USR1@60"]  # minutes; Slurm may send it up to a minute early
     words = ["--nodes=2", "--ntasks-per-node=1", *limits, str(ROOT / "slurm" / "gpt3_lora.sh"), *overrides]
     job = Job(cluster, tmp_path, words, pace=0.5)
     job.wait_for("num_restarts == 1", 200)
     cluster.set_time_limit(job.id, minutes=60)
     num_steps = job.num_steps
-    assert f"stopped after step {num_steps} of 200, as asked" in job.log
+    assert f"stopped after step {num_steps} of 150, as asked" in job.log
     assert f"job {job.id}: stopped as asked; queued again" in job.log
     newest = find_newest_checkpoint(job.run_dir)
     assert newest is not None
     assert newest.name == f"step-{num_steps:06d}"
 
-    job.wait_for(f"num_steps > {num_steps + 4}", 200)
+    job.wait_for(f"num_steps > {num_steps + 6}", 200)
     cluster.kill_node(NODES[1])
     job.wait_for("num_restarts == 2", 100)
     cluster.start_node(NODES[1])
@@ -189,15 +187,3 @@ def test_nodes_that_cannot_run_it_are_refused_before_anything_is_made(cluster: C
     assert cluster.describe_job(job.id)["ExitCode"] == "2:0"
     assert f"{NODES[0]}, {NODES[1]}: Slurm gives 8 GPUs, but torch" in job.log
     assert not job.run_dir.exists()
-
-
-def test_a_script_submitted_from_elsewhere_says_what_it_needs(tmp_path: Path) -> None:
-    environ = {key: value for key, value in os.environ.items() if key != "LORA_DIST_ROOT"}
-    done = subprocess.run(
-        ["bash", ROOT / "slurm" / "gpt3_lora.sh"],
-        env={**environ, "SLURM_SUBMIT_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "error: submit from the checkout, or set LORA_DIST_ROOT to it" in done.stderr

@@ -11,7 +11,7 @@ from lora_dist.bench.record import compute_ratios
 from lora_dist.bench.worker import Sample
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-RECORDS = sorted((TOOLS / "records").glob("*.json"))
+RECORDS = sorted((TOOLS / "records" / "bench").glob("*.json"))
 
 _spec = importlib.util.spec_from_file_location("bench_table", TOOLS / "bench_table.py")
 assert _spec is not None

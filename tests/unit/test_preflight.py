@@ -1,5 +1,6 @@
 """What the check of all nodes needs to hold, and how it words what it finds; the meeting itself with real processes."""
 
+import json
 import socket
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from processes import run_distributed
 from lora_dist import preflight
 from lora_dist.cli.compose import compose_config
 from lora_dist.config import RunConfig
-from lora_dist.preflight import Facts, check_job, compute_needed_bytes, find_problems, measure_inputs
+from lora_dist.needed_bytes import compute_needed_bytes
+from lora_dist.preflight import Facts, check_job, find_problems, measure_inputs
 
 GIB = 2**30
 
@@ -40,6 +42,18 @@ def test_full_fine_tuning_needs_gradients_masters_and_moments_too() -> None:
     assert compute(4, "zero.stage=2") == pytest.approx(2 + 0.5 + 3, rel=1e-3)
     assert compute(4, "zero.stage=0", "dtype=fp32") == pytest.approx(4 + 4 + 8, rel=1e-3)
     assert compute(4, "zero.offload_optimizer=true") == pytest.approx(2 + 2, rel=1e-3)
+
+
+def test_a_plan_of_the_job_says_it_better(tmp_path: Path) -> None:
+    job = {"method": "lora", "recompute": "full", "tp_size": 8, "pp_size": 4, "dp_size": 2}
+    peaks = [{"pp_rank": pp_rank, "peak_bytes": peak} for pp_rank, peak in ((0, 7), (1, 6), (3, 8))]
+    (tmp_path / "plan.json").write_text(json.dumps({"jobs": [{**job, "dp_size": 1}, {**job, "processes": peaks}]}))
+    config = compose_175b(f"plan.file={tmp_path}/plan.json")
+    assert [compute_needed_bytes(config, 16 * pp_rank, 64) for pp_rank in range(4)] == [7, 6, 6, 8]
+    with pytest.raises(ValueError, match="plans no job with method=lora, recompute=full, dp_size=4, tp_size=8"):
+        compute_needed_bytes(config, 0, 128)
+    with pytest.raises(ValueError, match=r"plan.file=/nowhere cannot be read as a plan.json"):
+        compute_needed_bytes(compose_175b("plan.file=/nowhere"), 0, 32)
 
 
 def test_equal_nodes_have_no_problem() -> None:
@@ -112,7 +126,9 @@ def run_check(*run_dirs: Path, free_bytes: int = GIB, gpus: str = "") -> str:
 
 def test_processes_meet_and_the_first_reports(tmp_path: Path) -> None:
     report = run_check(tmp_path, tmp_path)
-    assert report.startswith("preflight: 2 processes on 2 nodes, cpu, at least 1.0 GiB free for 0.0 GiB of weights")
+    assert report.startswith(
+        "preflight: 2 processes on 2 nodes, cpu, at least 1.0 GiB free for 0.0 GiB or more that it takes"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""What one process of a job will hold at the least: as its plan says, or else its weights and what trains with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_dist.config import ModelConfig, RunConfig, compute_dp_size
+from lora_dist.topology import compute_coordinates
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def compute_needed_bytes(config: RunConfig, global_rank: int, world_size: int) -> int:
+    """Of the device, CUDA's and NCCL's own left out. ValueError where `plan.file` plans another job."""
+    dp_size = compute_dp_size(config.topology, world_size)
+    place = compute_coordinates(global_rank, tp_size=config.topology.tp_size, dp_size=dp_size)
+    if config.plan.file is not None:
+        return _read_planned_bytes(config, config.plan.file, place.pp_rank, dp_size)
+    return compute_state_bytes(config, place.pp_rank, dp_size)
+
+
+def compute_state_bytes(config: RunConfig, pp_rank: int, dp_size: int) -> int:
+    """This process's weights, and where they train, their gradients and optimizer state."""
+    num_parameters = _count_stage(config.model, pp_rank, config.topology.pp_size) // config.topology.tp_size
+    stage, element = config.zero.stage, _BYTES[config.dtype]
+    needed = num_parameters * element // (dp_size if stage == 3 else 1)
+    if config.method == "full":
+        needed += num_parameters * element // (dp_size if stage >= 2 else 1)
+        if not config.zero.offload_optimizer:
+            masters_and_moments = 8 if config.dtype == "fp32" else 12
+            needed += num_parameters * masters_and_moments // (dp_size if stage >= 1 else 1)
+    return needed
+
+
+def _count_stage(model: ModelConfig, pp_rank: int, pp_size: int) -> int:
+    """Parameters of one pipeline stage; first and last hold the tied embedding."""
+    embedding = model.vocab_size * model.hidden_size
+    layers = (model.num_parameters - embedding) // pp_size
+    return layers + (embedding if pp_rank in (0, pp_size - 1) else 0)
+
+
+def _read_planned_bytes(config: RunConfig, file: str, pp_rank: int, dp_size: int) -> int:
+    topology = config.topology
+    wanted = {
+        **{"method": config.method, "recompute": config.loop.recompute, "dp_size": dp_size},
+        **{"tp_size": topology.tp_size, "pp_size": topology.pp_size},
+    }
+    for job in _read_jobs(Path(file)):
+        if all(job.get(key) == value for key, value in wanted.items()):
+            by_stage = {int(process["pp_rank"]): int(process["peak_bytes"]) for process in job["processes"]}
+            return by_stage.get(pp_rank, by_stage[min(1, topology.pp_size - 1)])
+    described = ", ".join(f"{key}={value}" for key, value in wanted.items())
+    raise ValueError(f"plan.file={file} plans no job with {described}; write it with `lora-dist plan` of this very job")
+
+
+def _read_jobs(file: Path) -> list[dict[str, Any]]:
+    try:
+        jobs: list[dict[str, Any]] = json.loads(file.read_bytes())["jobs"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"plan.file={file} cannot be read as a plan.json ({error})") from None
+    return jobs

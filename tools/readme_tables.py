@@ -1,0 +1,69 @@
+"""Writes the tables of README.md from the records beside this file: `python tools/readme_tables.py [--check]`."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench_table import format_record
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "tools" / "records"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is out of date")
+    readme = ROOT / "README.md"
+    current = readme.read_text(encoding="utf-8")
+    wanted = fill(current)
+    if parser.parse_args().check:
+        return int(current != wanted)
+    readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+def fill(page: str) -> str:
+    """`page` with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
+    builders = {"e2e_demo": build_demo_table, "performance": build_performance_tables, "quality": build_quality_table}
+
+    def replace(found: re.Match[str]) -> str:
+        return f"<!-- table: {found[1]} -->\n{builders[found[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, page, flags=re.DOTALL)
+
+
+def build_demo_table() -> str:
+    """The report of the quickstart."""
+    report = _read("e2e_demo")
+    rows = [report["table"]["columns"], *report["table"]["rows"]]
+    lines = [_join(rows[0]), _join([":--", *["--:"] * (len(rows[0]) - 2), ":--"]), *map(_join, rows[1:])]
+    return "\n".join(lines)
+
+
+def build_performance_tables() -> str:
+    names = sorted(path.stem for path in (RECORDS / "bench").glob("cpu_*.json"))
+    return "\n\n".join(format_record(_read(f"bench/{name}"), f"{name}.json") for name in names)
+
+
+def build_quality_table() -> str:
+    lines = []
+    for row in _read("lr_sweep_demo")["rows"]:
+        trainable, loss = f"{row['num_trainable_parameters']:,}", f"{row['valid_loss_after']:.3f}"
+        lines.append(_join([row["method"], trainable, f"{row['lr']:g}", loss]))
+    return "\n".join([_join(["method", "trainable", "learning rate", "validation loss"]), "|:--|--:|--:|--:|", *lines])
+
+
+def _read(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+    return record
+
+
+def _join(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
