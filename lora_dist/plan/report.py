@@ -159,12 +159,12 @@ def _describe(one: Candidate) -> list[str]:
 def _draw(path: Path, config: RunConfig, jobs: Sequence[JobPlan]) -> None:
     hardware = require_hardware(config)
     stacks = {
-        f"{job.method}\n{job.recompute}\n{process.stage}": _stack(job, process)
+        f"{job.method}\n{job.recompute}\n{process.pp_rank}": _stack(job, process)
         for job in jobs
         for process in job.processes
     }
     title = f"{config.model.name}, {jobs[0].world_size} x {hardware.name} of {hardware.memory_gib:.1f} GiB"
-    save_bars(path, title=title, ylabel="GiB at the peak (method, recompute, stage)", stacks=stacks)
+    save_bars(path, title=title, ylabel="GiB at the peak (method, recompute, pp_rank)", stacks=stacks)
 
 
 def _stack(job: JobPlan, process: ProcessPlan) -> dict[str, float]:
