@@ -39,6 +39,7 @@ def train_loop(
     valid_loss_before: float | None,
 ) -> TrainResult:
     """Steps `first_step` to `loop.num_steps`; `save(n, valid_loss_before)` after n steps, the last one included.
+
     The loop ends early, its last step saved, where a signal asks any process to stop.
 
     `open_probe` looks closely at the first of these steps, which is slower for it.

@@ -75,7 +75,7 @@ def serve(connection: Connection, name: str, config: RunConfig) -> None:
                 connection.send(take_account(contender, batches, step, memory))
     except EOFError:
         return  # the parent is gone
-    except Exception:
+    except Exception:  # whatever it was, the parent waits for an answer and raises it
         connection.send(f"{name}: {traceback.format_exc()}")
 
 

@@ -5,7 +5,7 @@ A MergedLinear that adapts n of q, k, v stores their A one below the other [n R,
 Shapes: A [R, H], B [O, R].
 """
 
-import pickle
+import pickle  # for the name of its error: nothing is unpickled here
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
