@@ -92,11 +92,18 @@ def build_optimizer(model: GPT2LMHeadModel, lr: float) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def pretrain(
-    model: GPT2LMHeadModel, train: torch.Tensor, valid: torch.Tensor, *, minutes: float, lr: float, rows: int
+    model: GPT2LMHeadModel,
+    train: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    minutes: float,
+    lr: float,
+    rows: int,
+    bf16: bool,
 ) -> list[LogEntry]:
     """Train until the minutes are over; warm-up and cosine follow the share of them that has passed."""
     optimizer = build_optimizer(model, lr)
@@ -107,7 +114,8 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, share / 0.02) * 0.5 * (1 + math.cos(math.pi * share)) + 1e-6
         batch = draw_batch(train, rows, generator)
-        loss = model(input_ids=batch, labels=batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -142,6 +150,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="rows of 256 tokens a step")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true", help="autocast: faster on CPUs that multiply in bf16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -157,6 +166,7 @@ def main() -> None:
         n_embd=256,
         n_layer=4,
         n_head=8,
+        activation_function="gelu_pytorch_tanh",  # gelu_new's function in one kernel
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -164,7 +174,7 @@ def main() -> None:
         eos_token_id=end,
     )
     model = GPT2LMHeadModel(config)
-    log = pretrain(model, train, valid, minutes=args.minutes, lr=args.lr, rows=args.rows)
+    log = pretrain(model, train, valid, minutes=args.minutes, lr=args.lr, rows=args.rows, bf16=args.bf16)
     model.half().save_pretrained(args.out)
     record = {"arguments": {k: v for k, v in vars(args).items() if k not in ("corpus", "out")}}
     record |= {"num_train_tokens": len(train), "num_valid_tokens": len(valid), "log": [asdict(entry) for entry in log]}
