@@ -379,6 +379,8 @@ class RunConfig:
     """Of the base weights and activations; adapters and optimizer state are always fp32."""
     hardware: HardwareConfig | None = None
     """What `lora-dist plan` predicts for."""
+    shrink: bool = False
+    """No tp_size, pp_size or dp_size above two; debug=shrink sets it, with a model to match."""
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:

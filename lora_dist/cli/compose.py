@@ -40,11 +40,20 @@ def compose_as(
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir)):
             composed = compose(primary, overrides=[_open_dictionary(override, owner) for override in overrides])
+        _shrink(composed)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(explain_composition_error(error, overrides, conf_dir, owner)) from error
     assert isinstance(config, owner)
     return config
+
+
+def _shrink(composed: DictConfig) -> None:
+    """What `shrink` asks for: the kind of topology kept, its sizes at most two. No file of conf/ can say it."""
+    if composed.get("shrink"):
+        for key in ("tp_size", "pp_size", "dp_size"):
+            size = composed.topology[key]
+            composed.topology[key] = size and min(size, 2)
 
 
 def _register(owner: type, on_paper: bool) -> str:
