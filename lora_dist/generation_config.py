@@ -116,6 +116,11 @@ class GenerateConfig(LiveConfig):
             "topology.sequence_parallel=true: generation runs one position at a time, which cannot be split; set false",
         )
 
+    @property
+    def directories(self) -> list[str]:
+        """Of the adapters, as given."""
+        return self.adapters or ([] if self.adapter is None else [self.adapter])
+
 
 def check_room(lengths: Sequence[int], max_new_tokens: int, max_position_embeddings: int) -> None:
     """ValueError, naming both, where a context of `lengths` and its new tokens exceed the model's positions."""
