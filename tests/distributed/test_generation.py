@@ -26,10 +26,11 @@ from hf_toy import (
     write_toy_checkpoint,
 )
 from processes import run_distributed
+from toy import Case, build_case
 from transformers import GPT2LMHeadModel
 
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
-from lora_dist.config import LoraConfig
+from lora_dist.config import LoraConfig, OptimConfig, ZeroConfig
 from lora_dist.generation.batches import pad_left
 from lora_dist.generation.decode import Choice
 from lora_dist.generation_config import GenerationConfig
@@ -39,6 +40,7 @@ from lora_dist.mcore.hf_weights import load_hf_checkpoint
 from lora_dist.mcore.incremental import compute_cache_bytes, open_incremental
 from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, load_shards
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.zero.engine import build_zero_engine
 
 TOPOLOGIES = [
     {},
@@ -158,11 +160,19 @@ def generate_mixed(options: dict, base: Path, config: GenerationConfig, end_toke
     return generate_rows(gpt, draw_prompts(), config, end_tokens=end_tokens, adapter_of_row=ADAPTER_OF_ROW)
 
 
-def generate_merged(options: dict, base: Path, config: GenerationConfig, end_tokens: list[int]) -> list[list[int]]:
+def generate_from_one(options: dict, base: Path, config: GenerationConfig, end_tokens: list[int]) -> list[list[int]]:
+    """With one adapter in the linears as in training, and then merged: both alike."""
     gpt = open_toy(options, base)
-    live = LiveMerge(gpt)
-    live.merge(load_adapters(gpt, base)[0])
-    return generate_rows(gpt, draw_prompts(), config, end_tokens=end_tokens)
+    adapter = load_adapters(gpt, base)[0]
+    gpt.train()
+    for name, shard in adapter.shards.items():
+        gpt.get_submodule(name).lora = shard
+    beside = generate_rows(gpt, draw_prompts(), config, end_tokens=end_tokens)
+    for name in adapter.shards:
+        gpt.get_submodule(name).lora = None
+    LiveMerge(gpt).merge(adapter)
+    assert generate_rows(gpt, draw_prompts(), config, end_tokens=end_tokens) == beside
+    return beside
 
 
 def write_with_peft_files(base: Path, target: Path, lora: LoraConfig) -> Path:
@@ -181,8 +191,11 @@ def open_with_peft(base: Path, adapter: Path) -> GPT2LMHeadModel:
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
 
 
-@pytest.mark.parametrize("options", [{"tp_size": 2}, {"tp_size": 2, "pp_size": 2}, {"dp_size": 2}], ids=str)
-@pytest.mark.parametrize("config", [GREEDY, replace(PAPER, num_beams=4)], ids=["greedy", "beam"])
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [({"tp_size": 2, "pp_size": 2}, replace(PAPER, num_beams=4)), ({"tp_size": 2}, GREEDY), ({"dp_size": 2}, GREEDY)],
+    ids=["beam", "greedy-tp", "greedy-dp"],
+)
 def test_each_row_is_what_its_adapter_alone_generates(options: dict, config: GenerationConfig, tmp_path: Path) -> None:
     """transformers and PEFT generate each row from its adapter, or from the base, and neither knows of the mixture."""
     base = tmp_path / "base"
@@ -198,8 +211,58 @@ def test_each_row_is_what_its_adapter_alone_generates(options: dict, config: Gen
     assert expected[0] != alone[-1][0]
     for rows in run_distributed(generate_mixed, count_processes(options), options, base, config, end_tokens):
         assert rows == expected
-    for rows in run_distributed(generate_merged, count_processes(options), options, base, config, end_tokens):
+    for rows in run_distributed(generate_from_one, count_processes(options), options, base, config, end_tokens):
         assert rows == alone[0]
+
+
+def run_rotary(base: Path) -> float:
+    """Largest difference between rows in steps in one padded batch and each row alone, run whole, over the largest."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    gpt, rows = open_toy({}, base), draw_tokens().tolist()
+    gpt.embedding.add_position_embedding, gpt.position_embedding_type = False, "rope"
+    gpt.rotary_pos_emb = RotaryEmbedding(gpt.config.kv_channels, 1.0, use_cpu_initialization=True)
+    prompts, last = [rows[0][:3], rows[1][:7]], 5
+    batch = pad_left(prompts, [0, 1], (), torch.device("cpu"))
+    with torch.no_grad(), open_incremental(gpt, num_rows=2, num_columns=7 + last) as model:
+        model.prefill(batch)
+        for step in range(last):
+            tokens = torch.tensor([rows[0][3 + step], rows[1][7 + step]])
+            logits = model.step(Choice(tokens_R=tokens, source_R=torch.arange(2), finished=False))
+    with torch.no_grad():
+        alone = [
+            gpt(torch.tensor([row]), torch.arange(len(row))[None], None)[0, -1] for row in (rows[0][:8], rows[1][:12])
+        ]
+    expected = torch.stack(alone)[:, :VOCAB_SIZE]
+    return float((logits - expected).abs().max() / expected.abs().max())
+
+
+def test_rotary_positions_go_on_where_the_cache_ends(tmp_path: Path) -> None:
+    write_toy_checkpoint(tmp_path)
+    assert run_distributed(run_rotary, 1, tmp_path)[0] < 1e-5
+
+
+def refuse_partitioned() -> str:
+    case = Case(dp_size=2, dtype=torch.float32)
+    gpt, trainable, topology = build_case(case)
+    build_zero_engine(
+        gpt,
+        trainable,
+        zero=ZeroConfig(stage=3),
+        optim=OptimConfig(),
+        micro_batch_size=1,
+        dtype=torch.float32,
+        topology=topology,
+    )
+    with pytest.raises(ValueError, match=r"zero\.stage") as caught:
+        generate_rows(gpt, [[1]], GREEDY, end_tokens=[0])
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_a_partitioned_base_is_refused() -> None:
+    for message in run_distributed(refuse_partitioned, 2):
+        assert "generate from the saved adapter, or use zero.stage<=2" in message
 
 
 def refuse(options: dict, base: Path, prompts: list[list[int]], config: GenerationConfig) -> str:
