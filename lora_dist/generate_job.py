@@ -34,8 +34,7 @@ def generate(config: GenerateConfig) -> None:
         texts = decode_texts(rows, tokenizer, end_context=options.end_context)
         run_on_first(gpt.topology, lambda: _write(config, contexts, adapter_of_row, texts))
         if options.output is not None:
-            num_tokens = sum(map(len, rows))
-            tell(gpt, f"{len(rows)} texts, {num_tokens} tokens, {seconds:.1f} s: {options.output}")
+            tell(gpt, f"{len(texts)} texts in {seconds:.1f} s: {options.output}")
 
 
 def choose_adapters(contexts: Sequence[Context], config: GenerateConfig) -> list[int | None]:

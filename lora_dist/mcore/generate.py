@@ -9,7 +9,7 @@ from lora_dist.generation.beam import BeamSearch
 from lora_dist.generation.decode import Search, decode
 from lora_dist.generation.one_path import OnePath
 from lora_dist.generation_config import GenerationConfig, check_room
-from lora_dist.mcore.incremental import check_runs_in_steps, open_incremental
+from lora_dist.mcore.incremental import check_cache_fits, check_runs_in_steps, open_incremental
 from lora_dist.mcore.model import ShardedGpt
 
 
@@ -29,16 +29,22 @@ def generate_rows(
     and spread over the DP replicas. `gpt` is left in eval mode.
 
     ValueError, on every process and before anything runs, for a prompt that is empty or too long with what may follow,
-    for sequence parallelism, and for parameters that ZeRO 3 has partitioned.
+    for more keys and values than there is memory, for sequence parallelism, and for a base that ZeRO 3 has partitioned.
     """
+    lengths = [len(prompt) for prompt in prompts]
     check_runs_in_steps(gpt)
-    check_room([len(prompt) for prompt in prompts], config.max_new_tokens, gpt.max_position_embeddings)
+    check_room(lengths, config.max_new_tokens, gpt.max_position_embeddings)
     num_candidates = max(2, 1 + len(end_tokens)) * config.num_beams
     if config.num_beams > 1 and num_candidates > gpt.true_vocab_size:
         raise ValueError(
             f"generate.num_beams={config.num_beams} weighs {num_candidates} tokens, but the vocabulary has"
             f" {gpt.true_vocab_size}; use fewer beams"
         )
+    check_cache_fits(
+        gpt,
+        num_rows=min(config.batch_size, len(prompts)) * config.num_beams,
+        num_columns=_count_columns(max(lengths, default=0), config),
+    )
     assert not adapter_of_row or len(adapter_of_row) == len(prompts), "one adapter, or None, for each prompt"
     mine = _generate_mine(gpt, prompts, config, end_tokens, adapter_of_row)
     parts: list[dict[int, list[int]]] = [{}] * gpt.topology.world_size
@@ -63,13 +69,17 @@ def _generate_mine(
     for rows in batches:
         batch = pad_left(prompts, rows, adapter_of_row, topology.device)
         search = build_search(config, batch, end_tokens)
-        # The last token of all is never run.
-        num_columns = batch.tokens_BS.shape[1] + config.max_new_tokens - 1
+        num_columns = _count_columns(batch.tokens_BS.shape[1], config)
         with open_incremental(gpt, num_rows=search.num_rows, num_columns=num_columns) as model:
             decode(model, search, batch)
         if chooses:
             mine.update(zip(rows, search.results(), strict=True))
     return mine
+
+
+def _count_columns(longest: int, config: GenerationConfig) -> int:
+    """Tokens of a row that run; the last of all does not."""
+    return longest + config.max_new_tokens - 1
 
 
 def build_search(config: GenerationConfig, batch: PromptBatch, end_tokens: Sequence[int]) -> Search:

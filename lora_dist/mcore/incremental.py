@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -46,11 +47,39 @@ def open_incremental(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> Ite
             hook.remove()
 
 
+def check_cache_fits(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> None:
+    """ValueError, with the numbers, on every process where one of them has not the memory. Collective."""
+    needed = compute_cache_bytes(gpt, num_rows=num_rows, num_columns=num_columns)
+    room = torch.tensor([_read_free_bytes(gpt.topology.device) - needed], device=gpt.topology.device)
+    dist.all_reduce(room, op=dist.ReduceOp.MIN)
+    if room.item() < 0:
+        raise ValueError(
+            f"keys and values of {num_rows} rows of {num_columns} tokens take {needed / 2**30:.1f} GiB a process,"
+            f" {-room.item() / 2**30:.1f} GiB more than a process has free; lower generate.batch_size or num_beams"
+        )
+
+
+def _read_free_bytes(device: torch.device) -> int:
+    """What new tensors may take, memory that torch holds unused included."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def compute_cache_bytes(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> int:
     """Bytes that the keys and values of this process's layers and heads take."""
     config = gpt.config
     num_heads = max(1, config.num_query_groups // gpt.topology.tp_size)
-    return 2 * gpt.num_stage_layers * num_rows * num_columns * num_heads * config.kv_channels * _itemsize(gpt)
+    return (
+        2
+        * gpt.num_stage_layers
+        * num_rows
+        * num_columns
+        * num_heads
+        * config.kv_channels
+        * config.params_dtype.itemsize
+    )
 
 
 class IncrementalGpt:
@@ -155,7 +184,3 @@ def _shift_rotary(rotary: nn.Module, model: IncrementalGpt) -> Any:
         return args, {**options, "offset": model.num_columns_kept}
 
     return rotary.register_forward_pre_hook(shift, with_kwargs=True)
-
-
-def _itemsize(gpt: ShardedGpt) -> int:
-    return gpt.config.params_dtype.itemsize

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -263,6 +264,24 @@ def refuse_partitioned() -> str:
 def test_a_partitioned_base_is_refused() -> None:
     for message in run_distributed(refuse_partitioned, 2):
         assert "generate from the saved adapter, or use zero.stage<=2" in message
+
+
+def refuse_for_memory(base: Path, num_columns: int) -> str:
+    gpt = build_shard({"tp_size": 2}, replace(read_toy_config(base), max_position_embeddings=num_columns))
+    config = GenerationConfig(max_new_tokens=num_columns - 3, num_beams=50)
+    with pytest.raises(ValueError, match="more than a process has free") as caught:
+        generate_rows(gpt, [[1, 2, 3]] * 8, config, end_tokens=[0])
+    return str(caught.value)
+
+
+def test_more_keys_and_values_than_memory_are_refused_with_the_numbers(tmp_path: Path) -> None:
+    """400 rows in four layers of half the heads of hidden size 32, fp32, twice the memory of this machine."""
+    write_toy_checkpoint(tmp_path)
+    bytes_per_column = 400 * 4 * 2 * 16 * 4
+    num_columns = 2 * psutil.virtual_memory().total // bytes_per_column
+    gib = (num_columns - 1) * bytes_per_column / 2**30
+    for message in run_distributed(refuse_for_memory, 2, tmp_path, num_columns):
+        assert f"of 400 rows of {num_columns - 1} tokens take {gib:.1f} GiB a process" in message
 
 
 def refuse(options: dict, base: Path, prompts: list[list[int]], config: GenerationConfig) -> str:
