@@ -21,6 +21,8 @@ from lora_dist.generation.decode import Choice, Search
 from lora_dist.mcore.layers import SdpaAttention
 from lora_dist.mcore.model import ShardedGpt
 
+_GOES_ON, _FINISHED, _NOT_FINITE = range(3)
+
 
 @contextmanager
 def open_incremental(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> Iterator["IncrementalGpt"]:
@@ -71,15 +73,8 @@ def compute_cache_bytes(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> 
     """Bytes that the keys and values of this process's layers and heads take."""
     config = gpt.config
     num_heads = max(1, config.num_query_groups // gpt.topology.tp_size)
-    return (
-        2
-        * gpt.num_stage_layers
-        * num_rows
-        * num_columns
-        * num_heads
-        * config.kv_channels
-        * config.params_dtype.itemsize
-    )
+    bytes_per_token = 2 * num_heads * config.kv_channels * config.params_dtype.itemsize
+    return gpt.num_stage_layers * num_rows * num_columns * bytes_per_token
 
 
 class IncrementalGpt:
@@ -113,17 +108,23 @@ class IncrementalGpt:
         return self._run(choice.tokens_R[:, None])
 
     def agree(self, search: Search, logits_RV: torch.Tensor | None) -> Choice:
-        """What the process with the logits chooses, told to the rest of the replica. Collective over TP x PP."""
+        """What the process with the logits chooses, told to the rest of the replica. Collective over TP x PP.
+
+        ValueError, on all of them, where a logit is not finite.
+        """
         topology = self._gpt.topology
-        packed = torch.empty(2 * search.num_rows + 1, dtype=torch.int64, device=topology.device)
+        told = torch.empty(2 * search.num_rows + 1, dtype=torch.int64, device=topology.device)
         if logits_RV is not None:
-            choice = search.choose(logits_RV)
-            finished = torch.tensor([choice.finished], device=topology.device)
-            packed = torch.cat([finished.long(), choice.tokens_R, choice.source_R])
+            told = _choose(search, logits_RV, told)
         source = topology.tp_size * (topology.dp_rank + topology.dp_size * (topology.pp_size - 1))
-        dist.broadcast(packed, src=source, group=topology.model_parallel_group)
-        tokens_R, source_R = packed[1:].chunk(2)
-        return Choice(tokens_R=tokens_R, source_R=source_R, finished=bool(packed[0]))
+        dist.broadcast(told, src=source, group=topology.model_parallel_group)
+        state, (tokens_R, source_R) = int(told[0]), told[1:].chunk(2)
+        if state == _NOT_FINITE:
+            raise ValueError(
+                f"logits after {self.num_columns_kept} tokens are not finite, so no token can be chosen; look at the"
+                " checkpoint and the adapter, and where they are fp16 use fp32 or bf16"
+            )
+        return Choice(tokens_R=tokens_R, source_R=source_R, finished=state == _FINISHED)
 
     def _run(self, tokens_RC: torch.Tensor) -> torch.Tensor | None:
         """One forward pass through all stages."""
@@ -160,6 +161,15 @@ class IncrementalGpt:
             return None
         whole_RV = torch.cat(parts, 1)[:, : self._gpt.true_vocab_size]
         return whole_RV.to(torch.promote_types(whole_RV.dtype, torch.float32))
+
+
+def _choose(search: Search, logits_RV: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+    """[1 + 2 R]: the state, the tokens, the rows that they continue."""
+    if not logits_RV.isfinite().all():
+        return told.fill_(_NOT_FINITE)
+    choice = search.choose(logits_RV)
+    state = torch.tensor([_FINISHED if choice.finished else _GOES_ON], device=told.device)
+    return torch.cat([state, choice.tokens_R, choice.source_R])
 
 
 def check_runs_in_steps(gpt: ShardedGpt) -> None:

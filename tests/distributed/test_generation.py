@@ -106,7 +106,7 @@ def run_in_steps(options: dict, base: Path) -> tuple[torch.Tensor | None, int, i
         logits = [model.prefill(batch)]
         for column in range(4, 16):
             logits.append(model.step(Choice(tokens_R=tokens_BS[:, column], source_R=rows, finished=False)))
-        kept = sum(cache.num_bytes for cache in model._caches)
+        kept = sum(layer.self_attention.core_attention.cache.num_bytes for layer in gpt.decoder.layers)
     planned = compute_cache_bytes(gpt, num_rows=2, num_columns=16)
     dist.barrier()
     return None if logits[0] is None else torch.stack(logits, 1), kept, planned
@@ -264,6 +264,24 @@ def refuse_partitioned() -> str:
 def test_a_partitioned_base_is_refused() -> None:
     for message in run_distributed(refuse_partitioned, 2):
         assert "generate from the saved adapter, or use zero.stage<=2" in message
+
+
+def refuse_what_is_not_finite(base: Path, dtype: torch.dtype) -> str:
+    gpt = build_shard({"tp_size": 2, "pp_size": 2}, read_toy_config(base), dtype)
+    load_hf_checkpoint(gpt, base)
+    rows = generate_rows(gpt, draw_prompts(), GREEDY, end_tokens=[VOCAB_SIZE - 1])
+    assert {token for row in rows for token in row} <= set(range(VOCAB_SIZE))
+    gpt.decoder.layers[0].mlp.linear_fc2.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite") as caught:
+        generate_rows(gpt, draw_prompts(), GREEDY, end_tokens=[VOCAB_SIZE - 1])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_that_are_not_finite_are_refused_on_every_process(dtype: torch.dtype, tmp_path: Path) -> None:
+    write_toy_checkpoint(tmp_path, dtype=dtype)
+    for message in run_distributed(refuse_what_is_not_finite, 4, tmp_path, dtype):
+        assert "logits after 12 tokens are not finite" in message
 
 
 def refuse_for_memory(base: Path, num_columns: int) -> str:

@@ -80,6 +80,16 @@ def test_frequencies_are_the_probabilities(options: dict[str, float], weights: l
     assert (frequencies - expected).abs().max() < 4 * 0.5 / drawn.numel() ** 0.5  # four standard deviations
 
 
+@pytest.mark.parametrize(("in_context", "expected"), [(True, [4, 1, 2, 1]), (False, [1, 1, 4, 1])])
+def test_the_contexts_ngrams_count_or_not(in_context: bool, expected: list[int]) -> None:
+    """Tokens by likelihood 1, 4, 2, 3, 0, after the context 1, 1: nothing follows another twice."""
+    config = GenerationConfig(max_new_tokens=4, no_repeat_ngram_size=2, ngrams_in_context=in_context)
+    search = OnePath(config, pad_left([[1, 1], [0, 3, 1]], [0, 1], (), torch.device("cpu")), [])
+    for _ in range(4):
+        search.choose(LOGITS[0, [3, 1, 2, 0, 4]].expand(2, -1))
+    assert search.results()[0] == expected
+
+
 def test_draws_depend_on_seed_and_row_alone() -> None:
     config = GenerationConfig(max_new_tokens=30, temperature=1.0)
     whole = draw(config, range(6))
