@@ -59,6 +59,14 @@ def format_config(config: "DataclassInstance") -> str:
     return text
 
 
+def find_adapter(directory: str) -> str:
+    """The adapter's own directory, given that or the run's that wrote it (a comparison's, too)."""
+    for inside in ("adapter", "lora/adapter"):
+        if (Path(directory) / inside).is_dir():
+            return str(Path(directory) / inside)
+    return directory
+
+
 def _check_parent(run_dir: Path) -> None:
     parent = next(path for path in run_dir.absolute().parents if path.exists())
     if not parent.is_dir():

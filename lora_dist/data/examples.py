@@ -50,8 +50,8 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, *, s
     """Tokens of the pairs that fit into `seq_len` positions; the others go to `bad`."""
     # E2E repeats each context some nine times.
     distinct = list(dict.fromkeys(pair.context for pair in pairs))
-    contexts = dict(zip(distinct, _tokenize(distinct, tokenizer, "contexts"), strict=True))
-    targets = _tokenize([TARGET_PREFIX + pair.target for pair in pairs], tokenizer, "targets")
+    contexts = dict(zip(distinct, tokenize_texts(distinct, tokenizer, "contexts"), strict=True))
+    targets = tokenize_texts([TARGET_PREFIX + pair.target for pair in pairs], tokenizer, "targets")
     end = [int(tokenizer.eos_token_id)]
     rows, num_context_tokens = [], []
     for pair, target in zip(pairs, targets, strict=True):
@@ -76,7 +76,7 @@ def draw_fake_examples(num_examples: int, *, vocab_size: int, seq_len: int, seed
     )
 
 
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, what: str) -> list[list[int]]:
+def tokenize_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, what: str) -> list[list[int]]:
     """Plain text only: `<|endoftext|>` spelt out in a file does not become the end token."""
     ids: list[list[int]] = []
     silent = dist.is_initialized() and dist.get_rank() != 0

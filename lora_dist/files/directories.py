@@ -1,10 +1,10 @@
-"""Directories that appear whole or not at all, and the manifest that says what whole means."""
+"""Directories and files that appear whole or not at all, and the manifest that says what whole means."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> str:
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(raw).hexdigest()
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines that appear under `path` whole or not at all."""
+    unfinished = path.parent / f".{path.name}.partial"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    fsync_directory(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
+from lora_dist.generation.cache import LayerCache
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.function import NO_COMMUNICATION, ShardCommunication
 from lora_dist.lora.layer import LoraShard
@@ -27,6 +28,8 @@ class SdpaAttention(nn.Module):
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
         self.dropout = config.attention_dropout
+        self.cache: LayerCache | None = None
+        """Where the model runs step by step: what it has seen of each row."""
 
     def forward(
         self,
@@ -36,8 +39,13 @@ class SdpaAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         **_: Any,
     ) -> torch.Tensor:
-        """[S, B, A * D]. `attention_mask` [B, 1, S, S] is True where a query may look; None means causal."""
+        """[S, B, A * D]. `attention_mask` [B, 1, S, S] is True where a query may look; None means causal.
+
+        With a cache the mask has a column for everything kept, these S positions last.
+        """
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBAD, key_SBAD, value_SBAD))
+        if self.cache is not None:
+            key, value = self.cache.append(key, value)
         dropout = self.dropout if self.training else 0.0
         if dropout:
             with get_cuda_rng_tracker().fork():

@@ -37,6 +37,8 @@ class ShardedGpt(GPTModel):
         super().__init__(*args, **options)
         self.true_vocab_size, self.topology, self.clock = true_vocab_size, topology, clock
         self.label_smoothing = 0.0
+        self.only_last_position = False
+        """Compute logits for the last position alone."""
 
     @property
     def num_stage_layers(self) -> int:
@@ -54,6 +56,8 @@ class ShardedGpt(GPTModel):
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         labels_BS, loss_mask_BS = options.get("labels"), options.get("loss_mask")
+        if self.post_process and self.only_last_position:
+            hidden_states = hidden_states[-1:]
         if not self.post_process or labels_BS is None:
             return super()._postprocess(hidden_states, *args, **options)
         return self._compute_loss(hidden_states, labels_BS, loss_mask_BS)

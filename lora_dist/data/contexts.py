@@ -1,0 +1,84 @@
+"""Contexts to generate from: out of files of examples or plain text, to tokens, and texts out of tokens again."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from lora_dist.data.examples import tokenize_texts
+from lora_dist.data.readers import BadRows, read_pairs
+
+_SEPARATOR = "||"
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One row's context, and the adapter that it names."""
+
+    text: str
+    adapter: str | None = None
+
+
+def read_contexts(content: bytes, file_format: str, path: str) -> list[Context]:
+    """Every row's context in order; targets are left out. ValueError `file:line: ...` at the first bad row.
+
+    `file_format` as in GenerateOptions.format.
+    """
+    if file_format == "auto":
+        file_format = _guess_format(content, path)
+    if file_format in ("e2e_text", "e2e_csv"):
+        return [Context(pair.context) for pair in read_pairs(content, file_format, BadRows(path, "error"))]
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    parse = _parse_json if file_format == "jsonl" else _parse_text
+    rows = enumerate(io.StringIO(text, newline="\n"), 1)
+    contexts = [parse(row.strip(), f"{path}:{line}") for line, row in rows]
+    if not contexts:
+        raise ValueError(f"{path} holds no context")
+    return contexts
+
+
+def encode_contexts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, end_context: bool
+) -> tuple[list[list[int]], list[int]]:
+    """Tokens of each context, with the end token behind it where `end_context`, and the tokens that end an output."""
+    end = [int(tokenizer.eos_token_id)]
+    tokens = tokenize_texts(texts, tokenizer, "contexts")
+    return [[*one, *end] if end_context else one for one in tokens], end
+
+
+def decode_texts(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerFast, *, end_context: bool) -> list[str]:
+    """The texts; without the space before a target's first word where the context was ended."""
+    texts = [str(tokenizer.decode(list(row), clean_up_tokenization_spaces=False)) for row in rows]
+    return [text.strip() for text in texts] if end_context else texts
+
+
+def _guess_format(content: bytes, path: str) -> str:
+    for ending, known in ((".jsonl", "jsonl"), (".csv", "e2e_csv")):
+        if path.endswith(ending):
+            return known
+    return "e2e_text" if _SEPARATOR.encode() in content.partition(b"\n")[0] else "text"
+
+
+def _parse_text(row: str, place: str) -> Context:
+    if not row:
+        raise ValueError(f"{place}: blank line; a context a line is expected")
+    return Context(row)
+
+
+def _parse_json(row: str, place: str) -> Context:
+    try:
+        record = json.loads(row)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: broken JSON ({error})") from None
+    context = record.get("context") if isinstance(record, dict) else None
+    if not isinstance(context, str):
+        raise ValueError(f"{place}: a JSON object with the string 'context' is expected")
+    adapter = record.get("adapter")
+    if not isinstance(adapter, str | None):
+        raise ValueError(f"{place}: 'adapter' is {adapter!r}, neither an adapter's directory nor null")
+    return Context(context.strip(), adapter)

@@ -1,0 +1,1 @@
+"""Decoding in plain torch: greedy, drawn, beam search. It knows no model but through `decode.IncrementalModel`."""

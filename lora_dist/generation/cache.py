@@ -1,0 +1,43 @@
+"""Keys and values of one attention layer, kept from step to step; after any rotary embedding, whatever that is.
+
+Shapes: R rows, A key-value heads of this rank, C columns that are run, L columns kept so far, D head dimension.
+"""
+
+import torch
+
+
+class LayerCache:
+    """Room for `num_rows` rows of `num_columns` columns, allocated once, at the first use."""
+
+    def __init__(self, num_rows: int, num_columns: int) -> None:
+        self.num_rows, self.num_columns, self.length = num_rows, num_columns, 0
+        self._key_RALD: torch.Tensor | None = None
+        self._value_RALD: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """0 before the first use."""
+        return sum(kept.nbytes for kept in (self._key_RALD, self._value_RALD) if kept is not None)
+
+    def append(self, key_RACD: torch.Tensor, value_RACD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the new columns; keys and values [R, A, L, D] of all columns so far, views into the cache."""
+        if self._key_RALD is None or self._value_RALD is None:
+            self._key_RALD, self._value_RALD = self._allocate(key_RACD), self._allocate(value_RACD)
+        num_rows, _, num_new, _ = key_RACD.shape
+        first, self.length = self.length, self.length + num_new
+        assert num_rows <= self.num_rows, f"{num_rows} rows in a cache of {self.num_rows}"
+        assert self.length <= self.num_columns, f"{self.length} columns in a cache of {self.num_columns}"
+        for kept, new in ((self._key_RALD, key_RACD), (self._value_RALD, value_RACD)):
+            kept[:num_rows, :, first : self.length] = new
+        return self._key_RALD[:num_rows, :, : self.length], self._value_RALD[:num_rows, :, : self.length]
+
+    def select(self, source_R: torch.Tensor) -> None:
+        """Row r becomes a copy of what was row source_R[r]; there may be more rows than before."""
+        for kept in (self._key_RALD, self._value_RALD):
+            assert kept is not None, "nothing is kept yet"
+            filled = kept[:, :, : self.length]
+            filled[: len(source_R)] = filled.index_select(0, source_R)
+
+    def _allocate(self, like_RACD: torch.Tensor) -> torch.Tensor:
+        _, num_heads, _, head_dim = like_RACD.shape
+        return like_RACD.new_zeros(self.num_rows, num_heads, self.num_columns, head_dim)

@@ -1,0 +1,196 @@
+"""A sharded model run step by step: keys and values kept on the ranks that own their heads, stages in turn.
+
+The last stage's first TP rank alone gathers the vocabulary, of the last position only, and chooses; the others are
+told the tokens. Replicas never wait for each other.
+
+Shapes: B contexts, R rows that run, C columns of one forward pass, V vocabulary, H hidden.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lora_dist.generation.batches import PromptBatch, compute_mask, compute_positions
+from lora_dist.generation.cache import LayerCache
+from lora_dist.generation.decode import Choice, Search
+from lora_dist.mcore.layers import SdpaAttention
+from lora_dist.mcore.model import ShardedGpt
+
+_GOES_ON, _FINISHED, _NOT_FINITE = range(3)
+
+
+@contextmanager
+def open_incremental(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> Iterator["IncrementalGpt"]:
+    """`gpt` with room in each of its layers for `num_rows` rows of `num_columns` tokens, given up at the end.
+
+    Dropout is off from here on.
+    """
+    caches = {
+        module: LayerCache(num_rows, num_columns) for module in gpt.modules() if isinstance(module, SdpaAttention)
+    }
+    model = IncrementalGpt(gpt, list(caches.values()))
+    hooks = [] if (rotary := _find_rotary(gpt)) is None else [_shift_rotary(rotary, model)]
+    gpt.eval()
+    gpt.only_last_position, gpt.clock.key = True, None
+    for attention, cache in caches.items():
+        attention.cache = cache
+    try:
+        yield model
+    finally:
+        gpt.only_last_position, gpt.clock.adapter_of_row = False, ()
+        for attention in caches:
+            attention.cache = None
+        for hook in hooks:
+            hook.remove()
+
+
+def check_cache_fits(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> None:
+    """ValueError, with the numbers, on every process where one of them has not the memory. Collective."""
+    needed = compute_cache_bytes(gpt, num_rows=num_rows, num_columns=num_columns)
+    room = torch.tensor([_read_free_bytes(gpt.topology.device) - needed], device=gpt.topology.device)
+    dist.all_reduce(room, op=dist.ReduceOp.MIN)
+    if room.item() < 0:
+        raise ValueError(
+            f"keys and values of {num_rows} rows of {num_columns} tokens take {needed / 2**30:.1f} GiB a process,"
+            f" {-room.item() / 2**30:.1f} GiB more than a process has free; lower generate.batch_size or num_beams"
+        )
+
+
+def _read_free_bytes(device: torch.device) -> int:
+    """What new tensors may take, memory that torch holds unused included."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def compute_cache_bytes(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> int:
+    """Bytes that the keys and values of this process's layers and heads take."""
+    config = gpt.config
+    num_heads = max(1, config.num_query_groups // gpt.topology.tp_size)
+    bytes_per_token = 2 * num_heads * config.kv_channels * config.params_dtype.itemsize
+    return gpt.num_stage_layers * num_rows * num_columns * bytes_per_token
+
+
+class IncrementalGpt:
+    """`generation.decode.IncrementalModel` over this process's shard; all processes of a replica call it alike."""
+
+    def __init__(self, gpt: ShardedGpt, caches: list[LayerCache]) -> None:
+        self._gpt, self._caches = gpt, caches
+        self._rows = self._num_padding_R = torch.zeros(0, dtype=torch.int64, device=gpt.topology.device)
+        self._adapter_of_row: tuple[int | None, ...] = ()
+
+    @property
+    def num_columns_kept(self) -> int:
+        """Columns in the cache before the next forward pass."""
+        return self._caches[0].length
+
+    def prefill(self, batch: PromptBatch) -> torch.Tensor | None:
+        """Logits [B, V] after each context, on the process that chooses."""
+        self._num_padding_R, self._adapter_of_row = batch.num_padding_B, batch.adapter_of_row
+        self._rows = torch.arange(batch.num_rows, device=batch.tokens_BS.device)
+        return self._run(batch.tokens_BS)
+
+    def step(self, choice: Choice) -> torch.Tensor | None:
+        """Logits [R, V] after one more token a row, on the process that chooses."""
+        self._num_padding_R = self._num_padding_R.index_select(0, choice.source_R)
+        if self._adapter_of_row:
+            self._adapter_of_row = tuple(self._adapter_of_row[row] for row in choice.source_R.tolist())
+        if not torch.equal(choice.source_R, self._rows):
+            for cache in self._caches:
+                cache.select(choice.source_R)
+        self._rows = torch.arange(len(choice.source_R), device=choice.source_R.device)
+        return self._run(choice.tokens_R[:, None])
+
+    def agree(self, search: Search, logits_RV: torch.Tensor | None) -> Choice:
+        """What the process with the logits chooses, told to the rest of the replica. Collective over TP x PP.
+
+        ValueError, on all of them, where a logit is not finite.
+        """
+        topology = self._gpt.topology
+        told = torch.empty(2 * search.num_rows + 1, dtype=torch.int64, device=topology.device)
+        if logits_RV is not None:
+            told = _choose(search, logits_RV, told)
+        source = topology.tp_size * (topology.dp_rank + topology.dp_size * (topology.pp_size - 1))
+        dist.broadcast(told, src=source, group=topology.model_parallel_group)
+        state, (tokens_R, source_R) = int(told[0]), told[1:].chunk(2)
+        if state == _NOT_FINITE:
+            raise ValueError(
+                f"logits after {self.num_columns_kept} tokens are not finite, so no token can be chosen; look at the"
+                " checkpoint and the adapter, and where they are fp16 use fp32 or bf16"
+            )
+        return Choice(tokens_R=tokens_R, source_R=source_R, finished=state == _FINISHED)
+
+    def _run(self, tokens_RC: torch.Tensor) -> torch.Tensor | None:
+        """One forward pass through all stages."""
+        gpt, topology = self._gpt, self._gpt.topology
+        gpt.clock.adapter_of_row = self._adapter_of_row
+        first, num_columns = self.num_columns_kept, tokens_RC.shape[1]
+        if not topology.is_first_stage:
+            gpt.set_input_tensor(self._receive(tokens_RC))
+        output = gpt(
+            tokens_RC,
+            compute_positions(self._num_padding_R, first, num_columns),
+            compute_mask(self._num_padding_R, first, num_columns),
+        )
+        if topology.is_last_stage:
+            return self._gather_logits(output[:, -1])
+        dist.send(output.contiguous(), group=topology.pp_group, group_dst=topology.pp_rank + 1)
+        return None
+
+    def _receive(self, tokens_RC: torch.Tensor) -> torch.Tensor:
+        config, topology = self._gpt.config, self._gpt.topology
+        num_rows, num_columns = tokens_RC.shape
+        hidden_CRH = torch.empty(
+            num_columns, num_rows, config.hidden_size, dtype=config.pipeline_dtype, device=topology.device
+        )
+        dist.recv(hidden_CRH, group=topology.pp_group, group_src=topology.pp_rank - 1)
+        return hidden_CRH
+
+    def _gather_logits(self, local_RV: torch.Tensor) -> torch.Tensor | None:
+        """fp32 (fp64 in an fp64 model), without the rows that pad the vocabulary; on tp_rank 0 alone."""
+        topology = self._gpt.topology
+        parts = [torch.empty_like(local_RV) for _ in range(topology.tp_size)] if topology.tp_rank == 0 else None
+        dist.gather(local_RV.contiguous(), parts, group=topology.tp_group, group_dst=0)
+        if parts is None:
+            return None
+        whole_RV = torch.cat(parts, 1)[:, : self._gpt.true_vocab_size]
+        return whole_RV.to(torch.promote_types(whole_RV.dtype, torch.float32))
+
+
+def _choose(search: Search, logits_RV: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+    """[1 + 2 R]: the state, the tokens, the rows that they continue."""
+    if not logits_RV.isfinite().all():
+        return told.fill_(_NOT_FINITE)
+    choice = search.choose(logits_RV)
+    state = torch.tensor([_FINISHED if choice.finished else _GOES_ON], device=told.device)
+    return torch.cat([state, choice.tokens_R, choice.source_R])
+
+
+def check_runs_in_steps(gpt: ShardedGpt) -> None:
+    """ValueError where the model is split along the sequence or partitioned over DP."""
+    if gpt.topology.sequence_parallel:
+        raise ValueError(
+            "topology.sequence_parallel=true: generation runs one position at a time, which cannot be split; set false"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in gpt.parameters()):
+        raise ValueError("zero.stage=3 has partitioned the base: generate from the saved adapter, or use zero.stage<=2")
+
+
+def _find_rotary(gpt: ShardedGpt) -> nn.Module | None:
+    rotary = getattr(gpt, "rotary_pos_emb", None)
+    return rotary if isinstance(rotary, nn.Module) else None
+
+
+def _shift_rotary(rotary: nn.Module, model: IncrementalGpt) -> Any:
+    """Rotary angles go on at the cache's end. A row's padding shifts all its columns alike, which rotation ignores."""
+
+    def shift(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**options, "offset": model.num_columns_kept}
+
+    return rotary.register_forward_pre_hook(shift, with_kwargs=True)

@@ -1,0 +1,131 @@
+"""`lora-dist generate` as a user types it: what it prints and writes, at any topology, and what it refuses."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hf_toy import draw_adapter_values
+from processes import run_distributed
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from lora_dist.checkpoint.store import Adapter, write_adapter_directory
+from lora_dist.cli.compose import compose_config
+from lora_dist.cli.main import main
+from lora_dist.config import LoraConfig
+from lora_dist.files.hf_checkpoint import compute_base_fingerprint
+from lora_dist.lora.targets import build_adapter_specs
+
+DEMO = Path(__file__).parents[2] / "lora_dist" / "assets" / "demo_base"
+CONTEXTS = ["name : The Vaults | Type : pub", "name : Aromi", "name : The Vaults | Type : pub"]
+SHORT = ["generate.max_new_tokens=8", "generate.batch_size=2"]
+
+
+def call(words: list[str]) -> int:
+    """`lora-dist generate WORDS` as one process of a job that a launcher started."""
+    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    return main(["generate", *words])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Two adapters of the demo base, one in a run's directory; the other has trained biases too."""
+    model = compose_config([]).model
+    fingerprint = compute_base_fingerprint(model, 0)
+    for name, rank, bias in (("run/adapter", 2, "none"), ("other", 3, "none"), ("biased", 1, "all")):
+        specs = build_adapter_specs(LoraConfig(rank=rank, alpha=1, target_modules=["q_proj", "up_proj"]), model)
+        values = {key: value * rank for key, value in draw_adapter_values(specs, model, bias).items()}
+        adapter = Adapter(specs=specs, bias=bias, values=values)
+        write_adapter_directory(tmp_path / name, adapter, model, {"task": name}, base_fingerprint=fingerprint)
+    (tmp_path / "e2e.txt").write_text("".join(f"{context}||a text\n" for context in CONTEXTS))
+    return tmp_path
+
+
+def read_lines(path: Path) -> list[dict[str, str | None]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def generate_with_transformers(contexts: list[str], adapter: Path | None) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    model = GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    texts = []
+    for context in contexts:
+        prompt = torch.tensor([[*tokenizer(context)["input_ids"], tokenizer.eos_token_id]])
+        output = model.eval().generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        texts.append(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip())
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("topology", "more"), [("single", []), ("tp2", []), ("pp2", ["generate.merge=true"]), ("dp2", [])]
+)
+def test_a_file_of_contexts_becomes_a_file_of_texts(topology: str, more: list[str], place: Path) -> None:
+    output, adapter = place / "new" / "out.jsonl", place / "run"
+    words = [f"generate.input={place / 'e2e.txt'}", f"generate.output={output}", f"adapter={adapter}", *SHORT, *more]
+    num_processes = 1 if topology == "single" else 2
+    assert run_distributed(call, num_processes, [*words, f"topology={topology}"]) == [0] * num_processes
+    expected = generate_with_transformers(CONTEXTS, adapter / "adapter")
+    assert expected[0] == expected[2] != expected[1]
+    assert read_lines(output) == [
+        {"context": context, "text": text, "adapter": str(adapter)}
+        for context, text in zip(CONTEXTS, expected, strict=True)
+    ]
+    assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_a_prompt_of_the_command_line_is_answered_on_it(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_distributed(call, 1, [f"generate.prompt={CONTEXTS[0]}", *SHORT]) == [0]
+    assert capfd.readouterr().out.strip() == generate_with_transformers(CONTEXTS[:1], None)[0]
+
+
+def test_each_row_of_a_file_names_its_adapter(place: Path) -> None:
+    chosen = [str(place / "run"), None, str(place / "other")]
+    rows = [{"context": c, "adapter": a} for c, a in zip(CONTEXTS, chosen, strict=True)]
+    (place / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [f"generate.input={place / 'mixed.jsonl'}", f"generate.output={place / 'out.jsonl'}", *SHORT]
+    adapters = f"adapters=[{place / 'run'},{place / 'other'}]"
+    assert run_distributed(call, 2, [*words, adapters, "topology=tp2"]) == [0, 0]
+    directories = [place / "run/adapter", None, place / "other"]
+    expected = [
+        generate_with_transformers([context], adapter)[0]
+        for context, adapter in zip(CONTEXTS, directories, strict=True)
+    ]
+    assert expected[0] != expected[2]
+    assert read_lines(place / "out.jsonl") == [row | {"text": text} for row, text in zip(rows, expected, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give generate.input=FILE or generate.prompt='...', one of them"),
+        (["generate.prompt=x", "adapter=PLACE/none"], "adapter=PLACE/none is not a directory"),
+        (["generate.prompt=x", "adapter=PLACE"], "adapter=PLACE has no manifest.json"),
+        (["generate.prompt=x", "adapter=PLACE/biased"], "trained biases; a batch can mix adapters only without, merge"),
+        (["generate.prompt=x", "adapters=[PLACE/other]"], "no row names one; use adapter=DIR"),
+        (["generate.input=PLACE/none"], "generate.input=PLACE/none is no file"),
+        (["generate.prompt=x", "generate.output=PLACE/e2e.txt"], "e2e.txt exists already; give a new file"),
+        (["generate.prompt=x", "generate.max_new_tokens=300"], "model.max_position_embeddings=256; shorten"),
+        (["generate.prompt=x", "model=tiny"], "model=tiny has no tokenizer"),
+        (["generate.prompt=x", "generate.beams=3"], "unknown key generate.beams; did you mean generate.num_beams?"),
+        (["generate.prompt=x", "generate.top_k=3"], "generate.top_k=3 has no effect without drawing"),
+        (["generate.prompt=x", "topology.tp_size=2", "topology.sequence_parallel=true"], "set false"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_distributed(call, 1, [word.replace("PLACE", str(place)) for word in words]) == [2]
+    errors = capfd.readouterr().err
+    assert errors.count("\n") == 1
+    assert message.replace("PLACE", str(place)) in errors
