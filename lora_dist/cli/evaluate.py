@@ -1,5 +1,6 @@
 """Score a file of outputs, anyone's, on a task, beside the paper's figures."""
 
+import os
 from pathlib import Path
 
 from lora_dist.task_config import EvaluateConfig
@@ -13,9 +14,10 @@ def check(config: EvaluateConfig) -> None:
     for key, path in named:
         if not Path(path).is_file():
             raise ValueError(f"{key}={path} is no file; give the path of one")
-    parent = _find_output(config).absolute().parent
-    if not parent.is_dir():
-        raise ValueError(f"output={config.output}: there is no directory {parent}; make it, or give another output")
+    output = _find_output(config)
+    parent = output.absolute().parent
+    if output.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"output={output} cannot be written; give the path of a file in a directory that is yours")
 
 
 def run(config: EvaluateConfig) -> None:
@@ -32,10 +34,7 @@ def run(config: EvaluateConfig) -> None:
     scores = score(task, predictions, items)
     record = to_json(scores, predictions=config.predictions, references=task.references)
     output = _find_output(config)
-    try:
-        output.write_text(record, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"output={output} cannot be written ({error.strerror}); give another output") from None
+    output.write_text(record, encoding="utf-8")
     print(format_scores(scores, ROWS.get(task.name, [])))
     print(f"\nscores: {output}", flush=True)
 

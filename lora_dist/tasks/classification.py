@@ -54,8 +54,11 @@ def _report(values: Values, given: Sequence[str], wanted: Sequence[str]) -> Resu
     """A model may say anything; what is none of the file's labels is a wrong answer, and is counted."""
     known = set(wanted)
     unknown = [label for label in given if label not in known]
-    note = f"{len(unknown)} of {len(given)} outputs are none of the labels, e.g. {unknown[0]!r}, and count as wrong"
-    return [ScoreRow(label="outputs", values=values)], [note] if unknown else []
+    notes = [
+        f"{len(unknown)} of {len(given)} outputs are none of the labels and count as wrong, e.g. {example!r}"
+        for example in unknown[:1]
+    ]
+    return [ScoreRow(label="outputs", values=values)], notes
 
 
 def _read_number(text: str) -> float | None:

@@ -55,8 +55,9 @@ def _read_plain_lines(text: str, path: str) -> Iterator[Prediction]:
 
 def _read_json_lines(text: str, path: str) -> Iterator[Prediction]:
     for line, row in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
+        row = _check(row, path, line)
         try:
-            record = json.loads(_check(row, path, line))
+            record = json.loads(row)
             name = _find_column(record if isinstance(record, dict) else {}, _OUTPUT_NAMES) or _OUTPUT_NAMES[0]
             context = _find_column(record, _CONTEXT_NAMES)
             given = None if context is None else take_text(record, context).strip()
