@@ -25,7 +25,7 @@ def tokenize_as_treebank(java: str, texts: Sequence[str]) -> list[str]:
     done = subprocess.run(command, input=content, capture_output=True, check=False)
     lines = done.stdout.decode().split("\n")[:-1]
     if done.returncode != 0 or len(lines) != len(texts):
-        raise RuntimeError(f"{jar}: {len(lines)} lines for {len(texts)} texts: {done.stderr.decode()[-500:]}")
+        raise _build_error(java, jar, done.stderr.decode(errors="replace"))
     return [" ".join(token for token in line.split() if token not in dropped) for line in lines]
 
 
@@ -34,20 +34,21 @@ def compute_meteor(java: str, outputs: Sequence[str], references: Sequence[Seque
     module = import_extra("pycocoevalcap.meteor.meteor")
     jar = _find_jar(module.__file__, module.METEOR_JAR)
     command = [java, "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        statistics = []
-        for output, item in zip(outputs, references, strict=True):
-            texts = [*item, output]
-            _send(process.stdin, ["SCORE", *(" ".join(text.replace(_SEPARATOR, " ").split()) for text in texts)])
-            statistics.append(_receive(process.stdout, jar))
-        _send(process.stdin, ["EVAL", *statistics])
-        scores = [float(_receive(process.stdout, jar)) for _ in range(len(outputs) + 1)]
-        process.stdin.close()
-    return scores[-1]
+    try:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            statistics = []
+            for output, item in zip(outputs, references, strict=True):
+                texts = [*item, output]
+                _send(process.stdin, ["SCORE", *(" ".join(text.replace(_SEPARATOR, " ").split()) for text in texts)])
+                statistics.append(_receive(process.stdout))
+            _send(process.stdin, ["EVAL", *statistics])
+            return [float(_receive(process.stdout)) for _ in range(len(outputs) + 1)][-1]
+    except BrokenPipeError:
+        raise _build_error(java, jar, "it ended early") from None
 
 
 def _send(stream: IO[str], fields: Sequence[str]) -> None:
@@ -55,11 +56,19 @@ def _send(stream: IO[str], fields: Sequence[str]) -> None:
     stream.flush()
 
 
-def _receive(stream: IO[str], jar: str) -> str:
+def _receive(stream: IO[str]) -> str:
     line = stream.readline().strip()
     if not line:
-        raise RuntimeError(f"{jar} ended before all texts were scored; it needs 2 GB of memory and Java 8 or newer")
+        raise BrokenPipeError
     return line
+
+
+def _build_error(java: str, jar: str, output: str) -> ValueError:
+    said = " ".join(output.split())[-300:]
+    return ValueError(
+        f"{java} cannot run {Path(jar).name} ({said}); it needs Java 8 or newer and 2 GB of memory; mend it,"
+        " or take it off PATH to score without"
+    )
 
 
 def _flatten(text: str) -> str:

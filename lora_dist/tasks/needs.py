@@ -12,7 +12,7 @@ def import_extra(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         package = name.partition(".")[0]
         raise ValueError(
-            f"{package} is not installed ({error}); the metrics need the extra: pip install -e '.[evaluate]'"
+            f"{package} is not installed ({error}); metrics need the extra: bash launch/install.sh evaluate"
         ) from None
 
 

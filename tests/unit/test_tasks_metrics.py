@@ -154,9 +154,19 @@ def test_text_of_any_kind_stays_one_item(monkeypatch: pytest.MonkeyPatch) -> Non
     assert compute_meteor(java, ["a ||| b", "", "caf\u00e9"], [["a b"], ["x"], ["caf\u00e9", "z"]]) > 0.3
 
 
+def test_a_java_that_does_not_run_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "java"
+    broken.write_text("#!/bin/sh\necho no runtime here >&2\nexit 1\n", encoding="utf-8")
+    broken.chmod(0o755)
+    with pytest.raises(ValueError, match=r"java cannot run stanford.*\(no runtime here\); it needs Java 8 or newer"):
+        tokenize_as_treebank(str(broken), ["a"])
+    with pytest.raises(ValueError, match=r"java cannot run meteor-1.5.jar \(it ended early\)"):
+        compute_meteor(str(broken), ["a"], [["a"]])
+
+
 def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
-    with pytest.raises(ValueError, match=r"sacrebleu is not installed .*pip install -e '\.\[evaluate\]'"):
+    with pytest.raises(ValueError, match=r"sacrebleu is not installed .*bash launch/install.sh evaluate"):
         compute_bleu(["a"], [["a"]])
 
 
