@@ -42,6 +42,7 @@ def load_predictions(path: str, items: Sequence[Item], *, may_be_empty: bool) ->
 def _read_predictions(path: str) -> Iterator[Prediction]:
     # Broken bytes become lone surrogates, so that the line they stand in can be told.
     text = read_file("predictions", path).decode("utf-8-sig", errors="surrogateescape")
+    text = text.replace("\r\r\n", "\n")  # Windows' line ends written as text once more, as one E2E system's are
     suffix = Path(path).suffix.lower()
     if suffix in (".tsv", ".csv"):
         return _read_columns(text, path, "\t" if suffix == ".tsv" else ",")
