@@ -48,7 +48,7 @@ class EvaluateConfig:
 
     task: TaskConfig
     predictions: str
-    """Outputs: a line each in the references' order, or .jsonl, .tsv or .csv with a column `prediction` (or `output`)
-    and, to be matched by context instead of order, `context` (or `mr`)."""
+    """Outputs: a line each in the references' order, or .jsonl, .tsv or .csv with a column `prediction` (or `output`,
+    in .jsonl also `text`) and, to be matched by context instead of order, `context` (or `mr`)."""
     output: str | None = None
     """File of the scores in JSON; null writes PREDICTIONS.scores.json."""

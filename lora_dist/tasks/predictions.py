@@ -11,6 +11,8 @@ from lora_dist.data.tables import open_rows, take_cells, take_header
 from lora_dist.tasks.items import Item
 
 _OUTPUT_NAMES = ("prediction", "output", "hypothesis")
+_OUTPUT_KEYS = (*_OUTPUT_NAMES, "text")
+"""In JSON lines, which `lora-dist generate` writes with `text`; a table's column `text` is as likely the input."""
 _CONTEXT_NAMES = ("context", "mr", "source")
 _REMEDY = "correct the file"
 
@@ -59,7 +61,7 @@ def _read_json_lines(text: str, path: str) -> Iterator[Prediction]:
         row = _check(row, path, line)
         try:
             record = json.loads(row)
-            name = _find_column(record if isinstance(record, dict) else {}, _OUTPUT_NAMES) or _OUTPUT_NAMES[0]
+            name = _find_column(record if isinstance(record, dict) else {}, _OUTPUT_KEYS) or _OUTPUT_NAMES[0]
             context = _find_column(record, _CONTEXT_NAMES)
             given = None if context is None else take_text(record, context).strip()
             yield Prediction(line=line, text=take_text(record, name).strip(), context=given)
@@ -102,18 +104,25 @@ def _check(row: str, path: str, line: int) -> str:
 
 
 def _match_contexts(path: str, predictions: Sequence[Prediction], items: Sequence[Item]) -> list[Prediction]:
-    """The outputs in the items' order; items of one context, e.g. a question asked twice, take them as they come."""
+    """The outputs in the items' order; items of one context, e.g. a question asked twice, take them as they come.
+
+    One output may stand there more often than needed, as where a context was generated from once a reference.
+    """
     waiting: dict[str, list[int]] = {}
     for index, item in enumerate(items):
         waiting.setdefault(item.context, []).append(index)
     matched: dict[int, Prediction] = {}
+    taken: dict[str, set[str]] = {}
     for prediction in predictions:
         context = _normalize(prediction.context or "", waiting)
         if context not in waiting:
             raise ValueError(f"{path}:{prediction.line}: the references have no context {prediction.context!r}")
         if not waiting[context]:
-            raise ValueError(f"{path}:{prediction.line}: a second output for {prediction.context!r}; keep one")
+            if prediction.text in taken[context]:
+                continue
+            raise ValueError(f"{path}:{prediction.line}: a second, other output for {prediction.context!r}; keep one")
         matched[waiting[context].pop(0)] = prediction
+        taken.setdefault(context, set()).add(prediction.text)
     missing = [index for index in range(len(items)) if index not in matched]
     if missing:
         context = items[missing[0]].context
