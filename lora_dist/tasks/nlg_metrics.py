@@ -13,7 +13,7 @@ from lora_dist.tasks.nist import compute_nist
 
 NO_JAVA = (
     "no java on PATH: METEOR is left out, and ROUGE-L and CIDEr are on mteval's tokens instead of the Penn Treebank's"
-    " (some 0.1 and 0.01 lower); install Java 8 or newer for the official ones"
+    " (off by up to 0.4 and 0.07 on ten E2E systems); install Java 8 or newer for the official ones"
 )
 NO_METEOR = "no java on PATH: METEOR is left out; install Java 8 or newer for it"
 NIST_PERL = "NIST (mteval.pl)"
