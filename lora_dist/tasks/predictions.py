@@ -61,8 +61,9 @@ def _read_json_lines(text: str, path: str) -> Iterator[Prediction]:
         row = _check(row, path, line)
         try:
             record = json.loads(row)
-            name = _find_column(record if isinstance(record, dict) else {}, _OUTPUT_KEYS) or _OUTPUT_NAMES[0]
-            context = _find_column(record, _CONTEXT_NAMES)
+            keys = record if isinstance(record, dict) else {}
+            name = _find_column(keys, _OUTPUT_KEYS) or _OUTPUT_NAMES[0]
+            context = _find_column(keys, _CONTEXT_NAMES)
             given = None if context is None else take_text(record, context).strip()
             yield Prediction(line=line, text=take_text(record, name).strip(), context=given)
         except (ValueError, RecursionError) as error:
@@ -127,7 +128,8 @@ def _match_contexts(path: str, predictions: Sequence[Prediction], items: Sequenc
     if missing:
         context = items[missing[0]].context
         raise ValueError(
-            f"{path}: {len(missing)} of {len(items)} contexts have no output, the first {context!r}; {_REMEDY}"
+            f"{path}:{predictions[-1].line}: {len(missing)} of {len(items)} contexts have no output,"
+            f" the first {context!r}; {_REMEDY}"
         )
     return [matched[index] for index in range(len(items))]
 

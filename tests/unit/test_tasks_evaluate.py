@@ -91,7 +91,7 @@ BAD_FILES = [
         f"mr\toutput\n{MEANING}\tx\n{MEANING}\ty\n",
         r"^p.tsv:3: a second, other output for 'name\[A\], eatType\[pub\]'",
     ),
-    ("p.tsv", f"mr\toutput\n{MEANING}\tx\n", r"^p.tsv: 1 of 2 contexts have no output, the first 'name : B'"),
+    ("p.tsv", f"mr\toutput\n{MEANING}\tx\n", r"^p.tsv:2: 1 of 2 contexts have no output, the first 'name : B'"),
     ("p.tsv", f"mr\toutput\n{MEANING}\t\nname[B]\ty\n", r"^p.tsv:2: unlabeled row"),
     ("p.tsv", f"mr\toutput\r\r\n{MEANING}\tx\r\r\nname[C]\ty\r\r\n", r"^p.tsv:3: the references have no context"),
     ("p.tsv", f"mr\toutput\n\n{MEANING}\tx\n", r"^p.tsv:2: blank line"),
@@ -99,6 +99,7 @@ BAD_FILES = [
     ("p.jsonl", '{"prediction": 3}\n', r"^p.jsonl:1: wrong type \('prediction' is int, not a string\)"),
     ("p.jsonl", '{"prediction": "x"}\n{"pre\n', r"^p.jsonl:2: broken JSON"),
     ("p.jsonl", '["x"]\n', r"^p.jsonl:1: wrong type \(a JSON object is expected, not list\)"),
+    ("p.jsonl", "3\n", r"^p.jsonl:1: wrong type \(a JSON object is expected, not int\)"),
     ("p.jsonl", b'{"prediction": "\xff"}\n', r"^p.jsonl:1: broken UTF-8"),
 ]
 

@@ -10,11 +10,11 @@ import pytest
 
 from lora_dist.task_config import TaskConfig
 from lora_dist.tasks.e2e_text import tokenize
-from lora_dist.tasks.items import load_items
+from lora_dist.tasks.items import Item, load_items
 from lora_dist.tasks.java import compute_meteor, tokenize_as_treebank
 from lora_dist.tasks.needs import find_java
 from lora_dist.tasks.nist import compute_nist
-from lora_dist.tasks.nlg_metrics import NIST_PERL, compute_bleu, compute_ter, score_challenge
+from lora_dist.tasks.nlg_metrics import NIST_PERL, NO_METEOR, compute_bleu, compute_ter, score_challenge
 from lora_dist.tasks.predictions import load_predictions
 from lora_dist.tasks.scoring import score
 
@@ -140,6 +140,32 @@ def test_tokenised_references_have_no_score_on_raw_text(monkeypatch: pytest.Monk
     assert [row.label for row in scores.rows] == ["tokenised text"]
     assert scores.rows[0].values["BLEU"] == pytest.approx(100)
     assert any("no score on raw text" in note for note in scores.notes)
+
+
+def test_webnlg_and_dart_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Case and the spaces around punctuation do not count; seen and unseen categories also stand alone; six references
+    are used, so that the seventh, which is the output, helps nothing.
+    """
+    monkeypatch.setenv("PATH", str(tmp_path))
+    items = [
+        Item(line=1, context="a", references=("The A-B is in C, D.",), part="seen"),
+        Item(line=2, context="b", references=(*["w x y z"] * 6, "p q r s"), part="unseen"),
+    ]
+    task = TaskConfig(name="webnlg", format="webnlg", metric="webnlg", references="unused")
+    scores = score(task, ["the a - b is in c ,d .", "p q r s"], items)
+    (row,) = scores.rows
+    assert list(row.values) == ["BLEU unseen", "BLEU seen", "BLEU", "METEOR", "TER"]
+    assert (row.values["BLEU unseen"], row.values["BLEU seen"]) == (0, pytest.approx(100))
+    orders = [10 / 14, 9 / 12, 8 / 10, 7 / 8]  # of 10 + 4 words, 9 + 3 pairs ..., the first output's are right
+    assert row.values["BLEU"] == pytest.approx(100 * (orders[0] * orders[1] * orders[2] * orders[3]) ** 0.25)
+    assert row.values["TER"] == pytest.approx((0 + 1) / 2)
+    assert row.values["METEOR"] is None
+    assert scores.notes == [NO_METEOR]
+    seen_only = score(task, ["the a - b is in c ,d ."], items[:1])
+    assert seen_only.rows[0].values["BLEU unseen"] is None
+    assert "no item for BLEU unseen" in seen_only.notes[-1]
+    dart = TaskConfig(name="dart", format="dart", metric="dart", references="unused")
+    assert list(score(dart, ["p q r s"], items[1:]).rows[0].values) == ["BLEU", "METEOR", "TER"]
 
 
 @needs_java
