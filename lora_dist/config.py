@@ -132,17 +132,27 @@ class ZeroConfig:
         )
 
 
+FILE_FORMATS = (
+    *("e2e_text", "e2e_csv", "jsonl", "webnlg", "dart", "wikisql", "samsum", "dialogsum", "banking77", "clinc150"),
+    *(f"glue_{task}" for task in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")),
+)
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Pairs of (context, target); the loss is on the target's tokens (eq. 1 of the paper)."""
 
     name: str
     format: str
-    """e2e_text (`context||target`), e2e_csv (`mr,ref`), jsonl (`context`, `target`) or fake (random tokens)."""
+    """e2e_text (`context||target`), e2e_csv (`mr,ref`), jsonl (`context`, `target`), webnlg, dart, wikisql, samsum,
+    dialogsum, banking77, clinc150, glue_cola ... glue_wnli (their own files), or fake (random tokens)."""
     train: str | None = None
     """Path of the training file."""
     valid: str | None = None
     """Path of the validation file; null means no validation."""
+    train_split: str | None = None
+    """Part of data.train to use, where one file holds several (clinc150)."""
+    valid_split: str | None = None
     seq_len: int = 512
     """Positions of a row, and the most an example may take up."""
     collate: str = "pack"
@@ -156,7 +166,7 @@ class DataConfig:
     """Training examples of format fake; validation gets an eighth of it."""
 
     def __post_init__(self) -> None:
-        _one_of("data.format", self.format, ("e2e_text", "e2e_csv", "jsonl", "fake"))
+        _one_of("data.format", self.format, (*FILE_FORMATS, "fake"))
         _one_of("data.collate", self.collate, ("pack", "pad"))
         _one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
         _require(self.seq_len >= 2, f"data.seq_len={self.seq_len} must be at least 2")

@@ -9,6 +9,9 @@ from typing import Any
 
 from bench_table import format_record
 
+from lora_dist.tasks.paper import ROWS
+from lora_dist.tasks.scores import ScoreRow, Scores, format_scores
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "tools" / "records"
 
@@ -27,7 +30,12 @@ def main() -> int:
 
 def fill(page: str) -> str:
     """`page` with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
-    builders = {"e2e_demo": build_demo_table, "performance": build_performance_tables, "quality": build_quality_table}
+    builders = {
+        "e2e_demo": build_demo_table,
+        "performance": build_performance_tables,
+        "quality": build_quality_table,
+        "e2e_tgen": build_scores_table,
+    }
 
     def replace(found: re.Match[str]) -> str:
         return f"<!-- table: {found[1]} -->\n{builders[found[1]]()}\n<!-- end -->"
@@ -54,6 +62,14 @@ def build_quality_table() -> str:
         trainable, loss = f"{row['num_trainable_parameters']:,}", f"{row['valid_loss_after']:.3f}"
         lines.append(_join([row["method"], trainable, f"{row['lr']:g}", loss]))
     return "\n".join([_join(["method", "trainable", "learning rate", "validation loss"]), "|:--|--:|--:|--:|", *lines])
+
+
+def build_scores_table() -> str:
+    """What `lora-dist evaluate` prints of the outputs that the record is of."""
+    record = _read("e2e_tgen")
+    rows = [ScoreRow(**row) for row in record["rows"]]
+    scores = Scores(task=record["task"], num_items=record["num_items"], rows=rows, notes=record["notes"])
+    return format_scores(scores, ROWS[scores.task])
 
 
 def _read(name: str) -> dict[str, Any]:

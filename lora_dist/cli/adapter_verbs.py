@@ -1,11 +1,11 @@
-"""The verbs that work on directories of adapters: their own configuration, checks before the work, processes."""
+"""The verbs with a configuration of their own, for adapters and for outputs: checks before the work, processes."""
 
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from lora_dist.adapter_config import BaseConfig, LiveConfig
-from lora_dist.cli import adapters, export, generate, import_, merge, switch
+from lora_dist.cli import adapters, evaluate, export, generate, import_, merge, switch
 from lora_dist.cli.inputs import check_checkpoint
 from lora_dist.cli.launch import launch_local
 from lora_dist.cli.ranks import adopt_ranks, become_single_process
@@ -30,6 +30,7 @@ ADAPTER_VERBS: dict[str, AdapterVerb] = {
     "merge": merge,
     "switch": switch,
     "generate": generate,
+    "evaluate": evaluate,
 }
 
 

@@ -25,7 +25,7 @@ def explain_composition_error(error: Exception, overrides: Sequence[str], conf_d
     """
     text = f"{error}\n{error.__cause__ or ''}"
     if option := re.search(r"Could not find '([^']+)'", text):
-        return _explain_missing_option(option.group(1), conf_dir)
+        return _explain_missing_option(option.group(1), conf_dir, owner)
     if (override := getattr(error, "override", None)) is not None:
         return f"{override}: cannot be read; put quotes inside the shell's: key='\"a value\"'"
     full_key = _find_full_key(text)
@@ -39,9 +39,9 @@ def explain_composition_error(error: Exception, overrides: Sequence[str], conf_d
     return (place or (f"{full_key}: " if full_key else "")) + _reword(text, error.__cause__ or error)
 
 
-def _explain_missing_option(option: str, conf_dir: Path) -> str:
+def _explain_missing_option(option: str, conf_dir: Path, owner: type) -> str:
     group, _, name = option.partition("/")
-    options = list_groups(conf_dir).get(group, [])
+    options = list_groups(conf_dir, owner).get(group, [])
     return f"{group}={name}: no file conf/{option}.yaml{_did_you_mean(name, options)} (there are {', '.join(options)})"
 
 

@@ -12,6 +12,8 @@ import lora_dist
 from lora_dist import config
 
 CONF_DIR = Path(lora_dist.__file__).resolve().parents[1] / "conf"
+_PARTS_OF_RUNS = {"experiment", "debug"}
+"""Groups of conf/ that set keys of several others."""
 ASSETS_DIR = Path(lora_dist.__file__).resolve().parent / "assets"
 
 
@@ -54,7 +56,7 @@ def list_groups(conf_dir: Path = CONF_DIR, owner: type = config.RunConfig) -> di
     groups: dict[str, list[str]] = {}
     own_groups = {field.name for field in fields(owner)}
     for directory in sorted(path for path in conf_dir.iterdir() if path.is_dir()):
-        if owner is not config.RunConfig and directory.name not in own_groups:
+        if directory.name not in own_groups | (_PARTS_OF_RUNS if owner is config.RunConfig else set()):
             continue
         files = sorted(directory.rglob("*.yaml"))
         groups[directory.name] = [str(file.relative_to(directory).with_suffix("")) for file in files]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from lora_dist.data.examples import tokenize_texts
-from lora_dist.data.readers import BadRows, read_pairs
+from lora_dist.data.readers import read_pairs
+from lora_dist.data.rows import BadRows
 
 _SEPARATOR = "||"
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from lora_dist.data.readers import BadRows, Pair
+from lora_dist.data.rows import BadRows, Pair
 from lora_dist.lora.factors import derive_seed
 
 TARGET_PREFIX = " "

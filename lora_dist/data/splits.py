@@ -3,14 +3,14 @@
 import hashlib
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from lora_dist.config import DataConfig, RunConfig
 from lora_dist.data.examples import Examples, draw_fake_examples, encode_pairs
-from lora_dist.data.readers import BadRows, read_pairs
+from lora_dist.data.readers import read_pairs
 from lora_dist.data.report import FileReport
+from lora_dist.data.rows import BadRows, read_file
 from lora_dist.data.tokenizer import load_model_tokenizer
 from lora_dist.lora.factors import derive_seed
 
@@ -33,22 +33,27 @@ def load_splits(config: RunConfig) -> tuple[Split, Split | None]:
         return _draw_splits(config)
     assert data.train is not None  # DataConfig has checked it
     tokenizer = load_model_tokenizer(config.model)
-    train = load_split("data.train", data.train, data, data.max_train_examples, tokenizer)
+    train = load_split("data.train", data.train, data, data.max_train_examples, tokenizer, data.train_split)
     if data.valid is None:
         return train, None
-    return train, load_split("data.valid", data.valid, data, data.max_valid_examples, tokenizer)
+    return train, load_split("data.valid", data.valid, data, data.max_valid_examples, tokenizer, data.valid_split)
 
 
 def load_split(
-    key: str, path: str, data: DataConfig, max_examples: int | None, tokenizer: PreTrainedTokenizerFast
+    key: str,
+    path: str,
+    data: DataConfig,
+    max_examples: int | None,
+    tokenizer: PreTrainedTokenizerFast,
+    part: str | None = None,
 ) -> Split:
-    """Examples of the file `path`, which the configuration names in `key`.
+    """Examples of the file `path`, or of its `part`, which the configuration names in `key`.
 
     With `max_examples` the file is read until that many rows were good; what follows is not looked at.
     """
-    content = _read_file(key, path)
+    content = read_file(key, path)
     bad = BadRows(path, data.on_bad_row)
-    pairs = list(islice(read_pairs(content, data.format, bad), max_examples))
+    pairs = list(islice(read_pairs(content, data.format, bad, split=part), max_examples))
     examples = encode_pairs(pairs, tokenizer, seq_len=data.seq_len, bad=bad)
     if len(examples) == 0:
         found = ", ".join(f"{count} x {reason}" for reason, count in sorted(bad.counts.items())) or "it is empty"
@@ -60,14 +65,6 @@ def load_split(
         skipped_rows=dict(sorted(bad.counts.items())),
     )
     return Split(examples=examples, file=report)
-
-
-def _read_file(key: str, path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ValueError(f"{key}={path} cannot be read ({reason}); give the path of a readable file") from None
 
 
 def _draw_splits(config: RunConfig) -> tuple[Split, Split]:

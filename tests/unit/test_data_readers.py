@@ -6,7 +6,8 @@ import pytest
 from data_files import tiny_tokenizer
 
 from lora_dist.config import DataConfig
-from lora_dist.data.readers import BadRows, Pair, read_pairs
+from lora_dist.data.readers import read_pairs
+from lora_dist.data.rows import BadRows, Pair
 from lora_dist.data.splits import load_split
 
 AROMI = Pair(1, "name : Aromi | Type : pub", "Aromi is a pub .")

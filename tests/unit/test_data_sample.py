@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import lora_dist
-from lora_dist.data.readers import BadRows, read_pairs
+from lora_dist.data.readers import read_pairs
+from lora_dist.data.rows import BadRows
 
 SAMPLE = Path(lora_dist.__path__[0]) / "assets" / "e2e_sample"
 

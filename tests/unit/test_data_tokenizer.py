@@ -9,7 +9,7 @@ from tokenizers import ByteLevelBPETokenizer
 
 from lora_dist.config import DataConfig
 from lora_dist.data.examples import draw_fake_examples, encode_pairs
-from lora_dist.data.readers import BadRows, Pair
+from lora_dist.data.rows import BadRows, Pair
 from lora_dist.data.tokenizer import load_model_tokenizer, load_tokenizer
 
 END = VOCAB_SIZE - 1

@@ -1,0 +1,66 @@
+"""GLUE's nine tasks in the TSV files that GLUE hands out: sentences -> the label, in words. https://gluebenchmark.com"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from lora_dist.data.rows import BadRow, BadRows, Pair, Texts, check_pair
+from lora_dist.data.tables import read_table
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GlueTask:
+    """Which columns of a file are the input, under which names in the context, and what its labels mean."""
+
+    columns: dict[str, str]
+    """Name in the context -> column."""
+    label: str = "label"
+    words: dict[str, str] = field(default_factory=dict)
+    """Label in the file -> target; empty where the file has words, or a number (STS-B), already."""
+    header: tuple[str, ...] | None = None
+    """Of a file that has none."""
+
+
+_NLI = {"entailment": "entailment", "neutral": "neutral", "contradiction": "contradiction"}
+_RTE = {"entailment": "entailment", "not_entailment": "not_entailment"}
+_SAME = {"0": "different", "1": "equivalent"}
+_SENTENCES = {"sentence1": "sentence1", "sentence2": "sentence2"}
+
+TASKS: dict[str, GlueTask] = {
+    "cola": GlueTask(
+        columns={"sentence": "sentence"},
+        words={"0": "unacceptable", "1": "acceptable"},
+        header=("source", "label", "mark", "sentence"),
+    ),
+    "sst2": GlueTask(columns={"sentence": "sentence"}, words={"0": "negative", "1": "positive"}),
+    "mrpc": GlueTask(columns={"sentence1": "#1 String", "sentence2": "#2 String"}, label="Quality", words=_SAME),
+    "qqp": GlueTask(columns={"question1": "question1", "question2": "question2"}, label="is_duplicate", words=_SAME),
+    "stsb": GlueTask(columns=_SENTENCES, label="score"),
+    "mnli": GlueTask(columns={"premise": "sentence1", "hypothesis": "sentence2"}, label="gold_label", words=_NLI),
+    "qnli": GlueTask(columns={"question": "question", "sentence": "sentence"}, words=_RTE),
+    "rte": GlueTask(columns=_SENTENCES, words=_RTE),
+    "wnli": GlueTask(columns=_SENTENCES, words={"0": "not_entailment", "1": "entailment"}),
+}
+
+
+def read_glue(name: str, text: str, bad: BadRows) -> Iterator[Pair]:
+    """`premise : ... | hypothesis : ...` -> `entailment`. A row without a known label is a bad row."""
+    task = TASKS[name]
+
+    def parse(cells: Mapping[str, str]) -> Texts:
+        context = " | ".join(f"{role} : {cells[column].strip()}" for role, column in task.columns.items())
+        return check_pair(context, _read_label(task, cells[task.label].strip()))
+
+    columns = [*task.columns.values(), task.label]
+    return read_table(text, columns, parse, bad, quoted=False, header=task.header)
+
+
+def _read_label(task: GlueTask, label: str) -> str:
+    if task.words:
+        if label not in task.words:
+            raise BadRow("unlabeled row", f"{task.label}={label!r} is not one of {', '.join(task.words)}")
+        return task.words[label]
+    try:
+        number = float(label)
+    except ValueError:
+        raise BadRow("unlabeled row", f"{task.label}={label!r} is no number") from None
+    return f"{number:g}"

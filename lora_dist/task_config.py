@@ -1,0 +1,54 @@
+"""What `lora-dist evaluate` is told: a task, and outputs to score; standard library only."""
+
+from dataclasses import dataclass
+
+from lora_dist.config import FILE_FORMATS
+
+METRICS = ("e2e", "webnlg", "dart", "sql", "rouge", "accuracy", "accuracy_f1", "matthews", "correlation", "exact")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}={value!r} is not one of {', '.join(allowed)}")
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    """How a task's file reads, and how outputs are scored against it."""
+
+    name: str
+    """Shown in tables."""
+    format: str
+    """Of the references: any of data.format; e2e_text becomes e2e_csv where the file's name ends in .csv."""
+    metric: str
+    """e2e (BLEU, NIST, METEOR, ROUGE-L, CIDEr), webnlg and dart (BLEU, METEOR, TER), sql, rouge, accuracy, accuracy_f1,
+    matthews, correlation, or exact (the output equals a reference)."""
+    references: str
+    """File of contexts and references."""
+    split: str | None = None
+    """Part of the file, where it holds several (clinc150)."""
+    positive: str | None = None
+    """The label that F1 is of."""
+    database: str | None = None
+    """WikiSQL's SQLite file (dev.db), for execution accuracy; null leaves that out."""
+
+    def __post_init__(self) -> None:
+        _one_of("task.format", self.format, FILE_FORMATS)
+        _one_of("task.metric", self.metric, METRICS)
+        if (self.metric == "accuracy_f1") != (self.positive is not None):
+            raise ValueError(
+                f"task.positive={self.positive} is the label that F1 is of:"
+                " task.metric=accuracy_f1 needs one, the others have none"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """`lora-dist evaluate`"""
+
+    task: TaskConfig
+    predictions: str
+    """Outputs: a line each in the references' order, or .jsonl, .tsv or .csv with a column `prediction` (or `output`,
+    in .jsonl also `text`) and, to be matched by context instead of order, `context` (or `mr`)."""
+    output: str | None = None
+    """File of the scores in JSON; null writes PREDICTIONS.scores.json."""

@@ -1,0 +1,56 @@
+"""A task's items: every context once, with all its references."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_dist.data.readers import read_pairs
+from lora_dist.data.rows import BadRows, Pair, read_file
+from lora_dist.task_config import TaskConfig
+
+_OF_ROWS = ("sql", "accuracy", "accuracy_f1", "matthews", "correlation")
+"""Metrics to which a context that occurs twice is two questions, and not one with two references."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """What a model is asked once, and what counts as an answer."""
+
+    line: int
+    """Of the references' file, where it first stands."""
+    context: str
+    references: tuple[str, ...]
+    part: str = ""
+    """As `Pair.part`."""
+
+
+def load_items(task: TaskConfig) -> list[Item]:
+    """In the file's order. ValueError with file and line for a bad row."""
+    path = task.references
+    content = read_file("task.references", path)
+    bad = BadRows(path, "error", remedy="correct the row")
+    pairs = read_pairs(content, pick_format(task), bad, split=task.split)
+    items = [_build_item([pair]) for pair in pairs] if task.metric in _OF_ROWS else group_pairs(pairs)
+    if not items:
+        raise ValueError(f"task.references={path} has no rows; give the file of the references")
+    return items
+
+
+def pick_format(task: TaskConfig) -> str:
+    """The E2E data come as text and as CSV; the name tells."""
+    is_csv = Path(task.references).suffix.lower() == ".csv"
+    return "e2e_csv" if task.format == "e2e_text" and is_csv else task.format
+
+
+def group_pairs(pairs: Iterable[Pair]) -> list[Item]:
+    """The pairs of one context, wherever they stand, as one item."""
+    groups: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.context, pair.part), []).append(pair)
+    return [_build_item(group) for group in groups.values()]
+
+
+def _build_item(pairs: list[Pair]) -> Item:
+    first = pairs[0]
+    references = tuple(pair.target for pair in pairs)
+    return Item(line=first.line, context=first.context, references=references, part=first.part)
