@@ -75,13 +75,21 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         if self.lora is None and not communicates:
             return F.linear(input, weight, options["bias"])
         if self.lora is None:
-            return super()._forward_impl(input=input, weight=weight, **options)
+            return self._compute_base(input, weight, options.pop("bias"), options)
         communication = ShardCommunication(
             allreduce_input_grad=options["allreduce_dgrad"],
             sequence_parallel=options["sequence_parallel"],
             group=options["tp_group"],
         )
         return self.lora(input, weight, options["bias"], communication)
+
+    def _compute_base(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: dict[str, Any]
+    ) -> torch.Tensor:
+        if bias is None or weight.requires_grad or not bias.requires_grad:
+            return super()._forward_impl(input=input, weight=weight, bias=bias, **options)
+        # Over a frozen weight Megatron's product gives its bias no gradient.
+        return super()._forward_impl(input=input, weight=weight, bias=None, **options) + bias
 
 
 class LoraRowParallelLinear(RowParallelLinear):

@@ -68,6 +68,13 @@ def test_any_subset_of_targets(targets: list[str]) -> None:
         assert compute_error(run_case(Case(lora=lora, **options))[1], expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("options", [{"tp_size": 2}, {"tp_size": 2, "sequence_parallel": True}, {"pp_size": 2}])
+def test_biases_beside_linears_without_an_adapter(options: dict) -> None:
+    lora = LoraConfig(rank=3, target_modules=["o_proj"], bias="all")
+    _, expected = run_case(Case(lora=lora))
+    assert compute_error(run_case(Case(lora=lora, **options))[1], expected) < TOLERANCE
+
+
 def test_label_smoothing() -> None:
     expected_loss, expected = run_case(Case(label_smoothing=0.1))
     loss, actual = run_case(Case(label_smoothing=0.1, tp_size=4))
