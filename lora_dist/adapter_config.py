@@ -81,7 +81,7 @@ class ImportConfig(BaseConfig):
     """New directory of the store."""
     format: str = "peft"
     """peft or loralib."""
-    task: str = "imported"
+    task_name: str = "imported"
     """Name that `lora-dist adapters` shows."""
     alpha: float | None = None
     """loralib files do not say it."""

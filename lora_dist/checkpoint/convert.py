@@ -38,7 +38,7 @@ def import_adapter(config: ImportConfig, base_fingerprint: str) -> ImportedAdapt
             source, model, alpha=config.alpha, fused_targets=config.fused_targets, drop=config.drop
         )
     values = {name: value.float() for name, value in imported.values.items()}
-    about = {"task": config.task, "step": 0, "metrics": {}, "source_format": config.format}
+    about = {"task": config.task_name, "step": 0, "metrics": {}, "source_format": config.format}
     write_adapter_directory(
         Path(config.output),
         Adapter(specs=imported.specs, bias=imported.bias, values=values),

@@ -12,8 +12,8 @@ import lora_dist
 from lora_dist import config
 
 CONF_DIR = Path(lora_dist.__file__).resolve().parents[1] / "conf"
-_PARTS_OF_RUNS = {"experiment", "debug"}
-"""Groups of conf/ that set keys of several others."""
+_PARTS_OF_RUNS = {"method", "experiment", "debug"}
+"""Groups of conf/ that set keys of the whole run."""
 ASSETS_DIR = Path(lora_dist.__file__).resolve().parent / "assets"
 
 
@@ -54,7 +54,8 @@ def _unwrap_optional(kind: object) -> object:
 def list_groups(conf_dir: Path = CONF_DIR, owner: type = config.RunConfig) -> dict[str, list[str]]:
     """Options of each configuration group that `owner` has: `model` -> [demo, gpt2_small, ...]."""
     groups: dict[str, list[str]] = {}
-    own_groups = {field.name for field in fields(owner)}
+    hints = get_type_hints(owner)
+    own_groups = {field.name for field in fields(owner) if is_dataclass(_unwrap_optional(hints[field.name]))}
     for directory in sorted(path for path in conf_dir.iterdir() if path.is_dir()):
         if directory.name not in own_groups | (_PARTS_OF_RUNS if owner is config.RunConfig else set()):
             continue
