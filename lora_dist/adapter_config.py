@@ -3,14 +3,10 @@
 from dataclasses import dataclass, field
 
 from lora_dist.config import ModelConfig, TopologyConfig
+from lora_dist.refusals import require_one_of
 
 EXPORT_FORMATS = ("peft", "peft_split", "loralib", "bridge", "hf_merged")
 IMPORT_FORMATS = ("peft", "loralib")
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{key}={value!r} is not one of {', '.join(allowed)}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,7 +35,7 @@ class LiveConfig(BaseConfig):
     """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
-        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        require_one_of("device", self.device, ("auto", "cpu", "cuda"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,7 +61,7 @@ class ExportConfig(LiveConfig):
 
     def __post_init__(self) -> None:
         LiveConfig.__post_init__(self)
-        _one_of("format", self.format, EXPORT_FORMATS)
+        require_one_of("format", self.format, EXPORT_FORMATS)
         num_processes = self.topology.tp_size * self.topology.pp_size * (self.topology.dp_size or 1)
         if self.format != "hf_merged" and num_processes > 1:
             raise ValueError(f"topology: format={self.format} reads and writes files alone; use topology=single")
@@ -91,7 +87,7 @@ class ImportConfig(BaseConfig):
     """Regular expressions over the source's keys that are left out, e.g. a classifier's."""
 
     def __post_init__(self) -> None:
-        _one_of("format", self.format, IMPORT_FORMATS)
+        require_one_of("format", self.format, IMPORT_FORMATS)
         if (self.alpha is None) == (self.format == "loralib"):
             needed = "is needed" if self.alpha is None else "is in the file already"
             raise ValueError(f"alpha={self.alpha}: format={self.format}: alpha {needed}")

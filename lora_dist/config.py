@@ -2,14 +2,7 @@
 
 from dataclasses import dataclass, field
 
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
-    _require(value in allowed, f"{key}={value!r} is not one of {', '.join(map(str, allowed))}")
+from lora_dist.refusals import require, require_one_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,13 +35,13 @@ class ModelConfig:
             "vocab_size",
             "max_position_embeddings",
         ):
-            _require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
-        _require(
+            require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
+        require(
             self.hidden_size % self.num_heads == 0,
             f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}",
         )
         for key in ("hidden_dropout", "attention_dropout"):
-            _require(0.0 <= getattr(self, key) < 1.0, f"model.{key}={getattr(self, key)} must lie in [0, 1)")
+            require(0.0 <= getattr(self, key) < 1.0, f"model.{key}={getattr(self, key)} must lie in [0, 1)")
 
     @property
     def head_dim(self) -> int:
@@ -85,13 +78,13 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"lora.rank={self.rank} must be at least 1")
-        _require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
-        _require(0.0 <= self.dropout < 1.0, f"lora.dropout={self.dropout} must lie in [0, 1)")
-        _one_of("lora.bias", self.bias, ("none", "lora_only", "all"))
-        _require(bool(self.target_modules), "lora.target_modules is empty; name at least one, e.g. [q_proj,v_proj]")
+        require(self.rank >= 1, f"lora.rank={self.rank} must be at least 1")
+        require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
+        require(0.0 <= self.dropout < 1.0, f"lora.dropout={self.dropout} must lie in [0, 1)")
+        require_one_of("lora.bias", self.bias, ("none", "lora_only", "all"))
+        require(bool(self.target_modules), "lora.target_modules is empty; name at least one, e.g. [q_proj,v_proj]")
         for pattern, rank in self.rank_pattern.items():
-            _require(rank >= 1, f"lora.rank_pattern.{pattern}={rank} must be at least 1")
+            require(rank >= 1, f"lora.rank_pattern.{pattern}={rank} must be at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,7 +105,7 @@ class TopologyConfig:
     def __post_init__(self) -> None:
         for key in ("tp_size", "pp_size", "dp_size"):
             size = getattr(self, key)
-            _require(size is None or size >= 1, f"topology.{key}={size} must be at least 1")
+            require(size is None or size >= 1, f"topology.{key}={size} must be at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,8 +118,8 @@ class ZeroConfig:
     """Keep the optimizer state in host memory."""
 
     def __post_init__(self) -> None:
-        _one_of("zero.stage", self.stage, (0, 1, 2, 3))
-        _require(
+        require_one_of("zero.stage", self.stage, (0, 1, 2, 3))
+        require(
             not (self.offload_optimizer and self.stage == 0),
             "zero.offload_optimizer=true needs zero.stage >= 1, got zero.stage=0",
         )
@@ -166,21 +159,21 @@ class DataConfig:
     """Training examples of format fake; validation gets an eighth of it."""
 
     def __post_init__(self) -> None:
-        _one_of("data.format", self.format, (*FILE_FORMATS, "fake"))
-        _one_of("data.collate", self.collate, ("pack", "pad"))
-        _one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
-        _require(self.seq_len >= 2, f"data.seq_len={self.seq_len} must be at least 2")
-        _require(
+        require_one_of("data.format", self.format, (*FILE_FORMATS, "fake"))
+        require_one_of("data.collate", self.collate, ("pack", "pad"))
+        require_one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
+        require(self.seq_len >= 2, f"data.seq_len={self.seq_len} must be at least 2")
+        require(
             self.format == "fake" or self.train is not None,
             f"data.train is not set; give the path of a {self.format} file",
         )
-        _require(
+        require(
             self.format != "fake" or (self.train is None and self.valid is None),
             f"data.format=fake reads no file; set data.train={self.train} and data.valid={self.valid} to null",
         )
         for key in ("max_train_examples", "max_valid_examples", "num_fake_examples"):
             count = getattr(self, key)
-            _require(count is None or count >= 1, f"data.{key}={count} must be at least 1")
+            require(count is None or count >= 1, f"data.{key}={count} must be at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -202,11 +195,11 @@ class OptimConfig:
     """Learning rate of lora_B over that of lora_A (LoRA+)."""
 
     def __post_init__(self) -> None:
-        _one_of("optim.schedule", self.schedule, ("linear", "cosine", "constant"))
-        _require(self.lr > 0, f"optim.lr={self.lr} must be positive")
-        _require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio={self.lora_plus_ratio} must be positive")
-        _require(self.clip_grad_norm >= 0, f"optim.clip_grad_norm={self.clip_grad_norm} must not be negative")
-        _require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing={self.label_smoothing} must lie in [0, 1)")
+        require_one_of("optim.schedule", self.schedule, ("linear", "cosine", "constant"))
+        require(self.lr > 0, f"optim.lr={self.lr} must be positive")
+        require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio={self.lora_plus_ratio} must be positive")
+        require(self.clip_grad_norm >= 0, f"optim.clip_grad_norm={self.clip_grad_norm} must not be negative")
+        require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing={self.label_smoothing} must lie in [0, 1)")
 
 
 RECOMPUTE = ("none", "selective", "full")
@@ -235,11 +228,11 @@ class LoopConfig:
     """Steps between checks that replicated factors are bit-identical over TP; 0 never."""
 
     def __post_init__(self) -> None:
-        _one_of("loop.recompute", self.recompute, RECOMPUTE)
+        require_one_of("loop.recompute", self.recompute, RECOMPUTE)
         for key in ("num_steps", "micro_batch_size", "keep_checkpoints"):
-            _require(getattr(self, key) >= 1, f"loop.{key}={getattr(self, key)} must be at least 1")
+            require(getattr(self, key) >= 1, f"loop.{key}={getattr(self, key)} must be at least 1")
         for key in ("eval_every", "save_every", "num_warmup_steps_timing", "check_replicas_every"):
-            _require(getattr(self, key) >= 0, f"loop.{key}={getattr(self, key)} must not be negative")
+            require(getattr(self, key) >= 0, f"loop.{key}={getattr(self, key)} must not be negative")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -255,7 +248,7 @@ class TrackConfig:
     init_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        _one_of("track.backend", self.backend, ("wandb", "none"))
+        require_one_of("track.backend", self.backend, ("wandb", "none"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -298,12 +291,12 @@ class HardwareConfig:
     """8.0 and above have flash attention; 0 where kind is cpu."""
 
     def __post_init__(self) -> None:
-        _one_of("hardware.kind", self.kind, ("gpu", "cpu"))
+        require_one_of("hardware.kind", self.kind, ("gpu", "cpu"))
         for key in ("memory_gib", "memory_gb_s", "link_gb_s", "network_gb_s"):
-            _require(getattr(self, key) > 0, f"hardware.{key}={getattr(self, key)} must be positive")
+            require(getattr(self, key) > 0, f"hardware.{key}={getattr(self, key)} must be positive")
         for key in ("achievable_fraction", "memory_fraction"):
-            _require(0 < getattr(self, key) <= 1, f"hardware.{key}={getattr(self, key)} must lie in (0, 1]")
-        _require(self.gpus_per_node >= 1, f"hardware.gpus_per_node={self.gpus_per_node} must be at least 1")
+            require(0 < getattr(self, key) <= 1, f"hardware.{key}={getattr(self, key)} must lie in (0, 1]")
+        require(self.gpus_per_node >= 1, f"hardware.gpus_per_node={self.gpus_per_node} must be at least 1")
 
     @property
     def available_gib(self) -> float:
@@ -329,12 +322,12 @@ class PlanConfig:
     """plan.json of this job, from an earlier `lora-dist plan`: the pre-flight check holds free memory against it."""
 
     def __post_init__(self) -> None:
-        _require(self.num_gpus is None or self.num_gpus >= 1, f"plan.num_gpus={self.num_gpus} must be at least 1")
-        _require(self.num_processes >= 1, f"plan.num_processes={self.num_processes} must be at least 1")
-        _require(bool(self.recompute), "plan.recompute is empty; name at least one, e.g. [none,full]")
+        require(self.num_gpus is None or self.num_gpus >= 1, f"plan.num_gpus={self.num_gpus} must be at least 1")
+        require(self.num_processes >= 1, f"plan.num_processes={self.num_processes} must be at least 1")
+        require(bool(self.recompute), "plan.recompute is empty; name at least one, e.g. [none,full]")
         for recompute in self.recompute:
-            _one_of("plan.recompute", recompute, RECOMPUTE)
-        _require(0.0 < self.target_fraction <= 1.0, f"plan.target_fraction={self.target_fraction} must lie in (0, 1]")
+            require_one_of("plan.recompute", recompute, RECOMPUTE)
+        require(0.0 < self.target_fraction <= 1.0, f"plan.target_fraction={self.target_fraction} must lie in (0, 1]")
 
 
 METHODS = ("lora", "full")
@@ -357,12 +350,12 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for contender in self.contenders:
-            _one_of("bench.contenders", contender, CONTENDERS)
-        _require(len(self.contenders) == len(set(self.contenders)), "bench.contenders names one twice")
-        _require(bool(self.contenders), "bench.contenders is empty; name at least one, e.g. [lora,peft]")
+            require_one_of("bench.contenders", contender, CONTENDERS)
+        require(len(self.contenders) == len(set(self.contenders)), "bench.contenders names one twice")
+        require(bool(self.contenders), "bench.contenders is empty; name at least one, e.g. [lora,peft]")
         for key in ("num_rounds", "num_warmup_rounds", "num_threads"):
-            _require(getattr(self, key) >= 1, f"bench.{key}={getattr(self, key)} must be at least 1")
-        _require(0.0 < self.target_fraction <= 1.0, f"bench.target_fraction={self.target_fraction} must lie in (0, 1]")
+            require(getattr(self, key) >= 1, f"bench.{key}={getattr(self, key)} must be at least 1")
+        require(0.0 < self.target_fraction <= 1.0, f"bench.target_fraction={self.target_fraction} must lie in (0, 1]")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -394,43 +387,43 @@ class RunConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("resume", self.resume, ("none", "auto", "must"))
-        _one_of("device", self.device, ("auto", "cpu", "cuda"))
-        _one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
+        require_one_of("method", self.method, METHODS)
+        require_one_of("resume", self.resume, ("none", "auto", "must"))
+        require_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
         _validate_model_shards(self.model, self.topology)
-        _require(
+        require(
             not (self.zero.stage == 3 and self.topology.pp_size > 1),
             f"zero.stage=3 needs topology.pp_size=1, got {self.topology.pp_size}; use zero.stage<=2 with pipelines",
         )
-        _require(
+        require(
             not (self.method == "full" and self.dtype != "fp32" and self.zero.stage == 0),
             f"method=full with dtype={self.dtype} keeps fp32 masters in DeepSpeed's partitions;"
             " set zero.stage=1 or more",
         )
-        _require(
+        require(
             self.data.seq_len <= self.model.max_position_embeddings,
             f"data.seq_len={self.data.seq_len} exceeds"
             f" model.max_position_embeddings={self.model.max_position_embeddings}",
         )
         if self.topology.sequence_parallel:
-            _require(
+            require(
                 self.data.seq_len % self.topology.tp_size == 0,
                 f"topology.sequence_parallel needs tp_size {self.topology.tp_size}"
                 f" to divide data.seq_len {self.data.seq_len}",
             )
         for method in [*self.compare.methods, *self.compare.lr]:
-            _one_of("compare.methods", method, METHODS)
+            require_one_of("compare.methods", method, METHODS)
 
 
 def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None:
     tp_size, pp_size = topology.tp_size, topology.pp_size
     for key in ("num_heads", "ffn_hidden_size"):
         size = getattr(model, key)
-        _require(
+        require(
             size % tp_size == 0, f"tp {tp_size} does not divide {key} {size}; choose a divisor for topology.tp_size"
         )
-    _require(
+    require(
         model.num_layers % pp_size == 0,
         f"pp {pp_size} does not divide num_layers {model.num_layers}; choose a divisor for topology.pp_size",
     )
@@ -441,7 +434,7 @@ def compute_dp_size(topology: TopologyConfig, world_size: int) -> int:
     model_parallel_size = topology.tp_size * topology.pp_size
     dp_size = topology.dp_size or max(1, world_size // model_parallel_size)
     needed = model_parallel_size * dp_size
-    _require(
+    require(
         needed == world_size,
         f"tp {topology.tp_size} x pp {topology.pp_size} x dp {dp_size} = {needed} processes,"
         f" but the launcher started {world_size}; start {needed} or change the topology",
@@ -453,7 +446,7 @@ def compute_num_microbatches(loop: LoopConfig, dp_size: int) -> int:
     """Forward passes of one replica in one step; ValueError when the batch sizes do not divide."""
     rows_per_pass = loop.micro_batch_size * dp_size
     global_batch_size = loop.global_batch_size or rows_per_pass
-    _require(
+    require(
         global_batch_size % rows_per_pass == 0,
         f"loop.global_batch_size {global_batch_size} is not a multiple of micro_batch_size {loop.micro_batch_size}"
         f" x dp {dp_size} = {rows_per_pass}",

@@ -4,14 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora_dist.adapter_config import LiveConfig
+from lora_dist.refusals import require, require_one_of
 
 EARLY_STOPPING = ("heuristic", "when_full", "exhaustive")
 CONTEXT_FORMATS = ("auto", "text", "e2e_text", "e2e_csv", "jsonl")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,21 +41,18 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for key in ("max_new_tokens", "batch_size", "num_beams"):
-            _require(getattr(self, key) >= 1, f"generate.{key}={getattr(self, key)} must be at least 1")
+            require(getattr(self, key) >= 1, f"generate.{key}={getattr(self, key)} must be at least 1")
         for key in ("no_repeat_ngram_size", "temperature", "top_k"):
-            _require(getattr(self, key) >= 0, f"generate.{key}={getattr(self, key)} must not be negative")
-        _require(0.0 < self.top_p <= 1.0, f"generate.top_p={self.top_p} must lie in (0, 1]")
-        allowed = ", ".join(EARLY_STOPPING)
-        _require(
-            self.early_stopping in EARLY_STOPPING, f"generate.early_stopping={self.early_stopping!r} is not {allowed}"
-        )
-        _require(
+            require(getattr(self, key) >= 0, f"generate.{key}={getattr(self, key)} must not be negative")
+        require(0.0 < self.top_p <= 1.0, f"generate.top_p={self.top_p} must lie in (0, 1]")
+        require_one_of("generate.early_stopping", self.early_stopping, EARLY_STOPPING)
+        require(
             not (self.num_beams > 1 and self.temperature > 0),
             f"generate.num_beams={self.num_beams} searches and generate.temperature={self.temperature} draws;"
             " set temperature=0 or num_beams=1",
         )
         for key, off in (("top_k", 0), ("top_p", 1.0)):
-            _require(
+            require(
                 self.temperature > 0 or getattr(self, key) == off,
                 f"generate.{key}={getattr(self, key)} has no effect without drawing; set generate.temperature above 0",
             )
@@ -85,8 +78,7 @@ class GenerateOptions(GenerationConfig):
 
     def __post_init__(self) -> None:
         GenerationConfig.__post_init__(self)
-        allowed = ", ".join(CONTEXT_FORMATS)
-        _require(self.format in CONTEXT_FORMATS, f"generate.format={self.format!r} is not one of {allowed}")
+        require_one_of("generate.format", self.format, CONTEXT_FORMATS)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,16 +94,16 @@ class GenerateConfig(LiveConfig):
     def __post_init__(self) -> None:
         LiveConfig.__post_init__(self)
         options = self.generate
-        _require(not (self.adapter and self.adapters), "adapter and adapters are both set; use one of them")
-        _require(
+        require(not (self.adapter and self.adapters), "adapter and adapters are both set; use one of them")
+        require(
             (options.prompt is None) != (options.input is None),
             "give generate.input=FILE or generate.prompt='...', one of them",
         )
-        _require(
+        require(
             not (options.merge and self.adapter is None),
             "generate.merge=true merges one adapter; give adapter=DIR",
         )
-        _require(
+        require(
             not self.topology.sequence_parallel,
             "topology.sequence_parallel=true: generation runs one position at a time, which cannot be split; set false",
         )
@@ -125,8 +117,8 @@ class GenerateConfig(LiveConfig):
 def check_room(lengths: Sequence[int], max_new_tokens: int, max_position_embeddings: int) -> None:
     """ValueError, naming both, where a context of `lengths` and its new tokens exceed the model's positions."""
     for number, length in enumerate(lengths, 1):
-        _require(length > 0, f"context {number} has no token; generation needs at least one to start from")
-        _require(
+        require(length > 0, f"context {number} has no token; generation needs at least one to start from")
+        require(
             length + max_new_tokens <= max_position_embeddings,
             f"context {number} has {length} tokens, with generate.max_new_tokens={max_new_tokens}"
             f" {length + max_new_tokens}, but model.max_position_embeddings={max_position_embeddings};"

@@ -3,13 +3,9 @@
 from dataclasses import dataclass
 
 from lora_dist.config import FILE_FORMATS
+from lora_dist.refusals import require_one_of
 
 METRICS = ("e2e", "webnlg", "dart", "sql", "rouge", "accuracy", "accuracy_f1", "matthews", "correlation", "exact")
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{key}={value!r} is not one of {', '.join(allowed)}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,8 +29,8 @@ class TaskConfig:
     """WikiSQL's SQLite file (dev.db), for execution accuracy; null leaves that out."""
 
     def __post_init__(self) -> None:
-        _one_of("task.format", self.format, FILE_FORMATS)
-        _one_of("task.metric", self.metric, METRICS)
+        require_one_of("task.format", self.format, FILE_FORMATS)
+        require_one_of("task.metric", self.metric, METRICS)
         if (self.metric == "accuracy_f1") != (self.positive is not None):
             raise ValueError(
                 f"task.positive={self.positive} is the label that F1 is of:"
