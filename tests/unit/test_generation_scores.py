@@ -133,7 +133,7 @@ def test_a_cache_gives_back_what_was_kept_in_the_order_asked_for() -> None:
         ({"temperature": -1.0}, "generate.temperature=-1.0 must not be negative"),
         ({"temperature": 1.0, "num_beams": 2}, "set temperature=0 or num_beams=1"),
         ({"top_k": 5}, "generate.top_k=5 has no effect without drawing"),
-        ({"early_stopping": "no"}, "generate.early_stopping='no' is not heuristic, when_full, exhaustive"),
+        ({"early_stopping": "no"}, "generate.early_stopping='no' is not one of heuristic, when_full, exhaustive"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict, message: str) -> None:
