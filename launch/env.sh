@@ -10,6 +10,9 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
+# slurm/: how often a job may be queued again, after time limits and lost nodes together.
+export LORA_DIST_MAX_RESTARTS="${LORA_DIST_MAX_RESTARTS:-50}"
+
 # multinode.sh: this job's nodes and where they meet.
 export NNODES="${NNODES:-1}"
 export GPUS_PER_NODE="${GPUS_PER_NODE:-8}"

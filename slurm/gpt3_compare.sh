@@ -5,7 +5,7 @@
 #
 # Options of sbatch before the script's name win over those below: sbatch --nodes=32 --time=4:00:00 slurm/gpt3_compare.sh ...
 #SBATCH --job-name=gpt3_compare
-#SBATCH --nodes=16
+#SBATCH --nodes=24
 #SBATCH --ntasks-per-node=8
 #SBATCH --gres=gpu:8
 #SBATCH --cpus-per-task=5

@@ -19,7 +19,8 @@ run_job() {
     # Bash takes a signal after the command it waits for. Slurm has sent the same one to the tasks, which save.
     trap 'cancelled=yes' TERM
     say "start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT"
-    run_tasks preflight "${overrides[@]}" && run_tasks "$verb" "${overrides[@]}" || code=$?
+    # All tasks of a pre-flight check say the same; killing the slower ones would hide its exit code.
+    run_tasks 0 preflight "${overrides[@]}" && run_tasks 1 "$verb" "${overrides[@]}" || code=$?
 
     [ ! -e "$LORA_DIST_STOP_FILE" ] || { stopped=yes && rm "$LORA_DIST_STOP_FILE"; }
     if [ "$cancelled" = yes ]; then
@@ -73,8 +74,11 @@ set_environment() {
 }
 
 # One task a GPU, and python itself as the task: Slurm signals the process it started, not the children of a wrapper.
+# $1 is 1 where one task that fails ends the others at once.
 run_tasks() {
-    srun --kill-on-bad-exit=1 --wait=120 --label "${SRUN_OPTIONS[@]}" "$PYTHON" -m lora_dist.cli.main "$@"
+    local kill=$1
+    shift
+    srun "--kill-on-bad-exit=$kill" --wait=120 --label "${SRUN_OPTIONS[@]}" "$PYTHON" -m lora_dist.cli.main "$@"
 }
 
 # A dead node makes the tasks of the others fail before Slurm misses it, and that would look like a run that failed.
@@ -82,7 +86,13 @@ all_nodes_answer() {
     timeout 60 srun --quiet --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true
 }
 
+# A job that keeps losing nodes, or gets nowhere within its time limit, must not come back for ever.
 queue_again() {
+    local restarts=${SLURM_RESTART_COUNT:-0}
+    if [ "$restarts" -ge "$LORA_DIST_MAX_RESTARTS" ]; then
+        say "$1; not queued again after $restarts restarts (LORA_DIST_MAX_RESTARTS)" >&2
+        exit 1
+    fi
     say "$1; queued again"
     scontrol requeue "$SLURM_JOB_ID" && exit 0
     say "cannot be queued again; submit it with run_dir= of this run and resume=auto to continue" >&2

@@ -51,3 +51,10 @@ def test_lora_without_recomputation_fits_one_replica_of_the_gpus_named(experimen
     [job] = plan_jobs([config])
     assert compute_world_size(config) == num_gpus
     assert (job.recompute, job.fits) == ("none", True)
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_of_175b_fits_its_192_gpus() -> None:
+    config = compose_config(["experiment=gpt3_175b_v100_full"], on_paper=True)
+    [job] = plan_jobs([config])
+    assert (job.method, job.world_size, job.fits) == ("full", 192, True)

@@ -58,12 +58,14 @@ def cluster() -> Iterator[Cluster]:
 class Job:
     """One job of a script, submitted from `directory`."""
 
-    def __init__(self, cluster: Cluster, directory: Path, words: list[str], *, pace: float = 0.0) -> None:
+    def __init__(
+        self, cluster: Cluster, directory: Path, words: list[str], *, pace: float = 0.0, **environ: str
+    ) -> None:
         self.cluster, self.directory = cluster, directory
         (directory / "sitecustomize.py").write_text(SITECUSTOMIZE)
         self.set_pace(pace)
         ours = {"PYTHON": sys.executable, "PYTHONPATH": str(directory), "LORA_DIST_ROOT": str(ROOT), "PET": "a cat"}
-        self.id = cluster.sbatch(*words, cwd=directory, environ=ours)
+        self.id = cluster.sbatch(*words, cwd=directory, environ=ours | environ)
         self.run_dir = directory / "runs" / f"gpt3_lora-{self.id}"
 
     def set_pace(self, seconds: float) -> None:
@@ -162,6 +164,17 @@ def test_a_time_limit_and_then_a_lost_node_change_nothing(cluster: Cluster, tmp_
     job.wait_until_ended()
     assert job.state == "COMPLETED", job.log
     assert read_training(job.run_dir) == train_undisturbed(overrides, tmp_path / "expected", 2)
+
+
+def test_a_job_does_not_come_back_for_ever(cluster: Cluster, tmp_path: Path) -> None:
+    words = ["--nodes=2", "--ntasks-per-node=1", str(ROOT / "slurm" / "gpt3_lora.sh"), *TINY, "loop.num_steps=1000"]
+    job = Job(cluster, tmp_path, words, pace=0.2, LORA_DIST_MAX_RESTARTS="0")
+    job.wait_for("num_steps >= 3", 200)
+    cluster.signal_job(job.id, "--signal=USR1")
+    job.wait_until_ended()
+    assert (job.state, job.num_restarts) == ("FAILED", 0), job.log
+    assert "stopped as asked; not queued again after 0 restarts (LORA_DIST_MAX_RESTARTS)" in job.log
+    assert find_newest_checkpoint(job.run_dir) is not None
 
 
 def test_scancel_saves_and_ends(cluster: Cluster, tmp_path: Path) -> None:
