@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_table import format_record
+from plan_table import format_paper, format_plan, format_search
 
 from lora_dist.tasks.paper import ROWS
 from lora_dist.tasks.scores import ScoreRow, Scores, format_scores
@@ -35,6 +36,8 @@ def fill(page: str) -> str:
         "performance": build_performance_tables,
         "quality": build_quality_table,
         "e2e_tgen": build_scores_table,
+        "plan": build_plan_tables,
+        "search": build_search_tables,
     }
 
     def replace(found: re.Match[str]) -> str:
@@ -70,6 +73,16 @@ def build_scores_table() -> str:
     rows = [ScoreRow(**row) for row in record["rows"]]
     scores = Scores(task=record["task"], num_items=record["num_items"], rows=rows, notes=record["notes"])
     return format_scores(scores, ROWS[scores.task])
+
+
+def build_plan_tables() -> str:
+    """LoRA's job of the paper, the job that holds both methods, and the paper's figures beside that."""
+    both = _read("plan/gpt3_175b_v100_full")
+    return "\n\n".join([format_plan(_read("plan/gpt3_175b_v100")), format_plan(both), format_paper(both)])
+
+
+def build_search_tables() -> str:
+    return "\n\n".join(format_search(_read(f"plan/search_{name}")) for name in ("v100_12", "v100_16", "h200_4"))
 
 
 def _read(name: str) -> dict[str, Any]:
