@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 class FileReport:
     """One file that was read."""
 
-    path: str
+    name: str
+    """Without its directory: config.yaml has that, and a record that is handed on need not."""
     sha256: str
     num_examples: int
     skipped_rows: dict[str, int]

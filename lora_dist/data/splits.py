@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
@@ -59,7 +60,7 @@ def load_split(
         found = ", ".join(f"{count} x {reason}" for reason, count in sorted(bad.counts.items())) or "it is empty"
         raise ValueError(f"{key}={path}: no row is usable as {data.format} ({found}); give a file that has some")
     report = FileReport(
-        path=path,
+        name=Path(path).name,
         sha256=hashlib.sha256(content).hexdigest(),
         num_examples=len(examples),
         skipped_rows=dict(sorted(bad.counts.items())),
