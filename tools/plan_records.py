@@ -21,6 +21,7 @@ SEARCH = ("data=fake", "data.seq_len=2048", "loop.global_batch_size=16", "plan.s
 CASES: dict[str, tuple[str, ...]] = {
     "gpt3_175b_v100": ("experiment=gpt3_175b_v100",),
     "gpt3_175b_v100_full": ("experiment=gpt3_175b_v100_full",),
+    "gpt3_175b_v100_full_mb8": ("experiment=gpt3_175b_v100_full", "loop.micro_batch_size=8", "plan.recompute=[full]"),
     "gpt3_175b_h200": ("experiment=gpt3_175b_h200",),
     "search_v100_12": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=12"),
     "search_v100_16": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=16"),

@@ -39,9 +39,16 @@ def _describe_job(job: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def format_paper(record: Mapping[str, Any]) -> str:
-    """The paper's figures beside the plan's, each with the reason of the difference."""
+def format_paper(record: Mapping[str, Any], large_batch: Mapping[str, Any]) -> str:
+    """The paper's figures beside the plan's, each with the reason of the difference.
+
+    `large_batch` is the same job with more rows a microbatch; its speed-up is a row of its own.
+    """
     rows = [[row["quantity"], row["paper"], row["plan"], row["why"]] for row in record["plan"]["paper"]]
+    [speed_up] = [row for row in large_batch["plan"]["paper"] if row["quantity"].startswith("speed-up")]
+    option = next(word for word in large_batch["command"].split() if word.startswith("loop."))
+    at = 1 + next(i for i, row in enumerate(rows) if row[0] == speed_up["quantity"])
+    rows.insert(at, [f"the same with `{option}`", speed_up["paper"], speed_up["plan"], ""])
     header = ["", "paper", "plan", "difference"]
     return "\n".join([_join(header), _join([":--", "--:", "--:", ":--"]), *map(_join, rows)])
 

@@ -77,8 +77,11 @@ def build_scores_table() -> str:
 
 def build_plan_tables() -> str:
     """LoRA's job of the paper, the job that holds both methods, and the paper's figures beside that."""
-    both = _read("plan/gpt3_175b_v100_full")
-    return "\n\n".join([format_plan(_read("plan/gpt3_175b_v100")), format_plan(both), format_paper(both)])
+    name = "plan/gpt3_175b_v100_full"
+    both = _read(name)
+    return "\n\n".join(
+        [format_plan(_read("plan/gpt3_175b_v100")), format_plan(both), format_paper(both, _read(f"{name}_mb8"))]
+    )
 
 
 def build_search_tables() -> str:
