@@ -58,8 +58,8 @@ def _compare_throughput(lora: JobPlan, full: JobPlan) -> list[PaperRow]:
             paper="1.326x",
             plan=f"{rates[1] / rates[0]:.3f}x",
             why="with every layer recomputed a frozen linear costs 3 products a token where a trained one costs 4:"
-            " 1.32 to 1.33 by FLOPs, and more where microbatches are small: each adds a gradient to every trained weight's,"
-            " which takes as long for 384 tokens as for 4,096",
+            " 1.32 to 1.33 by FLOPs, and more where microbatches are small: each adds a gradient to every trained"
+            " weight's, which takes as long for 384 tokens as for 4,096",
         ),
     ]
 
