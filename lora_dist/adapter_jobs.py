@@ -65,7 +65,7 @@ def open_base(config: LiveConfig) -> Iterator[ShardedGpt]:
     dtype = torch.float32 if config.model.checkpoint is None else read_dtype(config.model.checkpoint)
     check_device(device, {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"))
     with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.seed) as topology:
-        gpt = build_model(config.model, topology, dtype=dtype, recompute="none", clock=DropoutClock())
+        gpt = build_model(config.model, topology, dtype=dtype, clock=DropoutClock())
         fill_base(gpt, config.model, seed=config.seed)
         yield gpt.requires_grad_(False).eval()
 

@@ -202,7 +202,7 @@ class OptimConfig:
         require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing={self.label_smoothing} must lie in [0, 1)")
 
 
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "selective", "full", "auto")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -216,7 +216,10 @@ class LoopConfig:
     """Rows in one step over all replicas; null means micro_batch_size x dp_size."""
     seed: int = 0
     recompute: str = "none"
-    """Activations computed again in backward: none, selective (the MLP's) or full (whole layers)."""
+    """Activations computed again in backward: none, selective (the MLP's), full (whole layers), or auto, the least that
+    fits the memory of `hardware`."""
+    recompute_layers: int | None = None
+    """Layers of each pipeline stage that recompute, its first ones; null means all."""
     num_warmup_steps_timing: int = 3
     """Steps left out of the timing."""
     eval_every: int = 0
@@ -227,8 +230,20 @@ class LoopConfig:
     check_replicas_every: int = 0
     """Steps between checks that replicated factors are bit-identical over TP; 0 never."""
 
+    @property
+    def recomputation(self) -> str:
+        """For reports: `full`, or `full in 3 layers of each stage`."""
+        if self.recompute_layers is None:
+            return self.recompute
+        return f"{self.recompute} in {self.recompute_layers} layers of each stage"
+
     def __post_init__(self) -> None:
         require_one_of("loop.recompute", self.recompute, RECOMPUTE)
+        require(
+            self.recompute_layers is None or self.recompute in ("selective", "full"),
+            f"loop.recompute_layers={self.recompute_layers} needs loop.recompute=selective or full,"
+            f" got {self.recompute}",
+        )
         for key in ("num_steps", "micro_batch_size", "keep_checkpoints"):
             require(getattr(self, key) >= 1, f"loop.{key}={getattr(self, key)} must be at least 1")
         for key in ("eval_every", "save_every", "num_warmup_steps_timing", "check_replicas_every"):
@@ -412,6 +427,11 @@ class RunConfig:
                 f"topology.sequence_parallel needs tp_size {self.topology.tp_size}"
                 f" to divide data.seq_len {self.data.seq_len}",
             )
+        layers, stage_layers = self.loop.recompute_layers, self.model.num_layers // self.topology.pp_size
+        require(
+            layers is None or 1 <= layers <= stage_layers,
+            f"loop.recompute_layers={layers} must lie between 1 and the {stage_layers} layers of a pipeline stage",
+        )
         for method in [*self.compare.methods, *self.compare.lr]:
             require_one_of("compare.methods", method, METHODS)
 

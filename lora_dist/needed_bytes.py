@@ -40,17 +40,24 @@ def _count_stage(model: ModelConfig, pp_rank: int, pp_size: int) -> int:
 
 
 def _read_planned_bytes(config: RunConfig, file: str, pp_rank: int, dp_size: int) -> int:
+    """The peak on this stage; with loop.recompute=auto, which recomputes what it must, the least that is planned."""
     topology = config.topology
-    wanted = {
-        **{"method": config.method, "recompute": config.loop.recompute, "dp_size": dp_size},
+    wanted: dict[str, Any] = {
+        **{"method": config.method, "dp_size": dp_size},
         **{"tp_size": topology.tp_size, "pp_size": topology.pp_size},
     }
-    for job in _read_jobs(Path(file)):
-        if all(job.get(key) == value for key, value in wanted.items()):
-            by_stage = {int(process["pp_rank"]): int(process["peak_bytes"]) for process in job["processes"]}
-            return by_stage.get(pp_rank, by_stage[min(1, topology.pp_size - 1)])
+    if config.loop.recompute != "auto":
+        wanted["recompute"] = config.loop.recomputation
+    jobs = [job for job in _read_jobs(Path(file)) if all(job.get(key) == value for key, value in wanted.items())]
+    if jobs:
+        return min(_read_peak(job, pp_rank, topology.pp_size) for job in jobs)
     described = ", ".join(f"{key}={value}" for key, value in wanted.items())
     raise ValueError(f"plan.file={file} plans no job with {described}; write it with `lora-dist plan` of this very job")
+
+
+def _read_peak(job: dict[str, Any], pp_rank: int, pp_size: int) -> int:
+    by_stage = {int(process["pp_rank"]): int(process["peak_bytes"]) for process in job["processes"]}
+    return by_stage.get(pp_rank, by_stage[min(1, pp_size - 1)])
 
 
 def _read_jobs(file: Path) -> list[dict[str, Any]]:

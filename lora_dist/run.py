@@ -6,7 +6,7 @@ config -> topology -> model (frozen shards) -> method (what trains) -> engine (M
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -44,14 +44,23 @@ from lora_dist.zero.engine import build_zero_engine
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(config: RunConfig) -> Summary:
+Settle = Callable[[RunConfig], RunConfig]
+"""Puts values in the place of what a configuration leaves open (loop.recompute=auto)."""
+
+
+def keep_as_it_is(config: RunConfig) -> RunConfig:
+    """For a configuration that leaves nothing open."""
+    return config
+
+
+def train(config: RunConfig, settle: Settle = keep_as_it_is) -> Summary:
     """Train `config.method` into `config.run_dir`. ValueError for what the user can mend, on every process."""
     with open_job(config) as topology:
         run_on_first(topology, lambda: prepare_run_dir(config))
-        return train_method(config, topology)
+        return train_method(run_on_first(topology, lambda: settle(config)), topology)
 
 
-def compare(config: RunConfig) -> list[Summary]:
+def compare(config: RunConfig, settle: Settle = keep_as_it_is) -> list[Summary]:
     """Train every method of `config.compare` on the same shards and data, one after the other, and write one report."""
     with open_job(config) as topology:
         run_on_first(topology, lambda: prepare_run_dir(config))
@@ -59,7 +68,7 @@ def compare(config: RunConfig) -> list[Summary]:
         for method in config.compare.methods:
             one = configure_method(config, method)
             run_on_first(topology, partial(prepare_run_dir, one))
-            summaries.append(train_method(one, topology))
+            summaries.append(train_method(run_on_first(topology, partial(settle, one)), topology))
         run_on_first(topology, lambda: write_comparison(config, summaries))
         return summaries
 
@@ -120,7 +129,15 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
 def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) -> tuple[Engine, AppliedMethod]:
     """The model's shard with its weights (unset where `fill` is False), what the method adds, ZeRO around that."""
     dtype = DTYPES[config.dtype]
-    gpt = build_model(config.model, topology, dtype=dtype, recompute=config.loop.recompute, clock=DropoutClock())
+    assert config.loop.recompute != "auto", "left open"
+    gpt = build_model(
+        config.model,
+        topology,
+        dtype=dtype,
+        clock=DropoutClock(),
+        recompute=config.loop.recompute,
+        num_recomputed=config.loop.recompute_layers,
+    )
     gpt.label_smoothing = config.optim.label_smoothing
     if fill:
         fill_base(gpt, config.model, seed=config.loop.seed)

@@ -120,7 +120,7 @@ def count_processes(options: dict) -> int:
 
 def build_shard(options: dict, model: ModelConfig, dtype: torch.dtype = torch.float32) -> ShardedGpt:
     topology = build_topology(TopologyConfig(**options), device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
-    return build_model(model, topology, dtype=dtype, recompute="none", clock=DropoutClock())
+    return build_model(model, topology, dtype=dtype, clock=DropoutClock())
 
 
 @torch.no_grad()

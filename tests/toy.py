@@ -46,6 +46,7 @@ class Case:
     sequence_parallel: bool = False
     method: str = "lora"
     recompute: str = "none"
+    recompute_layers: int | None = None
     label_smoothing: float = 0.0
     dtype: torch.dtype = torch.float64
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=3, target_modules=ALL_TARGETS, bias="all"))
@@ -56,7 +57,8 @@ class Case:
 
     def __str__(self) -> str:
         sequence = "-sp" if self.sequence_parallel else ""
-        return f"{self.method}-tp{self.tp_size}-pp{self.pp_size}-dp{self.dp_size}{sequence}-{self.recompute}"
+        layers = "" if self.recompute_layers is None else str(self.recompute_layers)
+        return f"{self.method}-tp{self.tp_size}-pp{self.pp_size}-dp{self.dp_size}{sequence}-{self.recompute}{layers}"
 
 
 def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topology]:
@@ -66,7 +68,14 @@ def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topolo
     )
     topology = build_topology(config, device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
     clock = DropoutClock()
-    gpt = build_model(MODEL, topology, dtype=case.dtype, recompute=case.recompute, clock=clock)
+    gpt = build_model(
+        MODEL,
+        topology,
+        dtype=case.dtype,
+        clock=clock,
+        recompute=case.recompute,
+        num_recomputed=case.recompute_layers,
+    )
     gpt.label_smoothing = case.label_smoothing
     initialize_base(gpt, MODEL, seed=0)
     if case.method == "full":

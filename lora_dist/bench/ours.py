@@ -56,7 +56,14 @@ def open_single_topology(config: RunConfig, device: torch.device) -> Topology:
 
 
 def build_shard(config: RunConfig, topology: Topology, dtype: torch.dtype) -> ShardedGpt:
-    gpt = build_model(config.model, topology, dtype=dtype, recompute=config.loop.recompute, clock=DropoutClock())
+    gpt = build_model(
+        config.model,
+        topology,
+        dtype=dtype,
+        clock=DropoutClock(),
+        recompute=config.loop.recompute,
+        num_recomputed=config.loop.recompute_layers,
+    )
     gpt.label_smoothing = config.optim.label_smoothing
     return gpt
 

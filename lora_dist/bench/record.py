@@ -83,7 +83,7 @@ def describe_case(config: RunConfig) -> dict[str, Any]:
         "optim": asdict(config.optim),
         "zero_stage": config.zero.stage,
         "dtype": config.dtype,
-        "recompute": loop.recompute,
+        "recompute": loop.recomputation,
         "micro_batch_size": loop.micro_batch_size,
         "num_microbatches": compute_num_microbatches(loop, dp_size=1),
         "seq_len": config.data.seq_len,

@@ -62,9 +62,13 @@ def check_bench(config: RunConfig) -> None:
             f"bench compares with peers on one process, got tp {topology.tp_size} pp {topology.pp_size}"
             f" dp {topology.dp_size}; use topology=single"
         )
-    if config.loop.recompute == "selective" and not {"lora", "full"} >= set(config.bench.contenders):
+    loop, ours_alone = config.loop, {"lora", "full"} >= set(config.bench.contenders)
+    if loop.recompute == "auto":
+        raise ValueError("loop.recompute=auto depends on the contender; bench none, selective or full")
+    if (loop.recompute == "selective" or loop.recompute_layers is not None) and not ours_alone:
         raise ValueError(
-            "loop.recompute=selective has no like in transformers; bench none or full, or lora and full alone"
+            f"loop.recompute={loop.recomputation} has no like in transformers; bench none or full in all layers, or"
+            " lora and full alone"
         )
 
 

@@ -2,6 +2,7 @@
 
 import os
 
+from lora_dist.cli.settle import settle
 from lora_dist.config import RunConfig
 
 
@@ -18,6 +19,6 @@ def run(config: RunConfig) -> None:
         prepare_run_dir(config)
         print(write_search(config, candidates))
         return
-    jobs = plan_jobs(list_variants(config))
+    jobs = plan_jobs([settle(variant) for variant in list_variants(config)])
     prepare_run_dir(config)
     print(write_plan(config, jobs))

@@ -91,9 +91,15 @@ def compute_padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 
 def build_model(
-    model: ModelConfig, topology: Topology, *, dtype: torch.dtype, recompute: str, clock: DropoutClock
+    model: ModelConfig,
+    topology: Topology,
+    *,
+    dtype: torch.dtype,
+    clock: DropoutClock,
+    recompute: str = "none",
+    num_recomputed: int | None = None,
 ) -> ShardedGpt:
-    """This process's shard, on its device, its weights not yet set."""
+    """This process's shard, on its device, its weights not yet set; its first `num_recomputed` layers recompute."""
     config = _build_transformer_config(model, topology, dtype)
     gpt = ShardedGpt(
         config=config,
@@ -109,7 +115,9 @@ def build_model(
         clock=clock,
     )
     for layer in gpt.decoder.layers:
-        layer.recompute, layer.clock = recompute, clock
+        layer.clock = clock
+    for layer in gpt.decoder.layers[:num_recomputed]:
+        layer.recompute = recompute
     if topology.is_first_stage and topology.pp_size > 1:
         gpt.embedding.register_forward_hook(_require_grad)
     return gpt.to(device=topology.device, dtype=dtype)

@@ -16,6 +16,8 @@ from lora_dist.measure.summary import Summary
 from lora_dist.measure.wandb_sink import open_wandb
 
 _MAX_COLUMNS = 100
+_MAY_DIFFER = ("lr", "adapters", "recompute")
+"""Of a setup, between runs that are compared; memory may allow one of them less recomputation."""
 _MIB = 2**20
 PAPER_NOTES = (
     "The paper's figures are GPT-3 175B's (arXiv:2106.09685): 10,000x fewer trainable parameters, 1.2 TB -> 350 GB of"
@@ -123,7 +125,7 @@ def _check_comparable(summaries: Sequence[Summary]) -> None:
     first = asdict(summaries[0].setup)
     for summary in summaries[1:]:
         other = asdict(summary.setup)
-        differing = [name for name in first if name not in ("lr", "adapters") and first[name] != other[name]]
+        differing = [name for name in first if name not in _MAY_DIFFER and first[name] != other[name]]
         values = [f"{name} {first[name]} / {other[name]}" for name in differing]
         if summary.model != summaries[0].model:
             values.append(f"model {summaries[0].model} / {summary.model}")
@@ -137,9 +139,10 @@ def _list_notes(summaries: Sequence[Summary]) -> list[str]:
     """What a reader must know to read the numbers."""
     setup, timed = summaries[0].setup, [summary.throughput for summary in summaries]
     sequence = " with sequence parallelism" if setup.sequence_parallel else ""
+    recompute = " / ".join(dict.fromkeys(summary.setup.recompute for summary in summaries))
     notes = [
         f"{summaries[0].model} on {setup.world_size} {setup.device} processes: tp {setup.tp_size}{sequence}, pp"
-        f" {setup.pp_size}, dp {setup.dp_size}, ZeRO {setup.zero_stage}, {setup.dtype}, recompute {setup.recompute},"
+        f" {setup.pp_size}, dp {setup.dp_size}, ZeRO {setup.zero_stage}, {setup.dtype}, recompute {recompute},"
         f" {setup.num_microbatches} x {setup.micro_batch_size} rows of {setup.seq_len} a replica and step."
     ]
     notes += [f"{summary.method}: {summary.setup.adapters}." for summary in summaries if summary.setup.adapters]

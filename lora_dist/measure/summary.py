@@ -237,7 +237,7 @@ def _describe_setup(config: RunConfig, topology: Topology) -> Setup:
         zero_stage=config.zero.stage,
         device=topology.device.type,
         dtype=config.dtype,
-        recompute=config.loop.recompute,
+        recompute=config.loop.recomputation,
         seq_len=config.data.seq_len,
         micro_batch_size=config.loop.micro_batch_size,
         num_microbatches=compute_num_microbatches(config.loop, topology.dp_size),

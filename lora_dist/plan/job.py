@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_dist.config import RunConfig, compute_num_microbatches
+from lora_dist.config import LoopConfig, RunConfig, compute_num_microbatches
 from lora_dist.files.peft_gpt2 import compute_peft_shapes
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
@@ -27,6 +27,7 @@ class JobPlan:
 
     method: str
     recompute: str
+    """As `LoopConfig.recomputation` tells it."""
     tp_size: int
     pp_size: int
     dp_size: int
@@ -125,7 +126,7 @@ def build_job_plan(config: RunConfig, processes: list[ProcessPlan]) -> JobPlan:
     specs = [] if config.method == "full" else build_adapter_specs(config.lora, model)
     return JobPlan(
         method=config.method,
-        recompute=config.loop.recompute,
+        recompute=config.loop.recomputation,
         tp_size=topology.tp_size,
         pp_size=topology.pp_size,
         dp_size=dp_size,
@@ -173,7 +174,14 @@ def compute_checkpoint_bytes(config: RunConfig, specs: Sequence[AdapterSpec]) ->
 def list_variants(config: RunConfig) -> list[RunConfig]:
     """Each method of compare.methods under each recomputation of plan.recompute."""
     return [
-        replace(config, method=method, loop=replace(config.loop, recompute=recompute))
+        replace(config, method=method, loop=_recompute(config.loop, recompute))
         for method in config.compare.methods
         for recompute in config.plan.recompute
     ]
+
+
+def _recompute(loop: LoopConfig, recompute: str) -> LoopConfig:
+    """The number of layers is for loop.recompute; every other kind is shown in all of them."""
+    return replace(
+        loop, recompute=recompute, recompute_layers=loop.recompute_layers if recompute == loop.recompute else None
+    )

@@ -35,10 +35,15 @@ class Candidate:
 def search_topologies(config: RunConfig) -> list[Candidate]:
     """Every topology of plan.num_gpus GPUs: those that fit by predicted throughput, then the others.
 
-    Where a job fits without recomputation it is not looked at with it. ValueError where plan.num_gpus is not set.
+    Where a job fits with one value of plan.recompute those after it are not looked at. ValueError where plan.num_gpus
+    is not set.
     """
     if config.plan.num_gpus is None:
         raise ValueError("plan.search=true needs plan.num_gpus=N, the GPUs there are")
+    if "auto" in config.plan.recompute:
+        raise ValueError(
+            "plan.search=true tries what plan.recompute names in turn; use e.g. [none,selective,full], not auto"
+        )
     candidates = [_refuse_unexecuted(config, one) for one in list_candidates(config)]
     for recompute in config.plan.recompute:
         candidates = _try_all(config, candidates, recompute)
@@ -129,7 +134,9 @@ def _configure(config: RunConfig, one: Candidate, recompute: str) -> RunConfig:
         sequence_parallel=one.tp_size > 1 and config.data.seq_len % one.tp_size == 0,
     )
     plan = replace(config.plan, num_gpus=one.num_gpus)
-    return replace(config, topology=topology, plan=plan, loop=replace(config.loop, recompute=recompute))
+    return replace(
+        config, topology=topology, plan=plan, loop=replace(config.loop, recompute=recompute, recompute_layers=None)
+    )
 
 
 def _fits(config: RunConfig, processes: Sequence[ProcessPlan]) -> bool:

@@ -15,7 +15,7 @@ import pytest
 STAND_IN = """
 import os, pathlib, sys, time, types
 
-def train(config):
+def train(config, settle):
     from lora_dist.stopping import is_stop_requested, note_terminations, raise_stopped
 
     global_rank = int(os.environ["RANK"])

@@ -7,6 +7,7 @@ from processes import run_distributed
 
 from lora_dist.cli.compose import compose_config
 from lora_dist.cli.schema import list_groups
+from lora_dist.cli.settle import settle
 from lora_dist.config import RunConfig
 from lora_dist.measure.summary import SUMMARY_FILE, Summary
 from lora_dist.plan.execute import compute_world_size
@@ -17,7 +18,7 @@ EXPERIMENTS = [name for name in list_groups()["experiment"] if not name.startswi
 
 
 def run(overrides: list[str]) -> None:
-    train(compose_config(overrides))
+    train(compose_config(overrides), settle)
 
 
 def compose_shrunk(experiment: str, *overrides: str) -> RunConfig:
@@ -55,6 +56,6 @@ def test_lora_without_recomputation_fits_one_replica_of_the_gpus_named(experimen
 
 @pytest.mark.slow
 def test_full_fine_tuning_of_175b_fits_its_192_gpus() -> None:
-    config = compose_config(["experiment=gpt3_175b_v100_full"], on_paper=True)
+    config = compose_config(["experiment=gpt3_175b_v100_full", "loop.recompute=none"], on_paper=True)
     [job] = plan_jobs([config])
     assert (job.method, job.world_size, job.fits) == ("full", 192, True)

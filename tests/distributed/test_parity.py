@@ -23,6 +23,8 @@ TOPOLOGIES = [
     {"tp_size": 2, "pp_size": 2, "sequence_parallel": True},
     {"recompute": "full"},
     {"recompute": "selective"},
+    {"recompute": "full", "recompute_layers": 1},
+    {"pp_size": 2, "recompute": "selective", "recompute_layers": 1},
     {"tp_size": 2, "recompute": "selective", "sequence_parallel": True},
     {"tp_size": 2, "pp_size": 2, "recompute": "full", "sequence_parallel": True},
 ]

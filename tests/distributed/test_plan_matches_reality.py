@@ -50,6 +50,7 @@ def build_config(
     *,
     topology: dict[str, object] | None = None,
     recompute: str = "none",
+    recompute_layers: int | None = None,
     num_microbatches: int = 1,
     collate: str = "pad",
     lora: LoraConfig | None = None,
@@ -64,6 +65,7 @@ def build_config(
         topology=topology_config,
         loop=LoopConfig(
             recompute=recompute,
+            recompute_layers=recompute_layers,
             micro_batch_size=2,
             global_batch_size=2 * num_microbatches * topology_config.dp_size,
         ),
@@ -135,6 +137,7 @@ ALL = LoraConfig(rank=3, target_modules=["all"], dropout=0.1, bias="all")
 CASES = {
     "lora": {},
     "lora-recompute": {"recompute": "full"},
+    "lora-recompute-1": {"recompute": "full", "recompute_layers": 1},
     "lora-selective": {"recompute": "selective", "num_microbatches": 2},
     "lora-all-dropout-packed": {"lora": ALL, "collate": "pack"},
     "full": FULL,

@@ -35,7 +35,7 @@ def test_needed_bytes_are_the_weights_of_the_stage() -> None:
 def test_full_fine_tuning_needs_gradients_masters_and_moments_too() -> None:
     def compute(num_replicas: int, *overrides: str) -> float:
         config = compose_175b("experiment=gpt3_175b_v100_full", *overrides)
-        return compute_needed_bytes(config, 8 * num_replicas, 128 * num_replicas) / (12 * 96 * 12288**2 / 128)
+        return compute_needed_bytes(config, 8 * num_replicas, 192 * num_replicas) / (12 * 96 * 12288**2 / 192)
 
     assert compute(1) == pytest.approx(2 + 2 + 12, rel=1e-3)
     assert compute(4) == pytest.approx(2 + 2 + 3, rel=1e-3)
@@ -48,10 +48,12 @@ def test_a_plan_of_the_job_says_it_better(tmp_path: Path) -> None:
     job = {"method": "lora", "recompute": "full", "tp_size": 8, "pp_size": 4, "dp_size": 2}
     peaks = [{"pp_rank": pp_rank, "peak_bytes": peak} for pp_rank, peak in ((0, 7), (1, 6), (3, 8))]
     (tmp_path / "plan.json").write_text(json.dumps({"jobs": [{**job, "dp_size": 1}, {**job, "processes": peaks}]}))
-    config = compose_175b(f"plan.file={tmp_path}/plan.json")
+    config = compose_175b(f"plan.file={tmp_path}/plan.json", "loop.recompute=full")
     assert [compute_needed_bytes(config, 16 * pp_rank, 64) for pp_rank in range(4)] == [7, 6, 6, 8]
-    with pytest.raises(ValueError, match="plans no job with method=lora, recompute=full, dp_size=4, tp_size=8"):
+    with pytest.raises(ValueError, match="no job with method=lora, dp_size=4, tp_size=8, pp_size=4, recompute=full"):
         compute_needed_bytes(config, 0, 128)
+    auto = compose_175b(f"plan.file={tmp_path}/plan.json", "loop.recompute=auto")
+    assert [compute_needed_bytes(auto, 16 * pp_rank, 64) for pp_rank in range(4)] == [7, 6, 6, 8]
     with pytest.raises(ValueError, match=r"plan.file=/nowhere cannot be read as a plan.json"):
         compute_needed_bytes(compose_175b("plan.file=/nowhere"), 0, 32)
 
