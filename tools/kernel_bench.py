@@ -147,6 +147,7 @@ def measure(
         "shard_shape": case.shard_shape,
         "seconds": {name: asdict(compute_spread(values)) for name, values in samples.items()},
         "lora/frozen": asdict(compute_spread(ratios)),
+        "samples": samples,
     }
 
 
