@@ -61,7 +61,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             max_position_embeddings=64,
             bos_token_id=99,
             eos_token_id=100,
-            pad_token_id=1,
+            pad_token_id=None,  # an embedding with a padding token has no gradient there
         )
     ),
 }
