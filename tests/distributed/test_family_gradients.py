@@ -123,4 +123,5 @@ def test_packed_examples_have_the_gradients_that_transformers_gives_each_alone(n
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert actual.keys() == expected.keys()
     for key, gradient in expected.items():
-        assert (actual[key] - gradient).abs().max() < 1e-5 * gradient.abs().max(), key
+        # A bias of the keys shifts all scores of a query alike, so without rotation its gradient is rounding alone.
+        assert (actual[key] - gradient).abs().max() < 1e-5 * gradient.abs().max() + 1e-15, key
