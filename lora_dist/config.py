@@ -357,6 +357,11 @@ class RunConfig:
             f"data.seq_len={self.data.seq_len} exceeds"
             f" model.max_position_embeddings={self.model.max_position_embeddings}",
         )
+        require(
+            self.lora.bias == "none" or self.method != "lora" or self.model.family == "gpt2",
+            f"lora.bias={self.lora.bias}: biases train beside adapters on GPT-2 alone, model.family is"
+            f" {self.model.family}; set lora.bias=none",
+        )
         if self.topology.sequence_parallel:
             require(
                 self.data.seq_len % self.topology.tp_size == 0,

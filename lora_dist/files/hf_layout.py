@@ -144,19 +144,22 @@ def split_to_hf(whole: torch.Tensor, parts: Sequence[HfPart], model: ModelConfig
     """A whole canonical tensor as Hugging Face stores it, by stored name."""
     blocks: dict[str, list[torch.Tensor]] = {}
     for part in sorted(parts, key=lambda part: part.first):
-        rows = None if part.target is None else _compute_whole_rows(part.target, model)
-        blocks.setdefault(part.name, []).append(whole if rows is None else whole[rows])
+        rows = None if part.target is None else compute_fused_rows(part.target, model)
+        block = whole if rows is None or part.target is None else whole[rows[part.target]]
+        blocks.setdefault(part.name, []).append(block)
     joined = {name: block[0] if len(block) == 1 else torch.cat(block) for name, block in blocks.items()}
     transposed = {part.name for part in parts if part.transposed}
     return {name: tensor.t() if name in transposed else tensor for name, tensor in joined.items()}
 
 
-def _compute_whole_rows(target: str, model: ModelConfig) -> torch.Tensor:
-    """One target's rows of the whole fused parameter."""
-    if target in ("gate_proj", "up_proj"):
-        return compute_gate_up_rows(model.ffn_hidden_size)[target]
+def compute_fused_rows(target: str, model: ModelConfig) -> dict[str, torch.Tensor] | None:
+    """Rows of each target in the whole linear that holds `target`; None where that fuses nothing."""
+    if target in ("gate_proj", "up_proj") and model.architecture.gated:
+        return compute_gate_up_rows(model.ffn_hidden_size)
+    if target not in ("q_proj", "k_proj", "v_proj"):
+        return None
     num_groups = model.num_query_groups
-    return compute_qkv_rows(num_groups, model.num_heads // num_groups, model.head_dim)[target]
+    return compute_qkv_rows(num_groups, model.num_heads // num_groups, model.head_dim)
 
 
 def get_size(config: Mapping[str, Any], key: str, path: Path) -> int:
