@@ -44,9 +44,14 @@ def canonical_name(gpt: ShardedGpt, local_name: str) -> str:
     return re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{int(m[1]) + gpt.first_layer}.", local_name)
 
 
+def find_shard_dim(name: str) -> int | None:
+    """Dimension that TP splits, by canonical name; None for what every TP rank holds whole."""
+    return next((dim for suffix, dim in _SHARD_DIMS.items() if name.endswith(suffix)), None)
+
+
 def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableParameter:
     topology = gpt.topology
-    shard_dim = next((dim for suffix, dim in _SHARD_DIMS.items() if name.endswith(suffix)), None)
+    shard_dim = find_shard_dim(name)
     full_shape = list(parameter.shape)
     if shard_dim is not None:
         full_shape[shard_dim] *= topology.tp_size
