@@ -22,6 +22,8 @@ from lora_dist.whole import ReadState, iterate_model, list_whole, read_shard, re
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",
+    "chat_template.jinja",
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
