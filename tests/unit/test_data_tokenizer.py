@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 from data_files import END_OF_TEXT, VOCAB_SIZE, build_config, tiny_tokenizer, write_tokenizer
+from tokenizer_files import write_llama_tokenizer
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Metaspace
-from tokenizers.processors import TemplateProcessing
+from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
@@ -122,18 +121,6 @@ def test_fake_examples_fill_a_row(seq_len: int) -> None:
     assert 0 <= examples.tokens.min() <= examples.tokens.max() < 11
     again = draw_fake_examples(5, vocab_size=11, seq_len=seq_len, seed=4)
     assert examples.tokens.tolist() != again.tokens.tolist()
-
-
-def write_llama_tokenizer(directory: Path) -> Path:
-    """Byte-level BPE whose files ask for a begin token, as Llama 3's do; no <|endoftext|> in it."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    trainer = BpeTrainer(special_tokens=["<|begin|>", "<|end|>"], initial_alphabet=ByteLevel.alphabet())
-    tokenizer.train_from_iterator(["The Vaults is a pub"], trainer)
-    tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
-    whole.save_pretrained(directory)
-    return directory
 
 
 def test_a_llamas_example_begins_with_its_begin_token(tmp_path: Path) -> None:
