@@ -374,8 +374,8 @@ class RunConfig:
 
 def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None:
     tp_size, pp_size = topology.tp_size, topology.pp_size
-    for key in ("num_heads", "num_query_groups", "ffn_hidden_size"):
-        size = getattr(model, key)
+    sizes = {"num_heads": model.num_heads, "num_kv_heads": model.num_query_groups}
+    for key, size in {**sizes, "ffn_hidden_size": model.ffn_hidden_size}.items():
         require(
             size % tp_size == 0, f"tp {tp_size} does not divide {key} {size}; choose a divisor for topology.tp_size"
         )

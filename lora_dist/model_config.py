@@ -79,12 +79,14 @@ class ModelConfig:
             "num_layers",
             "hidden_size",
             "num_heads",
-            "num_query_groups",
+            "num_kv_heads",
+            "head_size",
             "ffn_hidden_size",
             "vocab_size",
             "max_position_embeddings",
         ):
-            require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
+            size = getattr(self, key)
+            require(size is None or size >= 1, f"model.{key}={size} must be at least 1")
         for key in ("hidden_dropout", "attention_dropout"):
             require(0.0 <= getattr(self, key) < 1.0, f"model.{key}={getattr(self, key)} must lie in [0, 1)")
         self._check_heads()
@@ -117,7 +119,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.head_size or self.hidden_size // self.num_heads
+        return self.hidden_size // self.num_heads if self.head_size is None else self.head_size
 
     @property
     def num_query_groups(self) -> int:
