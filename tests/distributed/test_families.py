@@ -6,26 +6,27 @@ import pytest
 import torch
 from family_toy import (
     FAMILIES,
-    ONE_EACH,
     build_family_model,
     compute_family_logits,
     read_family_config,
     write_family_checkpoint,
 )
-from hf_toy import build_shard, compute_logits, count_processes, draw_tokens
+from hf_toy import build_run_config, build_shard, compute_logits, count_processes, draw_tokens
 from processes import run_distributed
 from safetensors.torch import load_file
 
+from lora_dist.config import TopologyConfig
 from lora_dist.files.hf_checkpoint import check_hf_checkpoint
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
+from lora_dist.needed_bytes import compute_state_bytes
+from lora_dist.plan.search import compute_weight_bytes
 
-TOPOLOGIES = [
-    {},
-    {"tp_size": 2},
-    {"tp_size": 4},
-    {"pp_size": 2},
-    {"tp_size": 2, "sequence_parallel": True},
-    {"tp_size": 2, "pp_size": 2, "sequence_parallel": True},
+EVERY_SPLIT = {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}
+TOPOLOGIES = [{}, {"tp_size": 2}, {"tp_size": 4}, {"pp_size": 2}, {"tp_size": 2, "sequence_parallel": True}]
+CASES = [
+    *(("llama", options) for options in TOPOLOGIES),
+    *((name, {"tp_size": 4}) for name in FAMILIES if name != "llama"),
+    *((name, EVERY_SPLIT) for name in FAMILIES),
 ]
 
 
@@ -37,8 +38,7 @@ def load_compute_and_write(options: dict, source: Path, target: Path) -> torch.T
     return compute_logits(gpt)
 
 
-@pytest.mark.parametrize("options", TOPOLOGIES, ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_logits_equal_transformers_and_files_come_back(name: str, options: dict, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     check_hf_checkpoint(write_family_checkpoint(name, source), source)
@@ -73,7 +73,7 @@ def write_drawn(options: dict, source: Path, target: Path) -> None:
     write_hf_checkpoint(gpt, target, model=model)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
 def test_a_drawn_model_is_the_same_at_every_topology_and_transformers_reads_it(name: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     model = write_family_checkpoint(name, source)
@@ -83,3 +83,20 @@ def test_a_drawn_model_is_the_same_at_every_topology_and_transformers_reads_it(n
     assert all(torch.equal(files[0][key], tensor) for key, tensor in files[1].items())
     check_hf_checkpoint(model, tmp_path / "0")
     assert compute_family_logits(tmp_path / "0", draw_tokens()).isfinite().all()
+
+
+def weigh(options: dict, source: Path) -> int:
+    return sum(parameter.nbytes for parameter in build_shard(options, read_family_config(source)).parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
+def test_the_planned_weights_are_the_fullest_processs(name: str, tmp_path: Path) -> None:
+    model = write_family_checkpoint(name, tmp_path)
+    for tp_size, pp_size in ((2, 2), (4, 1)):
+        options = {"tp_size": tp_size, "pp_size": pp_size}
+        weights = run_distributed(weigh, count_processes(options), options, tmp_path)
+        assert max(weights) == compute_weight_bytes(model, "fp32", tp_size=tp_size, pp_size=pp_size)
+    config = build_run_config(model, topology=TopologyConfig(pp_size=2))
+    stages = [compute_state_bytes(config, pp_rank, dp_size=1) for pp_rank in (0, 1)]
+    copies = model.vocab_size * model.hidden_size if model.tied_output else 0
+    assert sum(stages) == 4 * (model.num_parameters + copies)

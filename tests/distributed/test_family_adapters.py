@@ -83,7 +83,7 @@ def compute_peft_logits(base: Path, adapter: Path) -> torch.Tensor:
 def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     write_family_checkpoint(name, base)
-    for index, options in enumerate(TOPOLOGIES):
+    for index, options in enumerate(TOPOLOGIES if name == "llama" else TOPOLOGIES[1:3]):
         target = tmp_path / str(index)
         results = run_distributed(write_and_compute, count_processes(options), options, base, target)
         assert (target / "adapter_model.safetensors").read_bytes() == (
