@@ -57,7 +57,8 @@ class ExportConfig(LiveConfig):
     output: str
     """New directory."""
     format: str = "peft"
-    """peft (one adapter on the fused c_attn), peft_split (one a projection), loralib, bridge, or hf_merged."""
+    """peft (as PEFT has it on the base: GPT-2's fused c_attn, else one a projection), peft_split (one a projection
+    always), loralib, bridge, or hf_merged."""
 
     def __post_init__(self) -> None:
         LiveConfig.__post_init__(self)

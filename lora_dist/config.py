@@ -2,57 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from lora_dist.model_config import ModelConfig as ModelConfig  # other files take it from here
 from lora_dist.refusals import require, require_one_of
-
-
-@dataclass(kw_only=True, slots=True)
-class ModelConfig:
-    """A GPT-2 / GPT-3 decoder, from a Hugging Face checkpoint directory or drawn from the run's seed."""
-
-    name: str
-    """Shown in reports."""
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    ffn_hidden_size: int
-    vocab_size: int
-    max_position_embeddings: int
-    layernorm_epsilon: float = 1e-5
-    checkpoint: str | None = None
-    """Directory with config.json and safetensors; null draws the weights from loop.seed."""
-    tokenizer: str | None = None
-    """Directory with the tokenizer's files; null means the checkpoint directory."""
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        for key in (
-            "num_layers",
-            "hidden_size",
-            "num_heads",
-            "ffn_hidden_size",
-            "vocab_size",
-            "max_position_embeddings",
-        ):
-            require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
-        require(
-            self.hidden_size % self.num_heads == 0,
-            f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}",
-        )
-        for key in ("hidden_dropout", "attention_dropout"):
-            require(0.0 <= getattr(self, key) < 1.0, f"model.{key}={getattr(self, key)} must lie in [0, 1)")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the whole model; the output layer is tied to the embedding."""
-        h, f = self.hidden_size, self.ffn_hidden_size
-        layer = (3 * h * h + 3 * h) + (h * h + h) + (h * f + f) + (f * h + h) + 4 * h
-        return self.num_layers * layer + (self.vocab_size + self.max_position_embeddings) * h + 2 * h
 
 
 @dataclass(kw_only=True, slots=True)
@@ -421,6 +372,11 @@ class RunConfig:
             f"data.seq_len={self.data.seq_len} exceeds"
             f" model.max_position_embeddings={self.model.max_position_embeddings}",
         )
+        require(
+            self.lora.bias == "none" or self.method != "lora" or self.model.family == "gpt2",
+            f"lora.bias={self.lora.bias}: biases train beside adapters on GPT-2 alone, model.family is"
+            f" {self.model.family}; set lora.bias=none",
+        )
         if self.topology.sequence_parallel:
             require(
                 self.data.seq_len % self.topology.tp_size == 0,
@@ -438,8 +394,8 @@ class RunConfig:
 
 def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None:
     tp_size, pp_size = topology.tp_size, topology.pp_size
-    for key in ("num_heads", "ffn_hidden_size"):
-        size = getattr(model, key)
+    sizes = {"num_heads": model.num_heads, "num_kv_heads": model.num_query_groups}
+    for key, size in {**sizes, "ffn_hidden_size": model.ffn_hidden_size}.items():
         require(
             size % tp_size == 0, f"tp {tp_size} does not divide {key} {size}; choose a divisor for topology.tp_size"
         )

@@ -33,9 +33,12 @@ def compute_state_bytes(config: RunConfig, pp_rank: int, dp_size: int) -> int:
 
 
 def _count_stage(model: ModelConfig, pp_rank: int, pp_size: int) -> int:
-    """Parameters of one pipeline stage; first and last hold the tied embedding."""
+    """Parameters of one pipeline stage; the first holds the embedding, the last the output layer or its tied copy."""
     embedding = model.vocab_size * model.hidden_size
-    layers = (model.num_parameters - embedding) // pp_size
+    num_own = 1 if model.tied_output else 2
+    layers = (model.num_parameters - num_own * embedding) // pp_size
+    if pp_size == 1:
+        return layers + num_own * embedding
     return layers + (embedding if pp_rank in (0, pp_size - 1) else 0)
 
 

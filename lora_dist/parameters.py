@@ -10,7 +10,7 @@ class TrainableParameter:
     """One trainable parameter of this process and its place in the whole, topology-free tensor.
 
     The whole tensor is the concatenation of the TP shards along `shard_dim` (cut to `full_shape`, which leaves out
-    the rows that pad a vocabulary), or any one of them where `shard_dim` is None.
+    the rows that pad a vocabulary), block by block, or any one of them where `shard_dim` is None.
     """
 
     name: str
@@ -24,6 +24,8 @@ class TrainableParameter:
     """True where each TP rank computes one summand of the gradient: summed over TP once a step."""
     kind: str
     """lora_A, lora_B, bias or base: its parameter group, and what the report counts it under."""
+    num_blocks: int = 1
+    """Parts of equal length along `shard_dim` that are split over TP one by one: [gate | up] of a gated MLP has two."""
     tied: bool = False
     """True for the first and last stage's copies of the tied embedding, whose gradients are summed once a step."""
     owned: bool = True

@@ -107,7 +107,16 @@ def _gather_over_tp(local: torch.Tensor, one: TrainableParameter, topology: Topo
     local = local.to(topology.device).contiguous()
     parts = [torch.empty_like(local) for _ in range(topology.tp_size)] if topology.tp_rank == 0 else None
     dist.gather(local, parts, group=topology.tp_group, group_dst=0)
-    return _cut_padding(torch.cat(parts, one.shard_dim), one) if parts is not None else None
+    return _cut_padding(join_shards(parts, one), one) if parts is not None else None
+
+
+def join_shards(parts: Sequence[torch.Tensor], one: TrainableParameter) -> torch.Tensor:
+    """The TP ranks' shards as one tensor, padding included."""
+    assert one.shard_dim is not None
+    if one.num_blocks == 1:
+        return torch.cat(list(parts), one.shard_dim)
+    blocks = zip(*(part.chunk(one.num_blocks, one.shard_dim) for part in parts), strict=True)
+    return torch.cat([torch.cat(block, one.shard_dim) for block in blocks], one.shard_dim)
 
 
 def _cut_padding(whole: torch.Tensor, one: TrainableParameter) -> torch.Tensor:
@@ -130,12 +139,20 @@ def _bring_to_first_stage(
     return whole if topology.global_rank == 0 else None
 
 
-def compute_shard_range(one: TrainableParameter, topology: Topology) -> tuple[int, int]:
-    """Start and length, along `shard_dim`, of this TP rank's part of the whole tensor, without vocabulary padding."""
+def read_shard(read: Callable[[int, int], torch.Tensor], one: TrainableParameter, topology: Topology) -> torch.Tensor:
+    """This TP rank's shard out of `read(start, size)` along `shard_dim` of the whole tensor, padded where it ends."""
+    parts = [read(start, size) for start, size in _compute_shard_ranges(one, topology)]
     assert one.shard_dim is not None
-    full_size, size = one.full_shape[one.shard_dim], one.local_shape[one.shard_dim]
-    start = min(full_size, topology.tp_rank * size)
-    return start, min(size, full_size - start)
+    return pad_shard(parts[0] if len(parts) == 1 else torch.cat(parts, one.shard_dim), one)
+
+
+def _compute_shard_ranges(one: TrainableParameter, topology: Topology) -> list[tuple[int, int]]:
+    """Start and length of each block's part of this TP rank, without vocabulary padding."""
+    assert one.shard_dim is not None
+    full_size, size = one.full_shape[one.shard_dim], one.local_shape[one.shard_dim] // one.num_blocks
+    block_size = full_size // one.num_blocks
+    start = min(block_size, topology.tp_rank * size)
+    return [(block * block_size + start, min(size, block_size - start)) for block in range(one.num_blocks)]
 
 
 def pad_shard(part: torch.Tensor, one: TrainableParameter) -> torch.Tensor:
@@ -149,7 +166,7 @@ def pad_shard(part: torch.Tensor, one: TrainableParameter) -> torch.Tensor:
 
 def cut_shard(whole: torch.Tensor, one: TrainableParameter, topology: Topology) -> torch.Tensor:
     """This TP rank's part of a whole tensor."""
-    if one.shard_dim is None:
+    dim = one.shard_dim
+    if dim is None:
         return whole
-    start, size = compute_shard_range(one, topology)
-    return pad_shard(whole.narrow(one.shard_dim, start, size), one)
+    return read_shard(lambda start, size: whole.narrow(dim, start, size), one, topology)

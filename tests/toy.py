@@ -33,6 +33,7 @@ MODEL = ModelConfig(
     max_position_embeddings=32,
 )
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+SEVEN_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NUM_ROWS, SEQ_LEN = 4, 16
 
 
@@ -49,6 +50,8 @@ class Case:
     recompute_layers: int | None = None
     label_smoothing: float = 0.0
     dtype: torch.dtype = torch.float64
+    model: ModelConfig | None = None
+    """None is MODEL."""
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=3, target_modules=ALL_TARGETS, bias="all"))
 
     @property
@@ -58,7 +61,9 @@ class Case:
     def __str__(self) -> str:
         sequence = "-sp" if self.sequence_parallel else ""
         layers = "" if self.recompute_layers is None else str(self.recompute_layers)
-        return f"{self.method}-tp{self.tp_size}-pp{self.pp_size}-dp{self.dp_size}{sequence}-{self.recompute}{layers}"
+        family = "" if self.model is None else f"{self.model.family}-"
+        sizes = f"tp{self.tp_size}-pp{self.pp_size}-dp{self.dp_size}"
+        return f"{family}{self.method}-{sizes}{sequence}-{self.recompute}{layers}"
 
 
 def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topology]:
@@ -67,9 +72,9 @@ def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topolo
         tp_size=case.tp_size, pp_size=case.pp_size, dp_size=case.dp_size, sequence_parallel=case.sequence_parallel
     )
     topology = build_topology(config, device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
-    clock = DropoutClock()
+    clock, model = DropoutClock(), case.model or MODEL
     gpt = build_model(
-        MODEL,
+        model,
         topology,
         dtype=case.dtype,
         clock=clock,
@@ -77,11 +82,11 @@ def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topolo
         num_recomputed=case.recompute_layers,
     )
     gpt.label_smoothing = case.label_smoothing
-    initialize_base(gpt, MODEL, seed=0)
+    initialize_base(gpt, model, seed=0)
     if case.method == "full":
         trainable = describe_base_parameters(gpt)
     else:
-        trainable = apply_lora(gpt, build_adapter_specs(case.lora, MODEL), bias=case.lora.bias, seed=0)
+        trainable = apply_lora(gpt, build_adapter_specs(case.lora, model), bias=case.lora.bias, seed=0)
     for described in trainable:
         if case.dtype == torch.float64:
             described.parameter.data = described.parameter.data.double()
@@ -152,7 +157,9 @@ def gather_whole(local: torch.Tensor, described: TrainableParameter, topology: T
         return local.narrow(0, 0, described.full_shape[0]).clone()
     parts = [torch.empty_like(local) for _ in range(topology.tp_size)]
     dist.all_gather(parts, local.contiguous(), group=topology.tp_group)
-    return torch.cat(parts, described.shard_dim).narrow(0, 0, described.full_shape[0]).clone()
+    blocks = [part.chunk(described.num_blocks, described.shard_dim) for part in parts]
+    joined = [torch.cat(block, described.shard_dim) for block in zip(*blocks, strict=True)]
+    return torch.cat(joined, described.shard_dim).narrow(0, 0, described.full_shape[0]).clone()
 
 
 def merge_results(results: list[tuple[float, dict[str, torch.Tensor]]]) -> tuple[float, dict[str, torch.Tensor]]:

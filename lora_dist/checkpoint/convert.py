@@ -19,8 +19,9 @@ from lora_dist.files.bridge import to_bridge
 from lora_dist.files.directories import open_new_directory, write_json
 from lora_dist.files.imported import ImportedAdapter
 from lora_dist.files.loralib import export_loralib, import_loralib
-from lora_dist.files.peft_gpt2 import build_adapter_config, to_peft_tensors
+from lora_dist.files.modules import FAMILY_NAMES
 from lora_dist.files.peft_import import import_peft
+from lora_dist.files.peft_layout import to_peft_files
 from lora_dist.files.peft_split import to_peft_split
 
 LORALIB_WEIGHTS = "lora.pt"
@@ -65,8 +66,7 @@ def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
 
 
 def _to_peft(adapter: Adapter, stored: StoredAdapter) -> _Files:
-    tensors = to_peft_tensors(adapter.values, adapter.specs, stored.model, adapter.bias)
-    return tensors, build_adapter_config(adapter.specs, bias=adapter.bias, base_name=stored.model.checkpoint)
+    return to_peft_files(adapter.values, adapter.specs, stored.model, adapter.bias)
 
 
 def _to_peft_split(adapter: Adapter, stored: StoredAdapter) -> _Files:
@@ -74,7 +74,7 @@ def _to_peft_split(adapter: Adapter, stored: StoredAdapter) -> _Files:
         adapter.values,
         adapter.specs,
         bias=adapter.bias,
-        names=stored.source_names,
+        names=stored.source_names or FAMILY_NAMES[stored.model.family],
         base_name=stored.model.checkpoint,
     )
 

@@ -29,14 +29,7 @@ from lora_dist.files.directories import (
 from lora_dist.files.safetensors_stream import open_writer, read_header, read_part
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
-from lora_dist.whole import (
-    compute_shard_range,
-    iterate_stage,
-    list_whole,
-    pad_shard,
-    raise_together,
-    write_together,
-)
+from lora_dist.whole import iterate_stage, list_whole, raise_together, read_shard, write_together
 
 STATE_KEYS = ("value", "exp_avg", "exp_avg_sq")
 STATE_FILE = "state.json"
@@ -216,7 +209,7 @@ def _index_files(path: Path, trainable: Sequence[TrainableParameter], topology: 
 def _read_shard(files: Mapping[str, Path], key: str, one: TrainableParameter, topology: Topology) -> torch.Tensor:
     """This TP rank's part; a copy of the tied embedding reads what its owner wrote."""
     name = f"{key}/{one.name if one.owned else 'embedding.word_embeddings.weight'}"
-    if one.shard_dim is None:
+    dim = one.shard_dim
+    if dim is None:
         return read_part(files[name], name)
-    start, size = compute_shard_range(one, topology)
-    return pad_shard(read_part(files[name], name, dim=one.shard_dim, start=start, size=size), one)
+    return read_shard(lambda start, size: read_part(files[name], name, dim=dim, start=start, size=size), one, topology)

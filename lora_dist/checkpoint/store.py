@@ -22,13 +22,13 @@ from lora_dist.checkpoint.identity import check_same
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import MANIFEST, open_new_directory, read_manifest, write_json, write_manifest
 from lora_dist.files.hf_gpt2 import QKV_TARGETS, compute_hf_shapes, find_hf_tensor
-from lora_dist.files.peft_gpt2 import (
-    build_adapter_config,
+from lora_dist.files.peft_gpt2 import list_bias_names
+from lora_dist.files.peft_layout import (
+    compute_factor_shapes,
     compute_peft_shapes,
+    find_folded_scalings,
     from_peft_tensors,
-    group_specs,
-    list_bias_names,
-    to_peft_tensors,
+    to_peft_files,
 )
 from lora_dist.files.safetensors_stream import DTYPE_NAMES, open_writer, read_header
 from lora_dist.lora.spec import AdapterSpec
@@ -68,7 +68,7 @@ def write_adapter_directory(
         manifest = describe_adapter(specs, bias, base_fingerprint) | dict(about)
         manifest |= {"base": model.name, "created": datetime.now(UTC).isoformat(timespec="seconds")}
         manifest |= {"dtype": DTYPE_NAMES[dtype], "versions": describe_versions()}
-        manifest |= {"scaling_folded_into_peft_lora_B": _find_folded_scalings(specs)}
+        manifest |= {"scaling_folded_into_peft_lora_B": find_folded_scalings(specs, model)}
         write_manifest(temporary, hashes, manifest)
 
 
@@ -78,11 +78,10 @@ def _write_files(
     """The tensors, and PEFT's configuration beside PEFT's tensors; their hashes by file name."""
     specs, bias, hashes = adapter.specs, adapter.bias, {}
     if layout == "peft":
-        tensors = to_peft_tensors(adapter.values, specs, model, bias)
+        tensors, about = to_peft_files(adapter.values, specs, model, bias)
         hashes[PEFT_WEIGHTS] = write_tensors(directory / PEFT_WEIGHTS, tensors, dtype)
-        about = build_adapter_config(specs, bias=bias, base_name=model.checkpoint)
         hashes[PEFT_CONFIG] = write_json(directory / PEFT_CONFIG, about)
-    if layout == "compact" or _find_folded_scalings(specs):
+    if layout == "compact" or find_folded_scalings(specs, model):
         hashes[FACTORS] = write_tensors(directory / FACTORS, adapter.values, dtype)
     return hashes
 
@@ -94,10 +93,6 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.
         for name, tensor in tensors.items():
             writer.write(name, tensor)
         return writer.close()
-
-
-def _find_folded_scalings(specs: Sequence[AdapterSpec]) -> dict[str, float]:
-    return {name: ratio for module in group_specs(specs) for name, ratio in module.compute_folded_ratios().items()}
 
 
 def describe_adapter(specs: Sequence[AdapterSpec], bias: str, base_fingerprint: str) -> dict[str, Any]:
@@ -204,12 +199,9 @@ def _find_weights(directory: Path, manifest: Mapping[str, Any]) -> tuple[Path, b
 
 
 def _compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for spec in specs:
-        shapes[f"{spec.name}.lora_A"] = (spec.lora_rank, spec.in_features)
-        shapes[f"{spec.name}.lora_B"] = (spec.out_features, spec.lora_rank)
     hf_shapes = compute_hf_shapes(model)
-    return shapes | {name: hf_shapes[find_hf_tensor(name).name] for name in list_bias_names(specs, model, bias)}
+    biases = {name: hf_shapes[find_hf_tensor(name).name] for name in list_bias_names(specs, model, bias)}
+    return compute_factor_shapes(specs) | biases
 
 
 def _check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> torch.dtype:

@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from lora_dist.cli.explain import explain_composition_error
 from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups, list_keys
-from lora_dist.config import RunConfig
+from lora_dist.config import ModelConfig, RunConfig
 
 _Config = TypeVar("_Config")
 _DEFAULT_OPTIONS = {"model": "demo", "topology": "single", "task": "???"}
@@ -81,10 +81,10 @@ def _ask_for_required(owner: type) -> dict[str, str]:
 
 
 def _read_hf_field(name: str, *, _parent_: DictConfig) -> object:
-    """Imported late because it brings torch."""
+    """What config.json does not say is as ModelConfig has it. Imported late because it brings torch."""
     from lora_dist.files.hf_checkpoint import read_model_fields
 
-    return read_model_fields(_parent_.checkpoint)[name]
+    return getattr(ModelConfig(**read_model_fields(_parent_.checkpoint)), name)
 
 
 def _ask(what: str) -> str:

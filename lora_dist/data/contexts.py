@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_dist.data.examples import tokenize_texts
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.rows import BadRows
+from lora_dist.data.tokenizer import find_start_tokens
 
 _SEPARATOR = "||"
 
@@ -46,10 +47,13 @@ def read_contexts(content: bytes, file_format: str, path: str) -> list[Context]:
 def encode_contexts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, end_context: bool
 ) -> tuple[list[list[int]], list[int]]:
-    """Tokens of each context, with the end token behind it where `end_context`, and the tokens that end an output."""
-    end = [int(tokenizer.eos_token_id)]
+    """Tokens of each context, with the end token behind it where `end_context`, and the tokens that end an output.
+
+    They begin as the examples of training do.
+    """
+    start, end = find_start_tokens(tokenizer), [int(tokenizer.eos_token_id)]
     tokens = tokenize_texts(texts, tokenizer, "contexts")
-    return [[*one, *end] if end_context else one for one in tokens], end
+    return [[*start, *one, *(end if end_context else [])] for one in tokens], end
 
 
 def decode_texts(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerFast, *, end_context: bool) -> list[str]:

@@ -1,8 +1,9 @@
 """Examples as tokens: encoded from pairs of text, or drawn at random.
 
 An example is `context <|endoftext|> target <|endoftext|>`, as in the LoRA authors' GPT-2 experiments: the first end
-token asks for the target, the second is learnt with it. The context starts the row without a space; the target gets
-one space before it, so that its first word has the token it has in running text.
+token asks for the target, the second is learnt with it. The context starts the row without a space, behind the begin
+token where the tokenizer has one; the target gets one space before it, so that its first word has the token it has in
+running text.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from lora_dist.data.rows import BadRows, Pair
+from lora_dist.data.tokenizer import find_start_tokens, find_target_prefix
 from lora_dist.lora.factors import derive_seed
 
-TARGET_PREFIX = " "
 _TEXTS_PER_CALL = 2000
 
 
@@ -29,7 +30,7 @@ class Examples:
     starts: NDArray[np.int64]
     """[N + 1]; example i is tokens[starts[i] : starts[i + 1]]."""
     num_context_tokens: NDArray[np.int64]
-    """[N], without the end token that follows the context."""
+    """[N], with the begin token where there is one, without the end token that follows the context."""
 
     def __len__(self) -> int:
         return len(self.num_context_tokens)
@@ -51,11 +52,11 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, *, s
     # E2E repeats each context some nine times.
     distinct = list(dict.fromkeys(pair.context for pair in pairs))
     contexts = dict(zip(distinct, tokenize_texts(distinct, tokenizer, "contexts"), strict=True))
-    targets = tokenize_texts([TARGET_PREFIX + pair.target for pair in pairs], tokenizer, "targets")
-    end = [int(tokenizer.eos_token_id)]
+    prefix, start, end = find_target_prefix(tokenizer), find_start_tokens(tokenizer), [int(tokenizer.eos_token_id)]
+    targets = tokenize_texts([prefix + pair.target for pair in pairs], tokenizer, "targets")
     rows, num_context_tokens = [], []
     for pair, target in zip(pairs, targets, strict=True):
-        context = contexts[pair.context]
+        context = [*start, *contexts[pair.context]]
         num_positions = len(context) + 1 + len(target)
         if num_positions > seq_len:
             bad.add(pair.line, "too long", f"{num_positions} tokens, data.seq_len={seq_len}")

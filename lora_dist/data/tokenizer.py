@@ -1,4 +1,4 @@
-"""GPT-2's byte-level BPE, from local files only."""
+"""The base model's own tokenizer, from local files only, and how it begins a text."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,9 @@ from pathlib import Path
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast  # type: ignore[attr-defined]
 
 from lora_dist.config import ModelConfig
+
+_WORD_MARKER = "\u2581"
+"""SentencePiece's sign for the space before a word; such a tokenizer begins every text with one."""
 
 
 def load_model_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
@@ -15,18 +18,22 @@ def load_model_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
         raise ValueError(
             "model.tokenizer is not set; give the directory of the tokenizer's files, or use data.format=fake"
         )
-    return load_tokenizer(directory, model.vocab_size)
+    return load_tokenizer(directory, model.vocab_size, family=model.family)
 
 
-def load_tokenizer(directory: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of exactly `vocab_size` tokens from tokenizer.json, or from vocab.json and merges.txt.
+def load_tokenizer(directory: str, vocab_size: int, *, family: str = "gpt2") -> PreTrainedTokenizerFast:
+    """The tokenizer of tokenizer.json, or of vocab.json and merges.txt; GPT-2's has exactly `vocab_size` tokens.
 
-    ValueError where files are missing or broken, where the sizes differ, or where no token ends a text.
+    Other families have embeddings with more rows than tokens. ValueError where files are missing or broken, where the
+    sizes do not fit, or where no token ends a text.
     """
     _check_files(Path(directory))
-    tokenizer: PreTrainedTokenizerFast = GPT2TokenizerFast.from_pretrained(directory, local_files_only=True)
+    is_plain_gpt2 = family == "gpt2" or not (Path(directory) / "tokenizer.json").is_file()
+    kind = GPT2TokenizerFast if is_plain_gpt2 else PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast = kind.from_pretrained(directory, local_files_only=True)
     # Where transformers does not find a vocabulary it goes on with the end-of-text token alone.
-    if len(tokenizer) != vocab_size:
+    fits = len(tokenizer) == vocab_size if family == "gpt2" else 1 < len(tokenizer) <= vocab_size
+    if not fits:
         raise ValueError(
             f"the tokenizer in {directory} has {len(tokenizer)} tokens, but model.vocab_size={vocab_size};"
             " set model.tokenizer to the directory of the model's own tokenizer"
@@ -34,6 +41,17 @@ def load_tokenizer(directory: str, vocab_size: int) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {directory} names no eos_token; add it to its tokenizer_config.json")
     return tokenizer
+
+
+def find_start_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What the tokenizer puts in front of a text of its own accord: Llama's begin token, none for GPT-2 and Qwen."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return whole[: whole.index(plain[0])] if plain[0] in whole else []
+
+
+def find_target_prefix(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The space that gives a target's first word its token of running text, unless the tokenizer puts it itself."""
+    return "" if tokenizer.tokenize("a")[0].startswith(_WORD_MARKER) else " "
 
 
 def _check_files(directory: Path) -> None:

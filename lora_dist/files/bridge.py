@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from lora_dist.config import ModelConfig
-from lora_dist.lora.layer import compute_qkv_rows
+from lora_dist.files.hf_layout import compute_fused_rows
 from lora_dist.lora.spec import AdapterSpec
 
 _LINEARS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "self_attention.linear_qkv"),
     "o_proj": "self_attention.linear_proj",
-    "up_proj": "mlp.linear_fc1",
+    **dict.fromkeys(("gate_proj", "up_proj"), "mlp.linear_fc1"),
     "down_proj": "mlp.linear_fc2",
 }
 
@@ -49,13 +49,13 @@ def to_bridge(
 def _stack(
     values: Mapping[str, torch.Tensor], group: Sequence[AdapterSpec], model: ModelConfig, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The A one below the other, the B as blocks on the rows that Megatron gives each of q, k and v."""
+    """The A one below the other, the B as blocks on the rows that Megatron gives each target of a fused linear."""
     a_RH = torch.cat([values[f"{spec.name}.lora_A"] for spec in group])
     bs = [values[f"{spec.name}.lora_B"] for spec in group]
     bs = [b if spec.scaling == scaling else b * (spec.scaling / scaling) for b, spec in zip(bs, group, strict=True)]
-    if "qkv" not in _LINEARS[group[0].target]:
+    rows = compute_fused_rows(group[0].target, model)
+    if rows is None:
         return a_RH, bs[0]
-    rows = compute_qkv_rows(model.num_heads, 1, model.head_dim)
-    b_OR = a_RH.new_zeros(3 * model.hidden_size, a_RH.shape[0])
+    b_OR = a_RH.new_zeros(sum(map(len, rows.values())), a_RH.shape[0])
     b_OR[torch.cat([rows[spec.target] for spec in group])] = torch.block_diag(*bs)
     return a_RH, b_OR

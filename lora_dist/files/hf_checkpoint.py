@@ -1,4 +1,4 @@
-"""A Hugging Face GPT-2 checkpoint directory: its files, its configuration, and what is wrong with it."""
+"""A Hugging Face checkpoint directory: its files, its configuration, and what is wrong with it."""
 
 import functools
 import hashlib
@@ -12,23 +12,20 @@ import torch
 
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import compute_sha256, read_json
-from lora_dist.files.hf_gpt2 import IGNORED, PREFIX, TIED_HEAD, compute_hf_shapes
+from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.files.hf_gpt2 import PREFIX
+from lora_dist.files.hf_layout import TIED_HEAD, HfFamily
 from lora_dist.files.safetensors_stream import DTYPE_NAMES, read_header, read_part
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _ROWS_AT_ONCE = 4096
 _SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "max_position_embeddings")
 
-_REQUIRED_SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
-    "model_type": (None, ("gpt2",)),
-    "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
-    "scale_attn_weights": (True, (True,)),
-    "scale_attn_by_inverse_layer_idx": (False, (False,)),
-    "tie_word_embeddings": (True, (True,)),
-    "add_cross_attention": (False, (False,)),
-    "quantization_config": (None, (None,)),
+_COMPARED = {
+    **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
+    **{"num_kv_heads": "num_query_groups", "head_size": "head_dim"},
 }
-"""Key of config.json: what GPT-2 means where it is absent, and the values this project computes."""
+"""Key of the configuration -> what of the model must be as config.json has it."""
 
 
 class HfReader:
@@ -78,68 +75,33 @@ def read_model_fields(directory: str | Path) -> dict[str, Any]:
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"model.checkpoint={directory} is not a directory")
-    config = read_json(directory / CONFIG)
-    for key, (default, allowed) in _REQUIRED_SETTINGS.items():
-        value = config.get(key, default)
-        if value not in allowed:
-            raise ValueError(
-                f"{directory / CONFIG}: {key}={value!r} is not supported, only {' or '.join(map(repr, allowed))};"
-                " name a GPT-2 checkpoint that has it"
-            )
-    hidden_size = _get(config, "n_embd", directory)
-    return {
-        "name": directory.resolve().name,
-        "num_layers": _get(config, "n_layer", directory),
-        "hidden_size": hidden_size,
-        "num_heads": _get(config, "n_head", directory),
-        "ffn_hidden_size": config.get("n_inner") or 4 * hidden_size,
-        "vocab_size": _get(config, "vocab_size", directory),
-        "max_position_embeddings": _get(config, "n_positions", directory),
-        "layernorm_epsilon": config.get("layer_norm_epsilon", 1e-5),
-        "hidden_dropout": config.get("resid_pdrop", 0.1),
-        "attention_dropout": config.get("attn_pdrop", 0.1),
-        "init_std": config.get("initializer_range", 0.02),
-        "checkpoint": str(directory),
-    }
+    path = directory / CONFIG
+    config = read_json(path)
+    _check_setting(path, "model_type", config.get("model_type"), tuple(HF_FAMILIES))
+    family = HF_FAMILIES[config["model_type"]]
+    for key, (default, allowed) in family.settings.items():
+        _check_setting(path, key, config.get(key, default), allowed)
+    return {"name": directory.resolve().name, **family.read_fields(config, path), "checkpoint": str(directory)}
 
 
-def describe_hf_config(model: ModelConfig) -> dict[str, Any]:
-    """The keys of config.json that ModelConfig decides; the inverse of `read_model_fields`."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_layer": model.num_layers,
-        "n_embd": model.hidden_size,
-        "n_head": model.num_heads,
-        "n_inner": model.ffn_hidden_size,
-        "vocab_size": model.vocab_size,
-        "n_positions": model.max_position_embeddings,
-        "layer_norm_epsilon": model.layernorm_epsilon,
-        "resid_pdrop": model.hidden_dropout,
-        "embd_pdrop": model.hidden_dropout,
-        "attn_pdrop": model.attention_dropout,
-        "initializer_range": model.init_std,
-        "activation_function": "gelu_new",
-        "tie_word_embeddings": True,
-    }
-
-
-def _get(config: Mapping[str, Any], key: str, directory: Path) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{directory / CONFIG}: {key}={value!r} is not a positive integer")
-    return value
+def _check_setting(path: Path, key: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"{path}: {key}={value!r} is not supported, only {' or '.join(map(repr, allowed))};"
+            " name a checkpoint that has it"
+        )
 
 
 def check_hf_checkpoint(model: ModelConfig, directory: str | Path) -> None:
     """ValueError, one line, where the directory's files are not whole or not this model's. Needs no process group."""
     directory = Path(directory)
-    fields = read_model_fields(directory)
-    for key in (*_SIZES, "layernorm_epsilon"):
-        _check_field(key, getattr(model, key), fields[key], directory)
-    reader = HfReader(directory)
-    _check_tensors(reader, compute_hf_shapes(model))
-    _check_tied_head(reader)
+    found = ModelConfig(**read_model_fields(directory))
+    for key, attribute in _COMPARED.items():
+        _check_field(key, getattr(model, attribute), getattr(found, attribute), directory)
+    family, reader = HF_FAMILIES[model.family], HfReader(directory)
+    _check_tensors(reader, family, family.compute_shapes(model))
+    if model.tied_output:
+        _check_tied_head(reader, family.embedding)
 
 
 def _check_field(key: str, wanted: object, found: object, directory: Path) -> None:
@@ -150,14 +112,14 @@ def _check_field(key: str, wanted: object, found: object, directory: Path) -> No
         )
 
 
-def _check_tensors(reader: HfReader, expected: Mapping[str, tuple[int, ...]]) -> None:
-    found = {name for name in reader.shapes if not IGNORED.fullmatch(name)} - {TIED_HEAD}
+def _check_tensors(reader: HfReader, family: HfFamily, expected: Mapping[str, tuple[int, ...]]) -> None:
+    found = {name for name in reader.shapes if not family.ignored.fullmatch(name)}
     for name in expected:
         if name not in found:
-            raise ValueError(f"{reader.directory} has no tensor {name}; the checkpoint is incomplete or no GPT-2")
-    unknown = sorted(found - expected.keys())
+            raise ValueError(f"{reader.directory} has no tensor {name}; the checkpoint is incomplete")
+    unknown = sorted(found - expected.keys() - {TIED_HEAD})
     if unknown:
-        raise ValueError(f"{reader.directory} holds {unknown[0]} ({len(unknown)} in all), which GPT-2 does not have")
+        raise ValueError(f"{reader.directory} holds {unknown[0]} ({len(unknown)} in all), which its family has not")
     for name, shape in expected.items():
         if reader.shapes[name] != shape:
             raise ValueError(f"{reader.directory}: {name} has shape {reader.shapes[name]}, config.json says {shape}")
@@ -165,19 +127,19 @@ def _check_tensors(reader: HfReader, expected: Mapping[str, tuple[int, ...]]) ->
             raise ValueError(f"{reader.directory}: {name} is {reader.dtypes[name]}; only floating point is supported")
 
 
-def _check_tied_head(reader: HfReader) -> None:
+def _check_tied_head(reader: HfReader, embedding_name: str) -> None:
     """A stored output layer must be the embedding again: it is tied here, and another one would be dropped silently."""
     if TIED_HEAD not in reader.shapes:
         return
-    num_rows = reader.shapes["wte.weight"][0]
-    same = reader.shapes[TIED_HEAD] == reader.shapes["wte.weight"]
+    num_rows = reader.shapes[embedding_name][0]
+    same = reader.shapes[TIED_HEAD] == reader.shapes[embedding_name]
     for start in range(0, num_rows if same else 0, _ROWS_AT_ONCE):
         size = min(_ROWS_AT_ONCE, num_rows - start)
-        head, embedding = (reader.read(name, dim=0, start=start, size=size) for name in (TIED_HEAD, "wte.weight"))
+        head, embedding = (reader.read(name, dim=0, start=start, size=size) for name in (TIED_HEAD, embedding_name))
         same = same and torch.equal(head, embedding)
     if not same:
         raise ValueError(
-            f"{reader.directory}: {TIED_HEAD} differs from wte.weight; only tied output layers are supported"
+            f"{reader.directory}: {TIED_HEAD} differs from {embedding_name}, but config.json says that they are tied"
         )
 
 
@@ -185,7 +147,9 @@ def read_dtype(directory: str | Path) -> torch.dtype:
     """The one that holds every tensor of the checkpoint."""
     by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()}
     reader = HfReader(Path(directory))
-    dtypes = {by_name[name] for key, name in reader.dtypes.items() if not IGNORED.fullmatch(key)}
+    ignored = [family.ignored for family in HF_FAMILIES.values()]
+    names = {name for key, name in reader.dtypes.items() if not any(one.fullmatch(key) for one in ignored)}
+    dtypes = {by_name[name] for name in names}
     return functools.reduce(torch.promote_types, dtypes)
 
 
@@ -195,7 +159,10 @@ def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
     Reads every byte once (several files at a time), so one process computes it and tells the others.
     """
     if model.checkpoint is None:
-        shape = [getattr(model, key) for key in (*_SIZES, "init_std")]
+        shape: list[object] = [getattr(model, key) for key in (*_SIZES, "init_std")]
+        if model.family != "gpt2":
+            shape += [model.family, model.num_query_groups, model.head_dim, model.tied_output]
+            shape += [model.rope_theta, sorted(model.rope_scaling.items())]
         return f"seed:{seed}:{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]}"
     with ThreadPoolExecutor(max_workers=8) as pool:
         hashes = sorted(pool.map(compute_sha256, find_weight_files(Path(model.checkpoint))))

@@ -1,21 +1,22 @@
-"""Hugging Face GPT-2's tensor names and layouts against the canonical ones; pure functions.
+"""Hugging Face's GPT-2: tensor names and layouts against the canonical ones, config.json; pure functions.
 
 Hugging Face stores linears as [in, out] (Conv1D) and q, k, v side by side; Megatron stores [out, in] and lays out
 the fused projection's rows head by head.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_dist.config import ModelConfig
+from lora_dist.files.hf_layout import HfFamily, HfPart, get_size
 from lora_dist.lora.layer import compute_qkv_rows
 
 QKV_TARGETS = ("q_proj", "k_proj", "v_proj")
-IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-"""Buffers of old checkpoints: the causal mask, which every implementation makes for itself."""
-TIED_HEAD = "lm_head.weight"
 PREFIX = "transformer."
 
 _LAYER_MODULES = {
@@ -101,3 +102,72 @@ def _compute_whole_rows(num_rows: int, num_heads: int) -> torch.Tensor:
     """Canonical row of each of Hugging Face's rows [all q, all k, all v]."""
     rows = compute_qkv_rows(num_heads, 1, num_rows // (3 * num_heads))
     return torch.cat([rows[target] for target in QKV_TARGETS])
+
+
+def _find_parts(canonical_name: str, model: ModelConfig) -> list[HfPart]:
+    hf = find_hf_tensor(canonical_name)
+    if not hf.is_qkv:
+        return [HfPart(name=hf.name, transposed=hf.transposed)]
+    return [
+        HfPart(name=hf.name, target=target, first=index * model.hidden_size, transposed=hf.transposed)
+        for index, target in enumerate(QKV_TARGETS)
+    ]
+
+
+_SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
+    "scale_attn_weights": (True, (True,)),
+    "scale_attn_by_inverse_layer_idx": (False, (False,)),
+    "tie_word_embeddings": (True, (True,)),
+    "add_cross_attention": (False, (False,)),
+    "quantization_config": (None, (None,)),
+}
+
+
+def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    hidden_size = get_size(config, "n_embd", path)
+    return {
+        "family": "gpt2",
+        "num_layers": get_size(config, "n_layer", path),
+        "hidden_size": hidden_size,
+        "num_heads": get_size(config, "n_head", path),
+        "ffn_hidden_size": config.get("n_inner") or 4 * hidden_size,
+        "vocab_size": get_size(config, "vocab_size", path),
+        "max_position_embeddings": get_size(config, "n_positions", path),
+        "layernorm_epsilon": config.get("layer_norm_epsilon", 1e-5),
+        "hidden_dropout": config.get("resid_pdrop", 0.1),
+        "attention_dropout": config.get("attn_pdrop", 0.1),
+        "init_std": config.get("initializer_range", 0.02),
+    }
+
+
+def _describe(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_layer": model.num_layers,
+        "n_embd": model.hidden_size,
+        "n_head": model.num_heads,
+        "n_inner": model.ffn_hidden_size,
+        "vocab_size": model.vocab_size,
+        "n_positions": model.max_position_embeddings,
+        "layer_norm_epsilon": model.layernorm_epsilon,
+        "resid_pdrop": model.hidden_dropout,
+        "embd_pdrop": model.hidden_dropout,
+        "attn_pdrop": model.attention_dropout,
+        "initializer_range": model.init_std,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": True,
+    }
+
+
+GPT2_FAMILY = HfFamily(
+    prefix=PREFIX,
+    settings=_SETTINGS,
+    read_fields=_read_fields,
+    describe=_describe,
+    find_parts=_find_parts,
+    compute_shapes=compute_hf_shapes,
+    ignored=re.compile(r"h\.\d+\.attn\.(bias|masked_bias)"),  # the causal mask
+    embedding="wte.weight",
+)

@@ -108,6 +108,9 @@ def _build_adapters(
     if not factors:
         raise ValueError(f"{path} holds no LoRA factors")
     for one in factors:
+        fuses_what_is_apart = len(one.module.targets) > 1 and model.family != "gpt2"
+        if one.module.targets[0] not in shapes or fuses_what_is_apart:
+            raise ValueError(f"{path}: {one.key}: {model.name} is {model.family}, which has no such linear")
         in_features, out_features = shapes[one.module.targets[0]]
         expected = (one.a_RH.shape[0], in_features), (len(one.module.targets) * out_features, one.a_RH.shape[0])
         actual = tuple(one.a_RH.shape), tuple(one.b_OR.shape)
@@ -178,7 +181,11 @@ def _scale_alpha(alpha: float, ratio: float, rank_stabilized: bool) -> float:
 def _read_biases(
     path: Path, biases: Mapping[str, torch.Tensor], specs: Sequence[AdapterSpec], model: ModelConfig, bias: str
 ) -> dict[str, torch.Tensor]:
-    """Canonical values; exactly those that `bias` trains on a GPT-2."""
+    """Canonical values; exactly those that `bias` trains on a GPT-2. ValueError where another family has any."""
+    if model.family != "gpt2":
+        if biases:
+            raise ValueError(f"{path} holds trained biases (bias={bias}), which are supported on GPT-2 alone")
+        return {}
     shapes, values = compute_hf_shapes(model), {}
     expected = {find_hf_tensor(name).name: name for name in list_bias_names(specs, model, bias)}
     found = {f"{name.removeprefix(PREFIX)}.bias": tensor for name, tensor in biases.items()}

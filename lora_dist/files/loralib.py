@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lora_dist.config import ModelConfig
 from lora_dist.files.hf_gpt2 import QKV_TARGETS, find_hf_tensor, to_hf_layout
 from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, build_imported, drop_keys
-from lora_dist.files.modules import GPT2_NAMES, is_fused, parse_module_name
+from lora_dist.files.modules import FAMILY_NAMES, is_fused, parse_module_name
 from lora_dist.files.peft_gpt2 import list_bias_names
 from lora_dist.files.safetensors_stream import read_header
 from lora_dist.lora.spec import AdapterSpec
@@ -120,7 +120,7 @@ def export_loralib(
     """
     modules: dict[str, list[AdapterSpec]] = defaultdict(list)
     for spec in specs:
-        modules[{**GPT2_NAMES, **names}[spec.target].format(layer=spec.layer)].append(spec)
+        modules[{**FAMILY_NAMES[model.family], **names}[spec.target].format(layer=spec.layer)].append(spec)
     state: dict[str, torch.Tensor] = {}
     settings: dict[str, Any] = {}
     for name, group in modules.items():

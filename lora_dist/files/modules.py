@@ -1,22 +1,24 @@
 """The names that other tools give to the linears of a layer, read into canonical targets and kept for the way back."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lora_dist.files.hf_llama import LLAMA_FAMILIES, LLAMA_NAMES
+from lora_dist.files.hf_opt import OPT_NAMES
 from lora_dist.lora.targets import find_targets
 
-LLAMA_NAMES = {
-    **{target: f"model.layers.{{layer}}.self_attn.{target}" for target in ("q_proj", "k_proj", "v_proj", "o_proj")},
-    **{target: f"model.layers.{{layer}}.mlp.{target}" for target in ("up_proj", "down_proj")},
-}
-"""One linear a projection, where an adapter does not say where it came from."""
 GPT2_NAMES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "transformer.h.{layer}.attn.c_attn"),
     "o_proj": "transformer.h.{layer}.attn.c_proj",
     "up_proj": "transformer.h.{layer}.mlp.c_fc",
     "down_proj": "transformer.h.{layer}.mlp.c_proj",
 }
+FAMILY_NAMES: dict[str, dict[str, str]] = {
+    "gpt2": GPT2_NAMES,
+    **dict.fromkeys(LLAMA_FAMILIES, LLAMA_NAMES.list_target_names()),
+    "opt": OPT_NAMES.list_target_names(),
+}
+"""Target -> template of its linear in transformers, by family."""
 _LAYER = re.compile(r"(?:.*\.)?(?:h|layers?|blocks?)\.(\d+)\.(.+)")
 
 
@@ -47,8 +49,3 @@ def parse_module_name(name: str) -> ModuleName | None:
 def is_fused(name: str) -> bool:
     """GPT-2's c_attn, whose rows are all q, then all k, then all v; other fused layouts are another matter."""
     return name.rpartition(".")[2] == "c_attn"
-
-
-def fill_names(names: Mapping[str, str] | None, default: Mapping[str, str]) -> dict[str, str]:
-    """`default` templates with those of the adapter's own source in front."""
-    return {**default, **(names or {})}

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lora_dist.files.modules import LLAMA_NAMES, is_fused
+from lora_dist.files.modules import FAMILY_NAMES, is_fused
 from lora_dist.files.peft_gpt2 import describe_peft_config
 from lora_dist.lora.spec import AdapterSpec
 
@@ -25,12 +25,24 @@ def to_peft_split(
     """
     if bias != "none":
         raise ValueError(f"format=peft_split: the adapter has trained biases (bias={bias}); use format=peft")
-    templates = LLAMA_NAMES | {target: name for target, name in names.items() if not is_fused(name)}
-    tensors, modules = {}, {}
-    for spec in specs:
-        name = templates[spec.target].format(layer=spec.layer)
-        for kind in ("lora_A", "lora_B"):
-            tensors[f"base_model.model.{name}.{kind}.weight"] = values[f"{spec.name}.{kind}"]
-        modules[name] = (spec.lora_rank, spec.alpha)
+    tensors = {key: values[name] for name, key in compute_split_keys(specs, names).items()}
+    modules = {_find_module(spec, names): (spec.lora_rank, spec.alpha) for spec in specs}
     config = describe_peft_config(modules, specs[0], bias=bias, base_name=base_name, fan_in_fan_out=False)
     return {key: tensors[key] for key in sorted(tensors)}, config
+
+
+def compute_split_keys(specs: Sequence[AdapterSpec], names: Mapping[str, str]) -> dict[str, str]:
+    """Canonical name of each factor -> key of adapter_model.safetensors."""
+    return {
+        f"{spec.name}.{kind}": f"base_model.model.{_find_module(spec, names)}.{kind}.weight"
+        for spec in specs
+        for kind in ("lora_A", "lora_B")
+    }
+
+
+def _find_module(spec: AdapterSpec, names: Mapping[str, str]) -> str:
+    """Full name of the linear; where the source's is fused, Llama's."""
+    template = names.get(spec.target)
+    if template is None or is_fused(template):
+        template = FAMILY_NAMES["llama"][spec.target]
+    return template.format(layer=spec.layer)

@@ -138,3 +138,8 @@ def compute_qkv_rows(num_groups: int, num_query_heads_per_group: int, head_dim: 
         "k_proj": row[:, num_query_heads_per_group].flatten(),
         "v_proj": row[:, num_query_heads_per_group + 1].flatten(),
     }
+
+
+def compute_gate_up_rows(ffn_size: int) -> dict[str, torch.Tensor]:
+    """Rows of gate and up in Megatron's fused projection of `ffn_size` local features: all of gate, then all of up."""
+    return {"gate_proj": torch.arange(ffn_size), "up_proj": torch.arange(ffn_size, 2 * ffn_size)}

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-CANONICAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+CANONICAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,7 +13,7 @@ class AdapterSpec:
     layer: int
     """Zero-based over the whole model."""
     target: str
-    """Canonical name: q_proj, k_proj, v_proj, o_proj, up_proj or down_proj."""
+    """Canonical name: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj."""
     lora_rank: int
     alpha: float
     in_features: int

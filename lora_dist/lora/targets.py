@@ -14,8 +14,10 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("v", "wv", "linear_v", "value"), ("v_proj",)),
     **dict.fromkeys(("o", "wo", "linear_o", "out_proj", "linear_proj", "attn.c_proj", "dense"), ("o_proj",)),
     **dict.fromkeys(("c_attn", "attn.c_attn", "qkv", "linear_qkv", "query_key_value"), _ATTENTION_INPUTS),
-    **dict.fromkeys(("c_fc", "mlp.c_fc", "fc1", "linear_fc1", "dense_h_to_4h"), ("up_proj",)),
-    **dict.fromkeys(("mlp.c_proj", "fc2", "linear_fc2", "dense_4h_to_h"), ("down_proj",)),
+    **dict.fromkeys(("gate", "w1"), ("gate_proj",)),
+    **dict.fromkeys(("c_fc", "mlp.c_fc", "fc1", "w3", "dense_h_to_4h"), ("up_proj",)),
+    **dict.fromkeys(("linear_fc1", "gate_up_proj"), ("gate_proj", "up_proj")),
+    **dict.fromkeys(("mlp.c_proj", "fc2", "w2", "linear_fc2", "dense_4h_to_h"), ("down_proj",)),
     "c_proj": ("o_proj", "down_proj"),
     **dict.fromkeys(("all-linear", "all"), CANONICAL_TARGETS),
 }
@@ -24,12 +26,13 @@ _Value = TypeVar("_Value")
 
 def compute_linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """(in_features, out_features) of each adaptable linear of a layer."""
-    h, f = model.hidden_size, model.ffn_hidden_size
+    h, f, q, kv = model.hidden_size, model.ffn_hidden_size, model.query_size, model.kv_size
     return {
-        "q_proj": (h, h),
-        "k_proj": (h, h),
-        "v_proj": (h, h),
-        "o_proj": (h, h),
+        "q_proj": (h, q),
+        "k_proj": (h, kv),
+        "v_proj": (h, kv),
+        "o_proj": (q, h),
+        **({"gate_proj": (h, f)} if model.architecture.gated else {}),
         "up_proj": (h, f),
         "down_proj": (f, h),
     }
@@ -42,7 +45,7 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
     """
     shapes = compute_linear_shapes(model)
     layers = parse_layers(lora.layers, model.num_layers)
-    sites = [(layer, target) for layer in range(model.num_layers) for target in CANONICAL_TARGETS]
+    sites = [(layer, target) for layer in range(model.num_layers) for target in shapes]
     chosen: set[tuple[int, str]] = set()
     for pattern in lora.target_modules:
         chosen.update(_match("lora.target_modules", pattern, sites))

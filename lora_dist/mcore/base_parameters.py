@@ -10,6 +10,7 @@ from lora_dist.config import ModelConfig
 from lora_dist.lora.factors import derive_seed
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
+from lora_dist.whole import cut_shard
 
 _SHARD_DIMS = {
     "word_embeddings.weight": 0,
@@ -23,6 +24,8 @@ _SHARD_DIMS = {
 }
 _ON_SEQUENCE_SHARD = ("layernorm.weight", "layernorm.bias", "linear_proj.bias", "linear_fc2.bias")
 """Replicated parameters that act on the local sequence shard under sequence parallelism."""
+_ON_OWN_HEADS = ("q_layernorm.weight", "k_layernorm.weight")
+"""Replicated parameters that act on this rank's heads alone."""
 
 
 def describe_base_parameters(gpt: ShardedGpt) -> list[TrainableParameter]:
@@ -41,9 +44,14 @@ def canonical_name(gpt: ShardedGpt, local_name: str) -> str:
     return re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{int(m[1]) + gpt.first_layer}.", local_name)
 
 
+def find_shard_dim(name: str) -> int | None:
+    """Dimension that TP splits, by canonical name; None for what every TP rank holds whole."""
+    return next((dim for suffix, dim in _SHARD_DIMS.items() if name.endswith(suffix)), None)
+
+
 def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableParameter:
     topology = gpt.topology
-    shard_dim = next((dim for suffix, dim in _SHARD_DIMS.items() if name.endswith(suffix)), None)
+    shard_dim = find_shard_dim(name)
     full_shape = list(parameter.shape)
     if shard_dim is not None:
         full_shape[shard_dim] *= topology.tp_size
@@ -51,24 +59,28 @@ def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableP
     if is_embedding:
         full_shape[0] = gpt.true_vocab_size
     on_sequence_shard = topology.sequence_parallel and name.endswith(_ON_SEQUENCE_SHARD)
+    on_own_heads = topology.tp_size > 1 and name.endswith(_ON_OWN_HEADS)
+    is_gated = gpt.config.gated_linear_unit and ".linear_fc1." in name
+    is_tied = is_embedding and gpt.share_embeddings_and_output_weights
     return TrainableParameter(
         name=name,
         parameter=parameter,
         full_shape=tuple(full_shape),
         shard_dim=shard_dim,
-        tp_partial_grad=on_sequence_shard,
+        tp_partial_grad=on_sequence_shard or on_own_heads,
         kind="bias" if name.endswith("bias") else "base",
-        tied=is_embedding and topology.pp_size > 1,
-        owned=not name.endswith("output_layer.weight"),
+        num_blocks=2 if is_gated else 1,
+        tied=is_tied and topology.pp_size > 1,
+        owned=not (is_tied and name.endswith("output_layer.weight")),
     )
 
 
 @torch.no_grad()
 def initialize_base(gpt: ShardedGpt, model: ModelConfig, seed: int) -> None:
-    """GPT-2's initialisation, each whole tensor drawn from (seed, name) and sliced: the same at every topology.
+    """GPT-2's initialisation, whatever the family: the same at every topology.
 
-    Normal with `init_std`, the two projections into the residual stream by 1 / sqrt(2 num_layers) smaller, biases
-    zero, norms one (Radford et al. 2019, section 2.3).
+    Each whole tensor is drawn from (seed, name) and sliced. Normal with `init_std`, the two projections into the
+    residual stream by 1 / sqrt(2 num_layers) smaller, biases zero, norms one (Radford et al. 2019, section 2.3).
     """
     for described in describe_base_parameters(gpt):
         name, parameter = described.name, described.parameter
@@ -79,24 +91,10 @@ def initialize_base(gpt: ShardedGpt, model: ModelConfig, seed: int) -> None:
         else:
             residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             std = model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
-            _fill_with_shard(described, gpt, _draw(name, described.full_shape, std, seed))
+            source = name if described.owned else "embedding.word_embeddings.weight"
+            parameter.copy_(cut_shard(_draw(source, described.full_shape, std, seed), described, gpt.topology))
 
 
-def _draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
-    source = "embedding.word_embeddings.weight" if name == "output_layer.weight" else name
+def _draw(source: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(derive_seed(seed, source))
     return torch.randn(shape, generator=generator) * std
-
-
-def _fill_with_shard(described: TrainableParameter, gpt: ShardedGpt, whole: torch.Tensor) -> None:
-    """Copy this TP rank's part; the rows that pad the vocabulary become zero."""
-    parameter, dim = described.parameter, described.shard_dim
-    if dim is None:
-        parameter.copy_(whole)
-        return
-    size = parameter.shape[dim]
-    start = gpt.topology.tp_rank * size
-    available = max(0, min(size, whole.shape[dim] - start))
-    parameter.zero_()
-    if available:
-        parameter.narrow(dim, 0, available).copy_(whole.narrow(dim, start, available))

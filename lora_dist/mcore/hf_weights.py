@@ -1,4 +1,4 @@
-"""Hugging Face GPT-2 weights into Megatron shards and back, one tensor at a time."""
+"""Hugging Face weights into Megatron shards and back, one tensor at a time."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -9,18 +9,21 @@ import torch
 
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import open_new_directory, read_json, write_json
-from lora_dist.files.hf_checkpoint import CONFIG, INDEX, SINGLE_FILE, HfReader, describe_hf_config
-from lora_dist.files.hf_gpt2 import PREFIX, QKV_TARGETS, HfTensor, compute_hf_shapes, find_hf_tensor, to_hf_layout
+from lora_dist.files.hf_checkpoint import CONFIG, INDEX, SINGLE_FILE, HfReader
+from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.files.hf_layout import HfPart, split_to_hf
 from lora_dist.files.safetensors_stream import open_writer
-from lora_dist.lora.layer import compute_qkv_rows
+from lora_dist.mcore.adapters import compute_local_rows, find_linear
 from lora_dist.mcore.base_parameters import describe_base_parameters, initialize_base
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
-from lora_dist.whole import ReadState, compute_shard_range, iterate_model, list_whole, read_value, write_together
+from lora_dist.whole import ReadState, iterate_model, list_whole, read_shard, read_value, write_together
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",
+    "chat_template.jinja",
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
@@ -45,40 +48,42 @@ def load_hf_checkpoint(gpt: ShardedGpt, directory: str | Path) -> None:
     """
     reader = HfReader(Path(directory))
     for one in describe_base_parameters(gpt):
-        hf = find_hf_tensor(one.name)
-        if hf.is_qkv:
-            _load_qkv(gpt, one, hf, reader)
-        else:
-            _load_plain(gpt, one, hf, reader)
+        for part in HF_FAMILIES[gpt.model.family].find_parts(one.name, gpt.model):
+            if part.target is None:
+                _load_plain(gpt, one, part, reader)
+            else:
+                _load_rows(gpt, one, part, reader)
 
 
-def _load_qkv(gpt: ShardedGpt, one: TrainableParameter, hf: HfTensor, reader: HfReader) -> None:
-    """This rank's heads of q, then of k, then of v, to their rows."""
-    config, topology = gpt.config, gpt.topology
-    local_heads = config.num_attention_heads // topology.tp_size
-    size = local_heads * config.kv_channels
-    for index, (target, rows) in enumerate(compute_qkv_rows(local_heads, 1, config.kv_channels).items()):
-        assert target == QKV_TARGETS[index]
-        start = index * config.hidden_size + topology.tp_rank * size
-        part = reader.read(hf.name, dim=len(one.full_shape) - 1, start=start, size=size)
-        one.parameter[rows.to(topology.device)] = _to_local(part, hf, one)
+def _load_rows(gpt: ShardedGpt, one: TrainableParameter, part: HfPart, reader: HfReader) -> None:
+    """This rank's share of one target, to its rows of the fused parameter."""
+    assert part.target is not None
+    rows = compute_local_rows(gpt, find_linear(part.target))
+    assert rows is not None
+    local_rows = rows[part.target].to(gpt.topology.device)
+    size = len(local_rows)
+    stored_dim = 1 if part.transposed else 0
+    stored = reader.read(part.name, dim=stored_dim, start=part.first + gpt.topology.tp_rank * size, size=size)
+    one.parameter[local_rows] = _to_local(stored, part, one)
 
 
-def _load_plain(gpt: ShardedGpt, one: TrainableParameter, hf: HfTensor, reader: HfReader) -> None:
-    if one.shard_dim is None:
-        one.parameter.copy_(_to_local(reader.read(hf.name), hf, one))
+def _load_plain(gpt: ShardedGpt, one: TrainableParameter, part: HfPart, reader: HfReader) -> None:
+    dim = one.shard_dim
+    if dim is None:
+        one.parameter.copy_(_to_local(reader.read(part.name), part, one))
         return
-    start, size = compute_shard_range(one, gpt.topology)
-    one.parameter.zero_()
-    if size:
-        stored_dim = 1 - one.shard_dim if hf.transposed else one.shard_dim
-        part = reader.read(hf.name, dim=stored_dim, start=start, size=size)
-        one.parameter.narrow(one.shard_dim, 0, size).copy_(_to_local(part, hf, one))
+    stored_dim = 1 - dim if part.transposed else dim
+
+    def read(start: int, size: int) -> torch.Tensor:
+        stored = reader.read(part.name, dim=stored_dim, start=start, size=size)
+        return _to_local(stored, part, one)
+
+    one.parameter.copy_(read_shard(read, one, gpt.topology))
 
 
-def _to_local(part: torch.Tensor, hf: HfTensor, one: TrainableParameter) -> torch.Tensor:
+def _to_local(stored: torch.Tensor, part: HfPart, one: TrainableParameter) -> torch.Tensor:
     """In the parameter's layout, dtype and device."""
-    return (part.t() if hf.transposed else part).to(one.parameter)
+    return (stored.t() if part.transposed else stored).to(one.parameter)
 
 
 def write_hf_checkpoint(
@@ -97,14 +102,15 @@ def write_hf_checkpoint(
     """
     trainable, topology, dtype = describe_base_parameters(gpt), gpt.topology, gpt.config.params_dtype
     entries = list_whole(trainable, topology)
-    shapes = compute_hf_shapes(model)
-    names = [find_hf_tensor(entry.name).name for entry in entries]
+    family = HF_FAMILIES[model.family]
+    shapes = family.compute_shapes(model)
+    names = dict.fromkeys(part.name for entry in entries for part in family.find_parts(entry.name, model))
     files = plan_files({name: shapes[name] for name in names}, max_shard_bytes, dtype.itemsize)
     stream = iterate_model(entries, trainable, topology, read, dtype)
 
     def write() -> None:
         with open_new_directory(Path(directory)) as temporary:
-            _write_weights(temporary, files, stream, dtype, model.num_heads)
+            _write_weights(temporary, files, stream, dtype, model)
             _write_config(temporary, model, dtype)
 
     write_together(write if topology.global_rank == 0 else None, stream)
@@ -133,30 +139,41 @@ def _write_weights(
     files: Mapping[str, Mapping[str, tuple[int, ...]]],
     stream: Iterator[tuple[str, torch.Tensor | None]],
     dtype: torch.dtype,
-    num_heads: int,
+    model: ModelConfig,
 ) -> None:
+    prefix, tensors = HF_FAMILIES[model.family].prefix, _split_stream(stream, model)
     for file_name, shapes in files.items():
-        stored = {PREFIX + name: shape for name, shape in shapes.items()}
+        stored = {prefix + name: shape for name, shape in shapes.items()}
         with open_writer(directory / file_name, stored, dtype) as writer:
             for _ in shapes:
-                canonical_name, whole = next(stream)
-                assert whole is not None
-                hf = find_hf_tensor(canonical_name)
-                writer.write(PREFIX + hf.name, to_hf_layout(whole, hf, num_heads))
+                name, tensor = next(tensors)
+                writer.write(prefix + name, tensor)
             writer.close()
     if len(files) > 1:
-        weight_map = {PREFIX + name: file_name for file_name, shapes in files.items() for name in shapes}
+        weight_map = {prefix + name: file_name for file_name, shapes in files.items() for name in shapes}
         num_elements = sum(prod(shape) for shapes in files.values() for shape in shapes.values())
         write_json(
             directory / INDEX, {"metadata": {"total_size": num_elements * dtype.itemsize}, "weight_map": weight_map}
         )
 
 
+def _split_stream(
+    stream: Iterator[tuple[str, torch.Tensor | None]], model: ModelConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stored names and tensors out of canonical ones, in their order."""
+    for canonical_name, whole in stream:
+        assert whole is not None
+        parts = HF_FAMILIES[model.family].find_parts(canonical_name, model)
+        yield from split_to_hf(whole, parts, model).items()
+
+
 def _write_config(directory: Path, model: ModelConfig, dtype: torch.dtype) -> None:
-    """config.json (what the source's says beyond the sizes is kept) and the tokenizer's files."""
+    """config.json (the source's where there is one) and the tokenizer's files."""
     source = None if model.checkpoint is None else Path(model.checkpoint)
-    config = {} if source is None else read_json(source / CONFIG)
-    write_json(directory / CONFIG, config | describe_hf_config(model) | {"dtype": str(dtype).removeprefix("torch.")})
+    config = HF_FAMILIES[model.family].describe(model)
+    if source is not None:
+        config = read_json(source / CONFIG) | {"architectures": config["architectures"]}
+    write_json(directory / CONFIG, config | {"dtype": str(dtype).removeprefix("torch.")})
     tokenizer = source if model.tokenizer is None else Path(model.tokenizer)
     for name in TOKENIZER_FILES:
         if tokenizer is not None and (tokenizer / name).is_file():

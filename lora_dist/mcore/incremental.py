@@ -8,12 +8,10 @@ Shapes: B contexts, R rows that run, C columns of one forward pass, V vocabulary
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from lora_dist.generation.batches import PromptBatch, compute_mask, compute_positions
 from lora_dist.generation.cache import LayerCache
@@ -34,7 +32,6 @@ def open_incremental(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> Ite
         module: LayerCache(num_rows, num_columns) for module in gpt.modules() if isinstance(module, SdpaAttention)
     }
     model = IncrementalGpt(gpt, list(caches.values()))
-    hooks = [] if (rotary := _find_rotary(gpt)) is None else [_shift_rotary(rotary, model)]
     gpt.eval()
     gpt.only_last_position, gpt.clock.key = True, None
     for attention, cache in caches.items():
@@ -45,8 +42,6 @@ def open_incremental(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> Ite
         gpt.only_last_position, gpt.clock.adapter_of_row = False, ()
         for attention in caches:
             attention.cache = None
-        for hook in hooks:
-            hook.remove()
 
 
 def check_cache_fits(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> None:
@@ -180,17 +175,3 @@ def check_runs_in_steps(gpt: ShardedGpt) -> None:
         )
     if any(hasattr(parameter, "ds_id") for parameter in gpt.parameters()):
         raise ValueError("zero.stage=3 has partitioned the base: generate from the saved adapter, or use zero.stage<=2")
-
-
-def _find_rotary(gpt: ShardedGpt) -> nn.Module | None:
-    rotary = getattr(gpt, "rotary_pos_emb", None)
-    return rotary if isinstance(rotary, nn.Module) else None
-
-
-def _shift_rotary(rotary: nn.Module, model: IncrementalGpt) -> Any:
-    """Rotary angles go on at the cache's end. A row's padding shifts all its columns alike, which rotation ignores."""
-
-    def shift(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**options, "offset": model.num_columns_kept}
-
-    return rotary.register_forward_pre_hook(shift, with_kwargs=True)

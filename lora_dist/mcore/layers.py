@@ -41,11 +41,16 @@ class SdpaAttention(nn.Module):
     ) -> torch.Tensor:
         """[S, B, A * D]. `attention_mask` [B, 1, S, S] is True where a query may look; None means causal.
 
-        With a cache the mask has a column for everything kept, these S positions last.
+        Keys and values may have fewer heads, a divisor of A. With a cache the mask has a column for everything kept,
+        these S positions last.
         """
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBAD, key_SBAD, value_SBAD))
         if self.cache is not None:
             key, value = self.cache.append(key, value)
+        # Written out for each query head: V100's kernel takes no fewer key heads than query heads.
+        num_queries_per_key = query.shape[1] // key.shape[1]
+        if num_queries_per_key > 1:
+            key, value = (t.repeat_interleave(num_queries_per_key, dim=1) for t in (key, value))
         dropout = self.dropout if self.training else 0.0
         if dropout:
             with get_cuda_rng_tracker().fork():

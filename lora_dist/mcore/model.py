@@ -1,8 +1,9 @@
-"""Megatron's GPTModel in GPT-2's form: its specification, its loss, and one shard of it built, filled and described.
+"""Megatron's GPTModel in each family's form: its specification, its loss, and one shard of it built.
 
 Shapes: S sequence, B rows, H hidden, V vocabulary rows of this rank, N target tokens.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,10 @@ from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.head_loss import compute_target_loss
 from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, SdpaAttention
-from lora_dist.mcore.norm import Norm
+from lora_dist.mcore.norm import Norm, RmsNorm
+from lora_dist.mcore.rotary import Rotary, RotarySelfAttention
+from lora_dist.mcore.swiglu import SwiGlu
+from lora_dist.model_config import Architecture
 from lora_dist.topology import Topology
 
 _VOCAB_ROWS_MULTIPLE = 8
@@ -31,11 +35,15 @@ _VOCAB_ROWS_MULTIPLE = 8
 class ShardedGpt(GPTModel):
     """One pipeline stage's tensor-parallel shard. With labels the last stage returns the summed loss, else logits."""
 
-    def __init__(
-        self, *args: Any, true_vocab_size: int, topology: Topology, clock: DropoutClock, **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, model: ModelConfig, topology: Topology, clock: DropoutClock, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.true_vocab_size, self.topology, self.clock = true_vocab_size, topology, clock
+        self.model, self.topology, self.clock = model, topology, clock
+        self.true_vocab_size = model.vocab_size
+        self.max_position_embeddings = model.max_position_embeddings
+        self.position_offset = model.architecture.position_offset
+        self.rotary: Rotary | None = None
+        if model.architecture.rotary:
+            self.rotary = Rotary(model, self.config.params_dtype, topology.device)
         self.label_smoothing = 0.0
         self.only_last_position = False
         """Compute logits for the last position alone."""
@@ -53,6 +61,18 @@ class ShardedGpt(GPTModel):
     def first_layer(self) -> int:
         """Global index of this stage's first layer."""
         return self.topology.pp_rank * self.num_stage_layers
+
+    def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **options: Any) -> tuple[Any, ...]:
+        if self.position_offset:
+            position_ids = position_ids + self.position_offset
+        decoder_input, no_angles, *rest = super()._preprocess(input_ids, position_ids, **options)
+        return decoder_input, no_angles if self.rotary is None else self.rotary.compute_angles(position_ids), *rest
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The output layer's own weight where it has one, else the embedding, whichever copy this stage holds."""
+        if self.post_process and not self.share_embeddings_and_output_weights:
+            return self.output_layer.weight
+        return super().shared_embedding_or_output_weight()
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         labels_BS, loss_mask_BS = options.get("labels"), options.get("loss_mask")
@@ -103,14 +123,14 @@ def build_model(
     config = _build_transformer_config(model, topology, dtype)
     gpt = ShardedGpt(
         config=config,
-        transformer_layer_spec=_build_block_spec(model.num_layers // topology.pp_size),
+        transformer_layer_spec=_build_block_spec(model.architecture, model.num_layers // topology.pp_size),
         vocab_size=compute_padded_vocab_size(model.vocab_size, topology.tp_size),
-        max_sequence_length=model.max_position_embeddings,
+        max_sequence_length=model.max_position_embeddings + model.architecture.position_offset,
         pre_process=topology.is_first_stage,
         post_process=topology.is_last_stage,
-        position_embedding_type="learned_absolute",
-        share_embeddings_and_output_weights=True,
-        true_vocab_size=model.vocab_size,
+        position_embedding_type="none" if model.architecture.rotary else "learned_absolute",
+        share_embeddings_and_output_weights=model.tied_output,
+        model=model,
         topology=topology,
         clock=clock,
     )
@@ -130,16 +150,31 @@ def _require_grad(_module: torch.nn.Module, _inputs: object, output: torch.Tenso
     return output
 
 
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
 def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
+    architecture = model.architecture
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
         ffn_hidden_size=model.ffn_hidden_size,
         layernorm_epsilon=model.layernorm_epsilon,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
-        activation_func=partial(F.gelu, approximate="tanh"),
+        normalization="RMSNorm" if architecture.rms_norm else "LayerNorm",
+        qk_layernorm=architecture.qk_norm,
+        add_bias_linear=architecture.linear_biases,
+        add_qkv_bias=architecture.qkv_biases,
+        gated_linear_unit=architecture.gated,
+        activation_func=F.silu if architecture.gated else _ACTIVATIONS[architecture.activation],
+        use_te_activation_func=architecture.gated,  # that is: a module, SwiGlu, in place of Megatron's own gate
         params_dtype=dtype,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=topology.tp_size,
@@ -155,13 +190,20 @@ def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: tor
     )
 
 
-def _build_block_spec(num_stage_layers: int) -> TransformerBlockSubmodules:
+def _build_block_spec(architecture: Architecture, num_stage_layers: int) -> TransformerBlockSubmodules:
     spec = get_gpt_layer_local_spec()
     spec.module = Layer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     mlp = layer.mlp.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
+    norm = RmsNorm if architecture.rms_norm else Norm
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm
     attention.core_attention = SdpaAttention
     attention.linear_qkv = mlp.linear_fc1 = LoraColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = LoraRowParallelLinear
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_stage_layers, layer_norm=Norm)
+    if architecture.gated:
+        mlp.activation_func = SwiGlu
+    if architecture.rotary:
+        layer.self_attention.module = RotarySelfAttention
+    if architecture.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_stage_layers, layer_norm=norm)

@@ -1,4 +1,4 @@
-"""LayerNorm that keeps its output for backward, and not its input, in front of an adapted linear.
+"""Norms that keep their output for backward, and not their input, in front of an adapted linear.
 
 That linear keeps the norm's output anyway, as its own input, so the norm's input need not be kept at all.
 Shapes: N leading dimensions, H features.
@@ -12,6 +12,8 @@ from torch import nn
 
 _MIN_RATIO_LIMIT = 4.0
 _MAX_ERROR = 1e-5
+_MIN_NORMALS = 16.0
+"""Smallest weight of an RMS norm that is divided by, in units of the dtype's smallest normal number."""
 
 
 class Norm(nn.LayerNorm):
@@ -65,3 +67,57 @@ class _NormFromOutput(torch.autograd.Function):
             [True, False, False],
         )
         return dx_NH.mul_(rstd_N), None, None, None
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm (arXiv:1910.07467), in fp32 within; backward from its output as above."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+        self.keeps_output = False
+        """As in Norm."""
+        self._invertible: bool | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        from_output = self.keeps_output and not self.weight.requires_grad and self._is_invertible()
+        output: torch.Tensor = _RmsNorm.apply(input, self.weight, self.eps, from_output)  # type: ignore[no-untyped-call]
+        return output
+
+    def _is_invertible(self) -> bool:
+        """Whether no weight is so small that the output has lost the input; asked once, since weights are frozen."""
+        if self._invertible is None:
+            bad_H = self.weight.abs() < _MIN_NORMALS * torch.finfo(self.weight.dtype).smallest_normal
+            self._invertible = bad_H.sum().item() == 0
+        return self._invertible
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = x rstd weight; keeps x or, where `from_output`, y, and rstd [N, 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NH: torch.Tensor, weight_H: torch.Tensor, eps: float, from_output: bool) -> torch.Tensor:
+        exact_NH = _upcast(x_NH)
+        rstd_N1 = exact_NH.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        y_NH = (exact_NH * rstd_N1).mul_(weight_H).to(x_NH.dtype)
+        ctx.save_for_backward(y_NH if from_output else x_NH, rstd_N1, weight_H)
+        ctx.from_output = from_output
+        return y_NH
+
+    @staticmethod
+    def backward(ctx: Any, dy_NH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        kept_NH, rstd_N1, weight_H = ctx.saved_tensors
+        normalised_NH = _upcast(kept_NH) / _upcast(weight_H) if ctx.from_output else _upcast(kept_NH) * rstd_N1
+        dx_NH = dweight_H = None
+        if ctx.needs_input_grad[1]:
+            dweight_H = (_upcast(dy_NH) * normalised_NH).flatten(0, -2).sum(0).to(weight_H.dtype)
+        if ctx.needs_input_grad[0]:
+            scaled_NH = _upcast(dy_NH) * weight_H
+            share_N1 = (scaled_NH * normalised_NH).mean(-1, keepdim=True)
+            dx_NH = scaled_NH.sub_(normalised_NH.mul_(share_N1)).mul_(rstd_N1).to(dy_NH.dtype)
+        return dx_NH, dweight_H, None, None
+
+
+def _upcast(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,7 +1,8 @@
 """FLOPs of one step: counted on the real operations, and the closed formula they must equal.
 
 Conventions: a multiply-add is 2; only matrix products and attention count; attention is counted in full, not halved for
-causality, as torch and NVIDIA do. Shapes: T tokens of a step with padding, M target tokens, S positions, H hidden.
+causality, as torch and NVIDIA do. Shapes: T tokens of a step with padding, M target tokens, S positions, Q features of
+all query heads.
 
 For one linear from `i` to `o` features with adapters of total rank `r`:
 
@@ -11,7 +12,7 @@ For one linear from `i` to `o` features with adapters of total rank `r`:
 | other gradients    | -      | 2 r (i + o) + 2 r o  | 2 i o   |
 
 times T: a frozen linear costs 4 i o a token where a trained one costs 6 i o. The output layer is one more linear over M
-tokens, attention 4 S H a token forward and 10 S H backward (the kernel computes the scores again). Below the lowest
+tokens, attention 4 S Q a token forward and 10 S Q backward (the kernel computes the scores again). Below the lowest
 adapted linear there is no backward at all, and it needs no d(input) itself. Recomputed regions add their forward.
 """
 
@@ -32,6 +33,7 @@ _LINEAR_OF_TARGET = {
     "k_proj": "qkv",
     "v_proj": "qkv",
     "o_proj": "proj",
+    "gate_proj": "fc1",
     "up_proj": "fc1",
     "down_proj": "fc2",
 }
@@ -118,9 +120,10 @@ def compute_full_flops(model: ModelConfig, shape: StepShape) -> int:
 
 
 def _build_layer(model: ModelConfig, shape: StepShape, ranks: dict[str, int], *, full: bool) -> list[_Part]:
-    h, f, tokens = model.hidden_size, model.ffn_hidden_size, shape.num_tokens
-    features = {"qkv": (h, 3 * h), "proj": (h, h), "fc1": (h, f), "fc2": (f, h)}
-    score_flops = 2 * tokens * shape.seq_len * h
+    h, f, q, tokens = model.hidden_size, model.ffn_hidden_size, model.query_size, shape.num_tokens
+    fc1 = 2 * f if model.architecture.gated else f
+    features = {"qkv": (h, q + 2 * model.kv_size), "proj": (q, h), "fc1": (h, fc1), "fc2": (f, h)}
+    score_flops = 2 * tokens * shape.seq_len * q
     parts = []
     for name in _FORWARD_ORDER:
         if name == "attention":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_dist.config import LoopConfig, RunConfig, compute_num_microbatches
-from lora_dist.files.peft_gpt2 import compute_peft_shapes
+from lora_dist.files.peft_layout import compute_peft_shapes
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.plan.execute import compute_world_size, execute_process, require_hardware

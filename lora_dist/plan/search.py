@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from lora_dist.config import ModelConfig, RunConfig
+from lora_dist.files.hf_layout import compute_canonical_shapes
+from lora_dist.mcore.base_parameters import find_shard_dim
 from lora_dist.mcore.model import compute_padded_vocab_size
 from lora_dist.plan.execute import require_hardware
 from lora_dist.plan.job import GIB, ITEM_BYTES, JobPlan, build_job_plan, execute_all
@@ -62,7 +65,7 @@ def list_candidates(config: RunConfig) -> list[Candidate]:
     assert config.plan.num_gpus is not None
     num_gpus, model = config.plan.num_gpus, config.model
     found = []
-    for tp_size in _list_divisors(model.num_heads, num_gpus):
+    for tp_size in _list_divisors(model.num_query_groups, num_gpus):
         for pp_size in _list_divisors(model.num_layers, num_gpus // tp_size):
             if model.ffn_hidden_size % tp_size:
                 continue
@@ -100,12 +103,17 @@ def _refuse_unexecuted(config: RunConfig, one: Candidate) -> Candidate:
 
 def compute_weight_bytes(model: ModelConfig, dtype: str, *, tp_size: int, pp_size: int) -> int:
     """Of the fullest stage's base shard; exact."""
-    h, f = model.hidden_size, model.ffn_hidden_size
-    layer = (3 * h * h + 3 * h + h * h + h * f + f + f * h) // tp_size + 6 * h
-    vocab = compute_padded_vocab_size(model.vocab_size, tp_size) // tp_size * h
-    positions, norm = model.max_position_embeddings * h, 2 * h
-    first = vocab + positions + (norm if pp_size == 1 else 0)
-    return ITEM_BYTES[dtype] * (model.num_layers // pp_size * layer + max(first, vocab + norm))
+    shapes = compute_canonical_shapes(model)
+    vocab = compute_padded_vocab_size(model.vocab_size, tp_size) // tp_size * model.hidden_size
+
+    def count(prefix: str) -> int:
+        names = [name for name in shapes if name.startswith(prefix)]
+        return sum(prod(shapes[name]) // (1 if find_shard_dim(name) is None else tp_size) for name in names)
+
+    layers = model.num_layers // pp_size * count("decoder.layers.0.")
+    first, last = vocab + count("embedding.position_embeddings."), vocab + count("decoder.final_layernorm.")
+    whole = first + last - (vocab if model.tied_output else 0)
+    return ITEM_BYTES[dtype] * (layers + (whole if pp_size == 1 else max(first, last)))
 
 
 def _try_all(config: RunConfig, candidates: Sequence[Candidate], recompute: str) -> list[Candidate]:

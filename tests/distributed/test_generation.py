@@ -216,33 +216,6 @@ def test_each_row_is_what_its_adapter_alone_generates(options: dict, config: Gen
         assert rows == alone[0]
 
 
-def run_rotary(base: Path) -> float:
-    """Largest difference between rows in steps in one padded batch and each row alone, run whole, over the largest."""
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-
-    gpt, rows = open_toy({}, base), draw_tokens().tolist()
-    gpt.embedding.add_position_embedding, gpt.position_embedding_type = False, "rope"
-    gpt.rotary_pos_emb = RotaryEmbedding(gpt.config.kv_channels, 1.0, use_cpu_initialization=True)
-    prompts, last = [rows[0][:3], rows[1][:7]], 5
-    batch = pad_left(prompts, [0, 1], (), torch.device("cpu"))
-    with torch.no_grad(), open_incremental(gpt, num_rows=2, num_columns=7 + last) as model:
-        model.prefill(batch)
-        for step in range(last):
-            tokens = torch.tensor([rows[0][3 + step], rows[1][7 + step]])
-            logits = model.step(Choice(tokens_R=tokens, source_R=torch.arange(2), finished=False))
-    with torch.no_grad():
-        alone = [
-            gpt(torch.tensor([row]), torch.arange(len(row))[None], None)[0, -1] for row in (rows[0][:8], rows[1][:12])
-        ]
-    expected = torch.stack(alone)[:, :VOCAB_SIZE]
-    return float((logits - expected).abs().max() / expected.abs().max())
-
-
-def test_rotary_positions_go_on_where_the_cache_ends(tmp_path: Path) -> None:
-    write_toy_checkpoint(tmp_path)
-    assert run_distributed(run_rotary, 1, tmp_path)[0] < 1e-5
-
-
 def refuse_partitioned() -> str:
     case = Case(dp_size=2, dtype=torch.float32)
     gpt, trainable, topology = build_case(case)

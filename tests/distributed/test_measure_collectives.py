@@ -1,12 +1,13 @@
 """The counter sees every kind of call, and LoRA issues no collective that the frozen base does not."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import run_distributed
-from toy import ALL_TARGETS, MODEL, Case, build_batches, build_case
+from toy import ALL_TARGETS, MODEL, SEVEN_TARGETS, Case, build_batches, build_case
 
 from lora_dist.config import LoraConfig, TopologyConfig
 from lora_dist.gradients import sum_tp_partial_gradients
@@ -111,6 +112,16 @@ def test_lora_adds_no_collective(sequence_parallel: bool, targets: list[str], re
     # Two linears end in a reduction and two begin with its adjoint; with SP each is a gather or a scatter both ways.
     forward, backward = (4, 4) if sequence_parallel else (2, 2)
     assert per_layer == forward + backward + (forward if recompute == "full" else 0)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sp"])
+def test_nor_to_gated_layers_with_shared_heads(sequence_parallel: bool) -> None:
+    model = replace(MODEL, family="qwen3", num_kv_heads=2, tied_output=False)
+    case = Case(model=model, tp_size=2, sequence_parallel=sequence_parallel)
+    base, _ = run_distributed(count_step, 2, case, [], True)[0]
+    lora, after = run_distributed(count_step, 2, case, SEVEN_TARGETS, True)[0]
+    assert count_by_kind(lora) == count_by_kind(base)
+    assert [(one.op, one.group, one.count) for one in after] == [("all_reduce", "tp", 1)]
 
 
 def test_counted_on_every_microbatch_and_layer() -> None:

@@ -1,5 +1,7 @@
 """FLOPs counted on the real step equal the closed formula, to the last one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from processes import run_distributed
@@ -60,3 +62,16 @@ def test_processes_share_the_work() -> None:
     """Full fine-tuning on TP x DP computes what one process would, vocabulary padding apart."""
     results = run_distributed(count_step, 4, Case(method="full", tp_size=2, dp_size=2, dtype=torch.float32))
     assert sum(counted for counted, _ in results) == compute_full_flops(MODEL, build_shape(results[0][1], tp_size=2))
+
+
+LLAMA = replace(MODEL, family="llama", num_kv_heads=2, head_size=12, ffn_hidden_size=40, tied_output=False)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(rank=3, target_modules=["all"]), LoraConfig(rank=2)], ids=["all", "q,v"])
+def test_a_gated_model_with_shared_heads(lora: LoraConfig) -> None:
+    case = Case(model=LLAMA, lora=lora, recompute="selective", dtype=torch.float32)
+    [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case)
+    shape = build_shape(num_loss_tokens, "selective")
+    assert counted == compute_lora_flops(LLAMA, build_adapter_specs(lora, LLAMA), shape)
+    [(counted, _)] = run_distributed(count_step, 1, Case(model=LLAMA, method="full", dtype=torch.float32))
+    assert counted == compute_full_flops(LLAMA, build_shape(num_loss_tokens))

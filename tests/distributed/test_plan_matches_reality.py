@@ -39,6 +39,9 @@ MODEL = ModelConfig(
     name="mini", num_layers=4, hidden_size=128, num_heads=4, ffn_hidden_size=512, vocab_size=1001,
     max_position_embeddings=128,
 )  # fmt: skip
+LLAMA = replace(
+    MODEL, name="llama", family="llama", num_kv_heads=2, ffn_hidden_size=352, tied_output=False, rope_theta=500000.0
+)
 HARDWARE = HardwareConfig(
     name="here", kind="cpu", memory_gib=16, reserved_gib=0.5, peak_tflops={"fp32": 0.09, "bf16": 0.02},
     achievable_fraction=0.8, memory_gb_s=12, memory_fraction=0.8, gpus_per_node=8, link_gb_s=1, network_gb_s=1,
@@ -134,6 +137,7 @@ def count_tensor_bytes() -> int:
 
 FULL = {"method": "full"}
 ALL = LoraConfig(rank=3, target_modules=["all"], dropout=0.1, bias="all")
+SEVEN = LoraConfig(rank=3, target_modules=["all"], dropout=0.1)
 CASES = {
     "lora": {},
     "lora-recompute": {"recompute": "full"},
@@ -152,6 +156,13 @@ CASES = {
     "lora-dp2-stage3": {"topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "lora-pp2": {"topology": {"pp_size": 2}, "num_microbatches": 8},
     "full-pp2-recompute": {**FULL, "topology": {"pp_size": 2}, "num_microbatches": 8, "recompute": "full"},
+    "llama-lora-packed": {"model": LLAMA, "lora": SEVEN, "collate": "pack"},
+    "llama-lora-tp2-sp": {"model": LLAMA, "lora": SEVEN, "topology": {"tp_size": 2, "sequence_parallel": True}},
+    "llama-lora-recompute": {"model": LLAMA, "recompute": "full"},
+    "llama-full-pp2": {**FULL, "model": LLAMA, "topology": {"pp_size": 2}, "num_microbatches": 8},
+    "llama-full-bf16": {**FULL, "model": LLAMA, "dtype": "bf16", "recompute": "selective"},
+    "qwen3-lora": {"model": replace(LLAMA, name="qwen3", family="qwen3", head_size=48)},
+    "opt-lora": {"model": replace(MODEL, name="opt", family="opt")},
     "lora-tp2-pp2": {"topology": {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}, "num_microbatches": 3},
 }
 

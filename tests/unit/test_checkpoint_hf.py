@@ -88,7 +88,7 @@ def test_a_wrong_vocabulary_names_both_sizes(toy: tuple[Path, ModelConfig]) -> N
         ({"scale_attn_weights": False}, "scale_attn_weights=False"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
-        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"model_type": "mamba"}, "model_type='mamba' is not supported, only 'gpt2' or 'llama' or"),
         ({"n_layer": "four"}, "n_layer='four'"),
         ({"layer_norm_epsilon": 1e-6}, "model.layernorm_epsilon=1e-05"),
     ],

@@ -1,14 +1,18 @@
 """Every file of conf/ composes into a RunConfig, overrides win, and the door refuses with one line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_dist.cli.compose import compose_config
 from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups, list_keys
 from lora_dist.config import RunConfig
+from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.run_dir import format_config
 from lora_dist.task_config import EvaluateConfig
 
@@ -72,6 +76,27 @@ def test_hf_model_takes_its_sizes_from_the_checkpoint(hf_directory: Path) -> Non
     model = compose_config(["model=hf", f"model.checkpoint={hf_directory}", "data.seq_len=128"]).model
     assert (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.vocab_size) == (3, 24, 96, 99)
     assert model.layernorm_epsilon == 1e-6
+    assert (model.family, model.head_dim, model.rope_scaling) == ("gpt2", 12, {})
+
+
+def test_hf_model_takes_a_llamas_shape_from_the_checkpoint(tmp_path: Path) -> None:
+    written = compose_config(["model=llama3_2_1b"]).model
+    (tmp_path / "config.json").write_text(json.dumps(HF_FAMILIES["llama"].describe(written)))
+    read = compose_config(["model=hf", f"model.checkpoint={tmp_path}"]).model
+    given = {"name": written.name, "checkpoint": None}
+    assert replace(read, **given) == replace(written, **given, num_kv_heads=8, head_size=64)
+
+
+HF_NAMES = ["llama3_8b", "llama3_2_1b", "mistral_7b", "qwen2_5_7b", "qwen3_8b", "opt_125m", "opt_175b"]
+
+
+@pytest.mark.parametrize("option", HF_NAMES)
+def test_transformers_counts_the_same_parameters(option: str) -> None:
+    model = compose_config([f"model={option}"]).model
+    config = AutoConfig.for_model(**HF_FAMILIES[model.family].describe(model))
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters == sum(parameter.numel() for parameter in theirs.parameters())
 
 
 def test_written_configuration_is_plain_yaml_of_the_whole_run() -> None:
@@ -140,7 +165,7 @@ def test_a_wrong_file_is_named(text: str, message: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config_json", "message"), [("{", "config.json"), ('{"model_type": "llama"}', "model_type='llama'")]
+    ("config_json", "message"), [("{", "config.json"), ('{"model_type": "mamba"}', "model_type='mamba'")]
 )
 def test_a_bad_hf_configuration_is_refused(config_json: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config_json)

@@ -5,12 +5,19 @@ from pathlib import Path
 
 import pytest
 from data_files import END_OF_TEXT, VOCAB_SIZE, build_config, tiny_tokenizer, write_tokenizer
-from tokenizers import ByteLevelBPETokenizer
+from tokenizer_files import write_llama_tokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from lora_dist.config import DataConfig
+from lora_dist.data.contexts import encode_contexts
 from lora_dist.data.examples import draw_fake_examples, encode_pairs
 from lora_dist.data.rows import BadRows, Pair
-from lora_dist.data.tokenizer import load_model_tokenizer, load_tokenizer
+from lora_dist.data.tokenizer import find_start_tokens, find_target_prefix, load_model_tokenizer, load_tokenizer
 
 END = VOCAB_SIZE - 1
 
@@ -114,3 +121,25 @@ def test_fake_examples_fill_a_row(seq_len: int) -> None:
     assert 0 <= examples.tokens.min() <= examples.tokens.max() < 11
     again = draw_fake_examples(5, vocab_size=11, seq_len=seq_len, seed=4)
     assert examples.tokens.tolist() != again.tokens.tolist()
+
+
+def test_a_llamas_example_begins_with_its_begin_token(tmp_path: Path) -> None:
+    directory = str(write_llama_tokenizer(tmp_path))
+    tokenizer = load_tokenizer(directory, 512, family="llama")
+    examples = encode_pairs([Pair(1, "The Vaults", "a pub")], tokenizer, seq_len=40, bad=BadRows("f", "error"))
+    assert tokenizer.decode(examples.tokens.tolist()) == "<|begin|>The Vaults<|end|> a pub<|end|>"
+    assert examples.tokens[examples.num_context_tokens[0]] == tokenizer.eos_token_id
+    [context], end = encode_contexts(["The Vaults"], tokenizer, end_context=True)
+    assert context == examples.tokens[: len(context)].tolist()
+    assert end == [tokenizer.eos_token_id]
+    with pytest.raises(ValueError, match=r"tokens, but model.vocab_size=100; set model.tokenizer"):
+        load_tokenizer(directory, 100, family="llama")
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_space_gets_no_second_one() -> None:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = Metaspace(), MetaspaceDecoder()
+    tokenizer.train_from_iterator(["The Vaults is a pub"], BpeTrainer(special_tokens=["<s>", "</s>"]))
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    assert (find_target_prefix(whole), find_start_tokens(whole)) == ("", [])
+    assert (find_target_prefix(tiny_tokenizer()), find_start_tokens(tiny_tokenizer())) == (" ", [])

@@ -1,0 +1,9 @@
+"""The families whose Hugging Face checkpoints are read and written."""
+
+from lora_dist.files.hf_gpt2 import GPT2_FAMILY
+from lora_dist.files.hf_layout import HfFamily
+from lora_dist.files.hf_llama import LLAMA_FAMILIES
+from lora_dist.files.hf_opt import OPT_FAMILY
+
+HF_FAMILIES: dict[str, HfFamily] = {"gpt2": GPT2_FAMILY, **LLAMA_FAMILIES, "opt": OPT_FAMILY}
+"""By config.json's model_type, which is ModelConfig's family."""

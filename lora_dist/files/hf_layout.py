@@ -1,0 +1,170 @@
+"""Where each canonical parameter lies in a Hugging Face checkpoint, whatever the family; pure.
+
+Megatron fuses q, k and v, and the gate and up of a gated MLP; Hugging Face stores them side by side in one tensor
+(GPT-2) or as tensors of their own.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_dist.lora.layer import compute_gate_up_rows, compute_qkv_rows
+from lora_dist.lora.targets import compute_linear_shapes
+from lora_dist.model_config import ModelConfig
+
+TIED_HEAD = "lm_head.weight"
+_ONE_TARGET = {
+    "self_attention.linear_proj": "o_proj",
+    "mlp.linear_fc1": "up_proj",
+    "mlp.linear_fc2": "down_proj",
+}
+"""Target of a module where it fuses none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfPart:
+    """A canonical parameter, or one target's rows of it, as Hugging Face stores them."""
+
+    name: str
+    """Without the family's prefix."""
+    target: str | None = None
+    """Whose rows of a fused parameter; None where the parameter is stored as one."""
+    first: int = 0
+    """Output feature of the stored tensor where they begin."""
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfFamily:
+    """How Hugging Face writes the models of one family."""
+
+    prefix: str = ""
+    """In front of every stored name; checkpoints without it are read too."""
+    settings: Mapping[str, tuple[object, tuple[object, ...]]]
+    """Key of config.json: what it means where it is absent, and the values this project computes."""
+    read_fields: Callable[[Mapping[str, Any], Path], dict[str, Any]]
+    """ModelConfig's fields out of config.json. ValueError for what this project does not compute."""
+    describe: Callable[[ModelConfig], dict[str, Any]]
+    """The keys of config.json that ModelConfig decides; the inverse of `read_fields`."""
+    find_parts: Callable[[str, ModelConfig], Sequence[HfPart]]
+    """By canonical name."""
+    compute_shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]]
+    """Every tensor that a checkpoint must hold, in the order it is written."""
+    ignored: re.Pattern[str]
+    """Buffers of old checkpoints, which every implementation makes for itself."""
+    embedding: str
+    """The tensor that a stored output layer must equal where it is tied."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitNames:
+    """Stored names of a family whose projections are tensors of their own."""
+
+    layers: str
+    """Prefix of a layer's modules, with {layer}."""
+    modules: Mapping[str, str | Mapping[str, str]]
+    """Canonical module of a layer -> the stored one, or one for each target that it fuses."""
+    others: Mapping[str, str]
+    """Canonical parameters outside the layers -> stored names; the output layer's where it is not tied."""
+
+    def find_parts(self, canonical_name: str, model: ModelConfig) -> list[HfPart]:
+        """`decoder.layers.3.mlp.linear_fc1.weight` -> gate_proj's weight and up_proj's."""
+        found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", canonical_name)
+        if found is None:
+            is_tied_copy = model.tied_output and canonical_name == "output_layer.weight"
+            return [HfPart(name=self.others["embedding.word_embeddings.weight" if is_tied_copy else canonical_name])]
+        layer, module, kind = found.groups()
+        stored, place = self.modules[module], self.layers.format(layer=layer)
+        if isinstance(stored, str):
+            return [HfPart(name=f"{place}{stored}.{kind}")]
+        return [HfPart(name=f"{place}{name}.{kind}", target=target) for target, name in stored.items()]
+
+    def compute_shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Every stored tensor."""
+        linears = compute_linear_shapes(model)
+        return {
+            part.name: shape if part.target is None else (linears[part.target][1], *shape[1:])
+            for name, shape in compute_canonical_shapes(model).items()
+            for part in self.find_parts(name, model)
+        }
+
+    def list_target_names(self) -> dict[str, str]:
+        """Target -> template of its linear's name, with {layer}."""
+        names: dict[str, str] = {}
+        for module, stored in self.modules.items():
+            if not isinstance(stored, str):
+                names |= stored
+            elif module in _ONE_TARGET:
+                names[_ONE_TARGET[module]] = stored
+        return {target: self.layers + name for target, name in names.items()}
+
+
+def compute_canonical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the whole model by canonical name; a tied output layer is none of its own."""
+    kind, h = model.architecture, model.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (model.vocab_size, h)}
+    if not kind.rotary:
+        num_positions = model.max_position_embeddings + kind.position_offset
+        shapes["embedding.position_embeddings.weight"] = (num_positions, h)
+    layer = _compute_layer_shapes(model)
+    for number in range(model.num_layers):
+        shapes |= {f"decoder.layers.{number}.{name}": shape for name, shape in layer.items()}
+    shapes |= _norm("decoder.final_layernorm", h, model)
+    return shapes if model.tied_output else {**shapes, "output_layer.weight": (model.vocab_size, h)}
+
+
+def _compute_layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    kind, h, f, q = model.architecture, model.hidden_size, model.ffn_hidden_size, model.query_size
+    linears = {
+        "self_attention.linear_proj": (h, q, kind.linear_biases),
+        "self_attention.linear_qkv": (q + 2 * model.kv_size, h, kind.linear_biases or kind.qkv_biases),
+        "mlp.linear_fc1": ((2 if kind.gated else 1) * f, h, kind.linear_biases),
+        "mlp.linear_fc2": (h, f, kind.linear_biases),
+    }
+    shapes = _norm("input_layernorm", h, model) | _norm("pre_mlp_layernorm", h, model)
+    for name, (num_out, num_in, has_bias) in linears.items():
+        shapes[f"{name}.weight"] = (num_out, num_in)
+        shapes |= {f"{name}.bias": (num_out,)} if has_bias else {}
+    if kind.qk_norm:
+        for name in ("q_layernorm", "k_layernorm"):
+            shapes |= _norm(f"self_attention.{name}", model.head_dim, model)
+    return shapes
+
+
+def _norm(name: str, size: int, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    kinds = ("weight",) if model.architecture.rms_norm else ("weight", "bias")
+    return {f"{name}.{kind}": (size,) for kind in kinds}
+
+
+def split_to_hf(whole: torch.Tensor, parts: Sequence[HfPart], model: ModelConfig) -> dict[str, torch.Tensor]:
+    """A whole canonical tensor as Hugging Face stores it, by stored name."""
+    blocks: dict[str, list[torch.Tensor]] = {}
+    for part in sorted(parts, key=lambda part: part.first):
+        rows = None if part.target is None else compute_fused_rows(part.target, model)
+        block = whole if rows is None or part.target is None else whole[rows[part.target]]
+        blocks.setdefault(part.name, []).append(block)
+    joined = {name: block[0] if len(block) == 1 else torch.cat(block) for name, block in blocks.items()}
+    transposed = {part.name for part in parts if part.transposed}
+    return {name: tensor.t() if name in transposed else tensor for name, tensor in joined.items()}
+
+
+def compute_fused_rows(target: str, model: ModelConfig) -> dict[str, torch.Tensor] | None:
+    """Rows of each target in the whole linear that holds `target`; None where that fuses nothing."""
+    if target in ("gate_proj", "up_proj") and model.architecture.gated:
+        return compute_gate_up_rows(model.ffn_hidden_size)
+    if target not in ("q_proj", "k_proj", "v_proj"):
+        return None
+    num_groups = model.num_query_groups
+    return compute_qkv_rows(num_groups, model.num_heads // num_groups, model.head_dim)
+
+
+def get_size(config: Mapping[str, Any], key: str, path: Path) -> int:
+    """A positive integer of config.json; ValueError where it is none."""
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{path}: {key}={value!r} is not a positive integer")
+    return value

@@ -1,0 +1,106 @@
+"""Rotary positions: angles of each row's own positions, and queries and keys turned by them.
+
+Shapes: S sequence, B rows, A heads, D head dimension, F = D / 2 frequencies.
+"""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+
+from lora_dist.config import ModelConfig
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, each [S, B, 1, F] in the model's dtype."""
+
+
+class Rotary:
+    """RoFormer's rotation (arXiv:2104.09864, section 3.2.2), halves of a head paired as Hugging Face pairs them."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._frequencies_F = compute_frequencies(model).to(device)
+        self._dtype = dtype
+
+    def compute_angles(self, positions_BS: torch.Tensor) -> Angles:
+        """Of any positions: packed examples count from their own start, generation from what it has kept.
+
+        The angle is formed in fp32 whatever the model's dtype: bf16 cannot tell position 256 from 257.
+        """
+        angles_SBF = positions_BS.t()[..., None].float() * self._frequencies_F
+        return angles_SBF.cos().to(self._dtype)[:, :, None], angles_SBF.sin().to(self._dtype)[:, :, None]
+
+
+def compute_frequencies(model: ModelConfig) -> torch.Tensor:
+    """[F] fp32, theta^(-2 f / D), scaled as model.rope_scaling says."""
+    exponents_F = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
+    frequencies_F = 1.0 / model.rope_theta**exponents_F
+    scaling = model.rope_scaling
+    if "low_freq_factor" in scaling:
+        return _scale_as_llama3(frequencies_F, **scaling)
+    return frequencies_F / scaling.get("factor", 1.0)
+
+
+def _scale_as_llama3(
+    frequencies_F: torch.Tensor,
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: float,
+) -> torch.Tensor:
+    """Frequencies with few turns in the original context are divided by `factor`, those with many stay.
+
+    `low_freq_factor` turns or fewer count as few, `high_freq_factor` or more as many; linear in the turns between
+    (Llama 3.1, arXiv:2407.21783; its reference code's `apply_scaling`).
+    """
+    turns_F = original_max_position_embeddings * frequencies_F / (2 * math.pi)
+    kept_F = ((turns_F - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0)
+    return (1 - kept_F) * frequencies_F / factor + kept_F * frequencies_F
+
+
+def rotate(x_SBAD: torch.Tensor, angles: Angles) -> torch.Tensor:
+    """Every head turned; for backward only the angles are kept, which all layers share."""
+    turned: torch.Tensor = _Rotate.apply(x_SBAD, *angles)  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SBAD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x_SBAD, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, dy_SBAD: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turn(dy_SBAD, cos, -sin), None, None
+
+
+def _turn(x_SBAD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x_SBAD.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class RotarySelfAttention(SelfAttention):
+    """Megatron's self-attention, whose queries and keys are turned by the angles that the model passes down.
+
+    Megatron would compute cosines and sines again in each layer, and keep them.
+    """
+
+    _angles: Angles | None = None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, rotary_pos_emb: Angles, **options: Any) -> Any:
+        self._angles = rotary_pos_emb
+        try:
+            return super().forward(hidden_states, *args, rotary_pos_emb=None, **options)
+        finally:
+            self._angles = None
+
+    def get_query_key_value_tensors(
+        self, *args: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value = super().get_query_key_value_tensors(*args, **options)
+        assert self._angles is not None
+        # The value's own copy: a view would keep the whole fused projection for backward.
+        return rotate(query, self._angles), rotate(key, self._angles), value.contiguous()

@@ -1,0 +1,41 @@
+"""The gated activation of an MLP, which keeps its input alone for backward.
+
+Shapes: N leading dimensions, F features of the MLP on this rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class SwiGlu(nn.Module):
+    """silu(gate) * up of [gate | up] (arXiv:2002.05202); with Megatron's constructor."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def forward(self, gate_up_N2F: torch.Tensor) -> torch.Tensor:
+        output_NF: torch.Tensor = _SwiGlu.apply(gate_up_N2F)  # type: ignore[no-untyped-call]
+        return output_NF
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Autograd's own would keep silu(gate) too, F more values a token."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_N2F: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up_N2F)
+        gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+        return F.silu(gate_NF).mul_(up_NF)
+
+    @staticmethod
+    def backward(ctx: Any, doutput_NF: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (gate_up_N2F,) = ctx.saved_tensors
+        gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+        dgate_up_N2F = torch.empty_like(gate_up_N2F)
+        dgate_NF, dup_NF = dgate_up_N2F.chunk(2, dim=-1)
+        torch.mul(doutput_NF, F.silu(gate_NF), out=dup_NF)
+        dgate_NF.copy_(torch.ops.aten.silu_backward(doutput_NF * up_NF, gate_NF))
+        return dgate_up_N2F

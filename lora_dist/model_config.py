@@ -1,0 +1,154 @@
+"""What a base model is: its family's architecture and its own sizes; standard library only."""
+
+from dataclasses import dataclass, field, replace
+
+from lora_dist.refusals import require, require_one_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """What all models of a family have in common."""
+
+    rotary: bool = False
+    """Positions turn queries and keys (arXiv:2104.09864); otherwise a learned vector is added to the embedding."""
+    position_offset: int = 0
+    """Rows of the learned table before that of position 0."""
+    rms_norm: bool = False
+    """Norms divide by the root mean square and have no bias (arXiv:1910.07467); otherwise LayerNorm."""
+    qk_norm: bool = False
+    """Each head's queries and keys are normalised before they are turned."""
+    gated: bool = False
+    """The MLP's activation is silu(gate) * up (arXiv:2002.05202)."""
+    activation: str = "gelu_tanh"
+    """Of an MLP without gate: gelu_tanh or relu."""
+    linear_biases: bool = True
+    """Every linear of a layer has a bias."""
+    qkv_biases: bool = False
+    """Those of q, k and v have one, whatever linear_biases says."""
+
+
+_LLAMA = Architecture(rotary=True, rms_norm=True, gated=True, linear_biases=False)
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": Architecture(),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": replace(_LLAMA, qkv_biases=True),
+    "qwen3": replace(_LLAMA, qk_norm=True),
+    "opt": Architecture(activation="relu", position_offset=2),
+}
+_LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A decoder, from a Hugging Face checkpoint directory or drawn from the run's seed."""
+
+    name: str
+    """Shown in reports."""
+    family: str = "gpt2"
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, qwen2, qwen3 or opt: what its layers consist of."""
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    """Heads of keys and of values, each shared by as many query heads; null means num_heads."""
+    head_size: int | None = None
+    """Features of one head; null means hidden_size / num_heads."""
+    ffn_hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    layernorm_epsilon: float = 1e-5
+    tied_output: bool = True
+    """The output layer is the embedding."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: dict[str, float] = field(default_factory=dict)
+    """{factor: ...} divides every frequency; with low_freq_factor, high_freq_factor and
+    original_max_position_embeddings as well, Llama 3's rule."""
+    checkpoint: str | None = None
+    """Directory with config.json and safetensors; null draws the weights from loop.seed."""
+    tokenizer: str | None = None
+    """Directory with the tokenizer's files; null means the checkpoint directory."""
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        require_one_of("model.family", self.family, tuple(ARCHITECTURES))
+        for key in (
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_size",
+            "ffn_hidden_size",
+            "vocab_size",
+            "max_position_embeddings",
+        ):
+            size = getattr(self, key)
+            require(size is None or size >= 1, f"model.{key}={size} must be at least 1")
+        for key in ("hidden_dropout", "attention_dropout"):
+            require(0.0 <= getattr(self, key) < 1.0, f"model.{key}={getattr(self, key)} must lie in [0, 1)")
+        self._check_heads()
+        if self.architecture.rotary:
+            self._check_rotary()
+
+    def _check_heads(self) -> None:
+        require(
+            self.head_size is not None or self.hidden_size % self.num_heads == 0,
+            f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}",
+        )
+        require(
+            self.num_heads % self.num_query_groups == 0,
+            f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}",
+        )
+
+    def _check_rotary(self) -> None:
+        require(self.head_dim % 2 == 0, f"model.head_size={self.head_dim} must be even for rotary positions")
+        require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta} must be positive")
+        given = set(self.rope_scaling)
+        require(
+            given in (set(), {"factor"}, _LLAMA3_SCALING),
+            f"model.rope_scaling has {', '.join(sorted(given))}; it takes factor alone, or"
+            f" {', '.join(sorted(_LLAMA3_SCALING))}",
+        )
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.family]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads if self.head_size is None else self.head_size
+
+    @property
+    def num_query_groups(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def query_size(self) -> int:
+        """Features of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Features of all key heads together, and of all value heads."""
+        return self.num_query_groups * self.head_dim
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model; an output layer that is the embedding counts once."""
+        h, kind = self.hidden_size, self.architecture
+        norm = h if kind.rms_norm else 2 * h
+        positions = 0 if kind.rotary else self.max_position_embeddings + kind.position_offset
+        vocabulary = self.vocab_size * (1 if self.tied_output else 2)
+        return self.num_layers * (self._count_linears() + 2 * norm) + (vocabulary + positions) * h + norm
+
+    def _count_linears(self) -> int:
+        """Weights and biases of one layer's linears, and its q and k norms."""
+        h, f, q, kv, kind = self.hidden_size, self.ffn_hidden_size, self.query_size, self.kv_size, self.architecture
+        num_inner = 2 if kind.gated else 1
+        weights = h * (q + 2 * kv) + q * h + (num_inner + 1) * h * f
+        qkv_biases = q + 2 * kv if kind.linear_biases or kind.qkv_biases else 0
+        other_biases = h + num_inner * f + h if kind.linear_biases else 0
+        return weights + qkv_biases + other_biases + (2 * self.head_dim if kind.qk_norm else 0)

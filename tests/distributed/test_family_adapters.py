@@ -1,0 +1,175 @@
+"""Adapters of every family: written from shards, read by PEFT itself and back, merged, and in other tools' files."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from adapter_files import read_in, write_with_peft
+from family_toy import ONE_EACH, build_family_model, compute_family_logits, read_family_config, write_family_checkpoint
+from hf_toy import build_shard, compute_logits, count_processes, draw_adapter_values, draw_tokens
+from processes import run_distributed
+from transformers import AutoModelForCausalLM
+
+from lora_dist.checkpoint.adapter import load_adapter, write_adapter
+from lora_dist.checkpoint.convert import export_adapter
+from lora_dist.checkpoint.store import Adapter, write_adapter_directory
+from lora_dist.cli.main import main
+from lora_dist.config import LoraConfig, ModelConfig
+from lora_dist.files.bridge import to_bridge
+from lora_dist.files.hf_checkpoint import compute_base_fingerprint
+from lora_dist.lora.spec import AdapterSpec
+from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.mcore.adapters import apply_lora, find_shards
+from lora_dist.mcore.hf_weights import load_hf_checkpoint
+from lora_dist.mcore.model import ShardedGpt
+from lora_dist.whole import cut_shard, read_value
+
+TOPOLOGIES = [{}, {"tp_size": 4}, {"tp_size": 2, "pp_size": 2}, {"tp_size": 2, "sequence_parallel": True}]
+LORA = LoraConfig(rank=3, alpha=4, target_modules=["all-linear"], rank_pattern={"o": 5}, alpha_pattern={"v": 2})
+
+
+def list_specs(model: ModelConfig) -> list[AdapterSpec]:
+    specs = build_adapter_specs(LORA, model)
+    assert len(specs) == model.num_layers * (7 if model.architecture.gated else 6)
+    return specs
+
+
+def write_and_compute(options: dict, base: Path, target: Path) -> torch.Tensor | None:
+    model = read_family_config(base)
+    gpt, specs = build_shard(options, model), list_specs(model)
+    load_hf_checkpoint(gpt, base)
+    trainable = apply_lora(gpt, specs, bias="none", seed=0)
+    values = draw_adapter_values(specs, model, "none")
+    with torch.no_grad():
+        for one in trainable:
+            one.parameter.copy_(cut_shard(values[one.name], one, gpt.topology))
+    about = {"base_fingerprint": "base", "task": "toy", "step": 7, "metrics": {}}
+    write_adapter(
+        target,
+        trainable=trainable,
+        specs=specs,
+        topology=gpt.topology,
+        model=model,
+        bias="none",
+        read=read_value,
+        **about,
+    )
+    for one in trainable:
+        one.parameter.data.zero_()
+    load_adapter(
+        target,
+        trainable=trainable,
+        specs=specs,
+        topology=gpt.topology,
+        model=model,
+        bias="none",
+        base_fingerprint="base",
+    )
+    return compute_logits(gpt)
+
+
+@torch.no_grad()
+def compute_peft_logits(base: Path, adapter: Path) -> torch.Tensor:
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    return model.eval()(draw_tokens()).logits
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write_family_checkpoint(name, base)
+    for index, options in enumerate(TOPOLOGIES if name == "llama" else TOPOLOGIES[1:3]):
+        target = tmp_path / str(index)
+        results = run_distributed(write_and_compute, count_processes(options), options, base, target)
+        assert (target / "adapter_model.safetensors").read_bytes() == (
+            tmp_path / "0" / "adapter_model.safetensors"
+        ).read_bytes()
+        expected = compute_peft_logits(base, target)
+        assert (expected - compute_family_logits(base, draw_tokens())).abs().max() > 0.1
+        for logits in results:
+            assert logits is None or (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_an_adapter_that_peft_wrote_comes_in_and_goes_out_as_it_was(name: str, tmp_path: Path) -> None:
+    base, source = tmp_path / "base", tmp_path / "source"
+    model = write_family_checkpoint(name, base)
+    targets = ["q_proj", "v_proj", "fc1"] if name == "opt" else ["q_proj", "v_proj", "gate_proj", "down_proj"]
+    write_with_peft(build_family_model(name), source, target_modules=targets, r=2, rank_pattern={"v_proj": 4})
+    stored = read_in(source, tmp_path / "stored", model)
+    for format in ("peft", "peft_split"):
+        export_adapter(stored, tmp_path / format, format)
+        raw = [(directory / "adapter_model.safetensors").read_bytes() for directory in (source, tmp_path / format)]
+        assert raw[0] == raw[1]
+    assert torch.equal(compute_peft_logits(base, tmp_path / "stored"), compute_peft_logits(base, source))
+
+
+def call(words: list[str]) -> int:
+    """`lora-dist WORDS` as one process of a job that a launcher started."""
+    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    return main(words)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_the_verbs_merge_and_export(name: str, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = write_family_checkpoint(name, base)
+    specs = list_specs(model)
+    content = Adapter(specs=specs, bias="none", values=draw_adapter_values(specs, model, "none"))
+    fingerprint = compute_base_fingerprint(model, 0)
+    write_adapter_directory(adapter, content, model, {"task": "toy"}, base_fingerprint=fingerprint)
+    expected = compute_peft_logits(base, adapter)
+    given = ["model=hf", f"model.checkpoint={base}", f"adapter={adapter}"]
+    words = ["export", *given, f"output={tmp_path / 'merged'}", "format=hf_merged", "topology=tp2"]
+    assert run_distributed(call, 2, words) == [0, 0]
+    merged = compute_family_logits(tmp_path / "merged", draw_tokens())
+    assert (merged - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert run_distributed(call, 1, ["export", *given, f"output={tmp_path / 'out'}", "format=loralib"]) == [0]
+    settings = json.loads((tmp_path / "out/lora_settings.json").read_text())
+    assert settings["model.layers.0.mlp.gate_proj"] == {"r": 3, "lora_alpha": 4.0}
+
+
+def compute_updates(base: Path) -> dict[str, torch.Tensor]:
+    """What the adapters add to each fused linear, from one whole shard."""
+    model = read_family_config(base)
+    gpt: ShardedGpt = build_shard({}, model)
+    specs = list_specs(model)
+    values = draw_adapter_values(specs, model, "none")
+    for one in apply_lora(gpt, specs, bias="none", seed=0):
+        one.parameter.data.copy_(values[one.name])
+    names = [
+        local_name.removesuffix(".lora") for local_name, module in gpt.named_modules() if module in find_shards(gpt)
+    ]
+    return dict(zip(names, (shard.compute_update().detach() for shard in find_shards(gpt)), strict=True))
+
+
+def test_bridges_rows_are_megatrons(tmp_path: Path) -> None:
+    model = write_family_checkpoint("llama", tmp_path)
+    specs = list_specs(model)
+    tensors, settings = to_bridge(draw_adapter_values(specs, model, "none"), specs, model, "none")
+    updates = run_distributed(compute_updates, 1, tmp_path)[0]
+    assert len(updates) == 4 * model.num_layers
+    for name, update in updates.items():
+        a, b = (tensors[f"{name}.adapter.linear_{kind}.weight"] for kind in ("in", "out"))
+        torch.testing.assert_close(settings["alpha"] / settings["dim"] * b @ a, update)
+
+
+def test_an_adapter_of_another_family_is_refused(tmp_path: Path) -> None:
+    llama = write_family_checkpoint("llama", tmp_path / "llama")
+    opt = write_family_checkpoint("opt", tmp_path / "opt")
+    write_with_peft(build_family_model("llama"), tmp_path / "source", target_modules=["gate_proj"], r=2)
+    with pytest.raises(ValueError, match=r"gate_proj.* is opt, which has no such linear"):
+        read_in(tmp_path / "source", tmp_path / "stored", opt)
+    assert read_in(tmp_path / "source", tmp_path / "stored", llama).specs[0].target == "gate_proj"
+
+
+def test_no_bias_trains_beside_adapters_but_gpt2s() -> None:
+    from lora_dist.cli.compose import compose_config
+
+    with pytest.raises(ValueError, match=r"lora\.bias=all.* set lora\.bias=none"):
+        compose_config(["model=qwen2_5_7b", "data=fake", "lora.bias=all"])

@@ -1,0 +1,64 @@
+"""Generation of every family over shards: token for token what transformers generates, with rotary positions too."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from family_toy import ONE_EACH, build_family_model, read_family_config, write_family_checkpoint
+from generation_judge import GREEDY, PAPER, choose_end_tokens, draw_prompts, generate_with_transformers
+from hf_toy import build_shard, count_processes, draw_tokens
+from processes import run_distributed
+
+from lora_dist.generation.batches import pad_left
+from lora_dist.generation_config import GenerationConfig
+from lora_dist.mcore.generate import generate_rows
+from lora_dist.mcore.hf_weights import load_hf_checkpoint
+from lora_dist.mcore.incremental import compute_cache_bytes, open_incremental
+
+TOPOLOGIES = [{"tp_size": 2, "pp_size": 2}, {"tp_size": 4}, {}]
+
+
+def generate(options: dict, base: Path, config: GenerationConfig, end_tokens: list[int]) -> list[list[int]]:
+    """Prompts of different lengths in one batch, padded on the left."""
+    gpt = build_shard(options, read_family_config(base))
+    load_hf_checkpoint(gpt, base)
+    rows = generate_rows(gpt.requires_grad_(False), draw_prompts(), config, end_tokens=end_tokens)
+    dist.barrier()
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [*((name, GREEDY) for name in ONE_EACH), ("llama", replace(PAPER, num_beams=4))],
+    ids=[*ONE_EACH, "llama-beam"],
+)
+def test_every_token_is_that_of_transformers(name: str, config: GenerationConfig, tmp_path: Path) -> None:
+    write_family_checkpoint(name, tmp_path)
+    model = build_family_model(name)
+    end_tokens = choose_end_tokens(model)
+    expected = generate_with_transformers(model, draw_prompts(), config, end_tokens)
+    assert len({tuple(row) for row in expected}) > 1
+    for options in TOPOLOGIES if name == "llama" else TOPOLOGIES[:1]:
+        for rows in run_distributed(generate, count_processes(options), options, tmp_path, config, end_tokens):
+            assert rows == expected
+
+
+def weigh_cache(base: Path) -> tuple[int, int]:
+    """Bytes kept of the keys and values of 2 rows of 12 tokens, and planned."""
+    gpt, tokens_BS = build_shard({"tp_size": 2}, read_family_config(base)), draw_tokens()[:, :12]
+    load_hf_checkpoint(gpt, base)
+    batch = pad_left(tokens_BS.tolist(), range(2), (), torch.device("cpu"))
+    with torch.no_grad(), open_incremental(gpt, num_rows=2, num_columns=12) as model:
+        model.prefill(batch)
+        kept = sum(layer.self_attention.core_attention.cache.num_bytes for layer in gpt.decoder.layers)
+    dist.barrier()
+    return kept, compute_cache_bytes(gpt, num_rows=2, num_columns=12)
+
+
+def test_the_cache_holds_the_shared_heads_once(tmp_path: Path) -> None:
+    model = write_family_checkpoint("llama", tmp_path)
+    assert model.kv_size < model.query_size
+    for kept, planned in run_distributed(weigh_cache, 2, tmp_path):
+        assert kept == planned == 2 * model.num_layers * 2 * 12 * model.kv_size * 4 // 2

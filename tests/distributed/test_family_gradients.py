@@ -1,0 +1,134 @@
+"""Gradients of every family at every topology against one process in fp64, B not zero, and against transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from family_toy import FAMILIES, build_family_model, read_family_config, write_family_checkpoint
+from hf_toy import build_shard, draw_tokens
+from processes import run_distributed
+from toy import ALL_TARGETS, SEVEN_TARGETS, Case, compute_gradients, merge_results, reduce_gradients
+
+from lora_dist.batch import Batch
+from lora_dist.config import LoraConfig, ModelConfig
+from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.files.hf_layout import split_to_hf
+from lora_dist.mcore.base_parameters import describe_base_parameters
+from lora_dist.mcore.hf_weights import load_hf_checkpoint
+from lora_dist.mcore.schedule import forward_backward
+
+TOLERANCE = 1e-9
+TOPOLOGIES = [
+    {"tp_size": 2},
+    {"tp_size": 4, "sequence_parallel": True},
+    {"pp_size": 2},
+    {"tp_size": 2, "pp_size": 2, "sequence_parallel": True, "recompute": "full"},
+    {"tp_size": 2, "recompute": "selective"},
+]
+
+
+def build_toy(family: str, **options: object) -> ModelConfig:
+    sizes = {"num_layers": 4, "hidden_size": 32, "num_heads": 8, "ffn_hidden_size": 40, "vocab_size": 101}
+    return ModelConfig(name=family, family=family, max_position_embeddings=32, **sizes | options)  # type: ignore[arg-type]
+
+
+MODELS = {
+    "llama": build_toy("llama", num_kv_heads=4, tied_output=False),
+    "qwen2": build_toy("qwen2", num_kv_heads=8, tied_output=True),
+    "qwen3": build_toy("qwen3", num_kv_heads=4, head_size=6, tied_output=False),
+    "opt": build_toy("opt"),
+}
+
+
+def run_case(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
+    return merge_results(run_distributed(compute_gradients, case.world_size, case))
+
+
+def build_case_of(name: str, method: str, **options: object) -> Case:
+    targets = SEVEN_TARGETS if MODELS[name].architecture.gated else ALL_TARGETS
+    lora = LoraConfig(rank=3, target_modules=targets)
+    return Case(model=MODELS[name], method=method, lora=lora, **options)  # type: ignore[arg-type]
+
+
+CASES = [
+    *(("llama", method, TOPOLOGIES) for method in ("lora", "full")),
+    *(("qwen3", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
+    ("qwen2", "full", TOPOLOGIES[1:4:2]),
+    ("opt", "lora", TOPOLOGIES[1:4:2]),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "topologies"), CASES, ids=[f"{name}-{method}" for name, method, _ in CASES])
+def test_gradients_equal_one_process(name: str, method: str, topologies: list[dict]) -> None:
+    expected_loss, expected = run_case(build_case_of(name, method))
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    for options in topologies:
+        loss, actual = run_case(build_case_of(name, method, **options))
+        assert loss == pytest.approx(expected_loss, rel=1e-12)
+        if MODELS[name].tied_output:
+            actual.pop("output_layer.weight", None)
+        assert actual.keys() == expected.keys()
+        for key, gradient in expected.items():
+            error = (actual[key] - gradient).abs().max() / gradient.abs().max()
+            assert error < TOLERANCE, (options, key)
+
+
+BOUNDARY = 7
+"""Where the second example of a packed row begins."""
+
+
+def build_packed_batch(tokens_BS: torch.Tensor) -> Batch:
+    """Two examples a row, each with positions of its own; every token but each example's first is a target."""
+    positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS).clone()
+    segments_BS = 1 + (positions_BS >= BOUNDARY).long()
+    positions_BS[:, BOUNDARY:] -= BOUNDARY
+    loss_mask_BS = positions_BS != 0
+    loss_mask_BS = loss_mask_BS.roll(-1, dims=1)
+    return Batch(
+        input_ids_BS=tokens_BS,
+        labels_BS=tokens_BS.roll(-1, dims=1),
+        loss_mask_BS=loss_mask_BS,
+        position_ids_BS=positions_BS,
+        segment_ids_BS=segments_BS,
+        row_ids_B=torch.arange(len(tokens_BS)),
+        num_loss_tokens=int(loss_mask_BS.sum()),
+        num_tokens=tokens_BS.numel(),
+    )
+
+
+def compute_packed_gradients(options: dict, source: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of packed rows and every gradient by Hugging Face's name."""
+    model = read_family_config(source)
+    gpt = build_shard(options, model, torch.float64)
+    load_hf_checkpoint(gpt, source)
+    batch = build_packed_batch(draw_tokens())
+    loss, _ = forward_backward(gpt, [batch], seed=0, step=0, scale_loss=None)
+    gradients = {}
+    for name, gradient in reduce_gradients(describe_base_parameters(gpt), gpt.topology).items():
+        gradients |= split_to_hf(gradient, HF_FAMILIES[model.family].find_parts(name, model), model)
+    return loss, gradients
+
+
+def compute_expected_gradients(name: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """transformers, each example alone."""
+    model = build_family_model(name).double()
+    losses = [
+        torch.nn.functional.cross_entropy(model(example).logits[:, :-1].flatten(0, 1), example[:, 1:].flatten())
+        * example[:, 1:].numel()
+        for example in draw_tokens().split([BOUNDARY, draw_tokens().shape[1] - BOUNDARY], dim=1)
+    ]
+    loss = torch.stack(losses).sum() / int(build_packed_batch(draw_tokens()).num_loss_tokens)
+    loss.backward()
+    return loss.item(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_examples_have_the_gradients_that_transformers_gives_each_alone(name: str, tmp_path: Path) -> None:
+    write_family_checkpoint(name, tmp_path)
+    expected_loss, expected = compute_expected_gradients(name)
+    loss, actual = run_distributed(compute_packed_gradients, 2, {"tp_size": 2}, tmp_path)[0]
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert actual.keys() == expected.keys()
+    for key, gradient in expected.items():
+        # A bias of the keys shifts all scores of a query alike, so without rotation its gradient is rounding alone.
+        assert (actual[key] - gradient).abs().max() < 1e-5 * gradient.abs().max() + 1e-15, key

@@ -1,0 +1,98 @@
+"""A tiny random checkpoint of every supported family, written by transformers' own classes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from lora_dist.config import ModelConfig
+from lora_dist.files.hf_checkpoint import read_model_fields
+
+VOCAB_SIZE = 101
+"""Divides by no tp_size, and is padded at each."""
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 100,
+    "pad_token_id": None,
+}
+_LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(**_SIZES, rope_parameters={"rope_type": "llama3", "rope_theta": 100.0, **_LLAMA3})
+    ),
+    "llama_tied": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **_SIZES | {"num_key_value_heads": 8},
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+        )
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=48)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=8)),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            max_position_embeddings=64,
+            bos_token_id=99,
+            eos_token_id=100,
+            pad_token_id=None,  # an embedding with a padding token has no gradient there
+        )
+    ),
+}
+"""Name -> a model of that family; the two Llamas differ in what a checkpoint may choose."""
+ONE_EACH = [name for name in FAMILIES if name != "llama_tied"]
+
+
+@torch.no_grad()
+def build_family_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """Eval mode, every parameter drawn: transformers leaves biases zero and norms one."""
+    model = FAMILIES[name]()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter_name, parameter in model.named_parameters():
+        drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + drawn if "norm" in parameter_name and parameter_name.endswith("weight") else drawn)
+    return model.eval()
+
+
+def write_family_checkpoint(name: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> ModelConfig:
+    """transformers' own files; its configuration here."""
+    build_family_model(name).to(dtype).save_pretrained(directory)
+    return read_family_config(directory)
+
+
+def read_family_config(directory: Path) -> ModelConfig:
+    return ModelConfig(**read_model_fields(directory) | {"hidden_dropout": 0.0, "attention_dropout": 0.0})
+
+
+@torch.no_grad()
+def compute_family_logits(directory: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """[B, S, V], fp32, from the files."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(tokens_BS).logits

@@ -1,0 +1,190 @@
+"""What a family's configuration may say and what is refused, its names, and the small modules its layers need."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from family_toy import FAMILIES, ONE_EACH, build_family_model, read_family_config, write_family_checkpoint
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from lora_dist.cli.compose import compose_config
+from lora_dist.config import ModelConfig
+from lora_dist.files.hf_checkpoint import check_hf_checkpoint, compute_base_fingerprint, read_model_fields
+from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.files.hf_layout import compute_canonical_shapes
+from lora_dist.files.modules import FAMILY_NAMES
+from lora_dist.lora.targets import compute_linear_shapes
+from lora_dist.mcore.norm import RmsNorm
+from lora_dist.mcore.rotary import compute_frequencies, rotate
+from lora_dist.mcore.swiglu import SwiGlu
+from lora_dist.measure.ledger import open_activation_ledger
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_canonical_parameter_is_a_stored_one(name: str, tmp_path: Path) -> None:
+    model = write_family_checkpoint(name, tmp_path)
+    theirs = {key: tuple(parameter.shape) for key, parameter in build_family_model(name).named_parameters()}
+    assert HF_FAMILIES[model.family].compute_shapes(model) == theirs
+    assert sum(torch.Size(shape).numel() for shape in compute_canonical_shapes(model).values()) == model.num_parameters
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_every_target_is_a_linear_of_transformers(name: str, tmp_path: Path) -> None:
+    model, theirs = write_family_checkpoint(name, tmp_path), build_family_model(name)
+    names = FAMILY_NAMES[model.family]
+    assert names.keys() == compute_linear_shapes(model).keys()
+    for target, (in_features, out_features) in compute_linear_shapes(model).items():
+        linear = theirs.get_submodule(names[target].format(layer=2))
+        assert (linear.in_features, linear.out_features) == (in_features, out_features)
+
+
+def edit(directory: Path, **changes: object) -> None:
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value != "gone"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported, only default, linear, llama3"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "'llama3' has no number low_freq_factor"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ("llama", {"num_key_value_heads": 3}, "model.num_kv_heads=3 does not divide model.num_heads=8"),
+        ("llama", {"tie_word_embeddings": True}, "model.tied_output=False but"),
+        ("llama", {"rope_theta": 7.0, "rope_parameters": "gone"}, "model.rope_theta=100.0 but"),
+        ("llama", {"model_type": "mistral"}, "model.family=llama but"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16 differs from hidden_size=32"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        ("opt", {"activation_function": "gelu"}, "activation_function='gelu'"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused(name: str, changes: dict, message: str, tmp_path: Path) -> None:
+    model = write_family_checkpoint(name, tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
+        check_hf_checkpoint(model, tmp_path)
+    assert message in str(refusal.value)
+
+
+def test_older_configurations_say_the_same(tmp_path: Path) -> None:
+    """transformers 4 wrote rope_theta and rope_scaling, at first with `type`."""
+    model = write_family_checkpoint("llama", tmp_path)
+    scaling = {"rope_type": "llama3", **model.rope_scaling}
+    edit(tmp_path, rope_parameters="gone", rope_theta=100.0, rope_scaling=scaling, head_dim="gone")
+    assert read_family_config(tmp_path) == model
+    edit(tmp_path, rope_scaling={"type": "linear", "factor": 2.0}, num_key_value_heads=None)
+    fields = read_model_fields(tmp_path)
+    assert (fields["rope_scaling"], fields["num_kv_heads"]) == ({"factor": 2.0}, 8)
+
+
+def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
+    """Up to its length every position sees all before it, which is what is computed here."""
+    assert write_family_checkpoint("mistral", tmp_path).max_position_embeddings == 48
+    edit(tmp_path, sliding_window=None)
+    assert read_family_config(tmp_path).max_position_embeddings == 64
+
+
+def test_a_topology_that_splits_a_shared_head_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tp 8 does not divide num_kv_heads 4; choose a divisor for topology.tp_size"):
+        compose_config(["model=qwen2_5_7b", "model.num_heads=32", "model.head_size=112", "data=fake", "topology=tp8"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.family=bert", "model.family='bert' is not one of gpt2, llama, mistral, qwen2, qwen3, opt"),
+        ("model.num_kv_heads=0", "model.num_kv_heads=0 must be at least 1"),
+        ("model.head_size=7", "model.head_size=7 must be even for rotary positions"),
+        ("model.rope_scaling={factor:2,beta:3}", "model.rope_scaling has beta, factor; it takes factor alone, or"),
+    ],
+)
+def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
+        compose_config(["model=llama3_8b", "data=fake", override])
+    assert message in str(refusal.value)
+
+
+def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "ffn_hidden_size": 8, "vocab_size": 9}
+    models = [
+        ModelConfig(name="x", family=family, max_position_embeddings=4, **sizes, **more)  # type: ignore[arg-type]
+        for family, more in (
+            ("gpt2", {}),
+            ("llama", {}),
+            ("llama", {"rope_theta": 5.0}),
+            ("llama", {"num_kv_heads": 1}),
+        )
+    ]
+    assert len({compute_base_fingerprint(model, 0) for model in models}) == len(models)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3"])
+def test_frequencies_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    model = write_family_checkpoint(name, tmp_path)
+    theirs = LlamaRotaryEmbedding(build_family_model(name).config).inv_freq
+    torch.testing.assert_close(compute_frequencies(model), theirs, rtol=1e-6, atol=0)
+
+
+def build_norm(dtype: torch.dtype) -> RmsNorm:
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, params_dtype=dtype)
+    norm = RmsNorm(config, 16)
+    torch.nn.init.uniform_(norm.weight, 0.3, 1.5)
+    return norm
+
+
+@pytest.mark.parametrize("from_output", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
+)
+def test_rms_norm_has_torchs_gradients(dtype: torch.dtype, tolerance: float, from_output: bool) -> None:
+    torch.manual_seed(0)
+    norm = build_norm(dtype)
+    norm.requires_grad_(not from_output)
+    norm.keeps_output = from_output
+    x, dy = (3 * torch.randn(6, 3, 16) + 1).to(dtype).requires_grad_(), torch.randn(6, 3, 16).to(dtype)
+    inputs = [x] if from_output else [x, norm.weight]
+    expected = torch.autograd.grad(F.rms_norm(x, (16,), norm.weight, norm.eps), inputs, dy)
+    y = norm(x)
+    torch.testing.assert_close(y, F.rms_norm(x, (16,), norm.weight, norm.eps), atol=tolerance, rtol=tolerance)
+    for actual, wanted in zip(torch.autograd.grad(y, inputs, dy), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=tolerance, rtol=tolerance)
+
+
+def test_a_weight_that_cannot_be_divided_by_keeps_the_input() -> None:
+    norm = build_norm(torch.float64).requires_grad_(False)
+    norm.keeps_output = True
+    norm.weight[3] = 0.0
+    x = torch.randn(6, 3, 16, dtype=torch.float64, requires_grad=True)
+    norm(x).pow(2).sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+
+
+def test_the_gate_keeps_its_input_alone() -> None:
+    x = torch.randn(6, 3, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(SwiGlu(), x)
+    gate, up = x.chunk(2, dim=-1)
+    torch.testing.assert_close(SwiGlu()(x), F.silu(gate) * up)
+    with open_activation_ledger() as ledger:
+        kept = SwiGlu()(x)
+    assert kept.requires_grad
+    assert ledger.peak_bytes == x.nbytes
+
+
+def test_rotation_keeps_the_angles_alone() -> None:
+    angles = torch.randn(6, 3, 1, 4, dtype=torch.float64)
+    cos, sin = angles.cos(), angles.sin()
+    x = torch.randn(6, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, (cos, sin)), x)
+    with open_activation_ledger() as ledger:
+        turned = rotate(2 * x, (cos, sin))
+    torch.testing.assert_close(turned.norm(), (2 * x).norm())
+    assert ledger.peak_bytes == cos.nbytes + sin.nbytes
