@@ -118,3 +118,20 @@ class SwitchConfig(LiveConfig):
         for key in ("batch_size", "seq_len", "num_repeats"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class AnalyseConfig(LiveConfig):
+    """`lora-dist analyse`"""
+
+    adapters: list[str]
+    """Directories of runs or of their adapters; every pair is compared."""
+    output: str
+    """New directory of analysis.json and the heat maps."""
+    layers: list[str] | None = None
+    """Zero-based layers to look at, numbers or ranges: [0,10-11]; null means all."""
+
+    def __post_init__(self) -> None:
+        LiveConfig.__post_init__(self)
+        if not self.adapters or len(set(self.adapters)) != len(self.adapters):
+            raise ValueError(f"adapters={self.adapters}: name one or more, each once, adapters=[DIR,DIR]")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from lora_dist.adapter_config import BaseConfig, LiveConfig
-from lora_dist.cli import adapters, evaluate, export, generate, import_, merge, switch
+from lora_dist.cli import adapters, analyse, evaluate, export, generate, import_, merge, switch
 from lora_dist.cli.inputs import check_checkpoint
 from lora_dist.cli.launch import launch_local
 from lora_dist.cli.ranks import adopt_ranks, become_single_process
@@ -29,6 +29,7 @@ ADAPTER_VERBS: dict[str, AdapterVerb] = {
     "export": export,
     "merge": merge,
     "switch": switch,
+    "analyse": analyse,
     "generate": generate,
     "evaluate": evaluate,
 }

@@ -44,7 +44,7 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
     ValueError for a pattern that matches nothing (with what exists) or a layer the model has not.
     """
     shapes = compute_linear_shapes(model)
-    layers = parse_layers(lora.layers, model.num_layers)
+    layers = parse_layers("lora.layers", lora.layers, model.num_layers)
     sites = [(layer, target) for layer in range(model.num_layers) for target in shapes]
     chosen: set[tuple[int, str]] = set()
     for pattern in lora.target_modules:
@@ -106,7 +106,7 @@ def _resolve_pattern(
     return resolved
 
 
-def parse_layers(layers: list[str] | None, num_layers: int) -> set[int]:
+def parse_layers(key: str, layers: list[str] | None, num_layers: int) -> set[int]:
     """`["0-11", "23"]` -> layers. ValueError for what is no layer of the model."""
     if layers is None:
         return set(range(num_layers))
@@ -114,9 +114,9 @@ def parse_layers(layers: list[str] | None, num_layers: int) -> set[int]:
     for item in layers:
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(item))
         if not found:
-            raise ValueError(f"lora.layers: {item!r} is neither a layer nor a range; write e.g. [0-11,23]")
+            raise ValueError(f"{key}: {item!r} is neither a layer nor a range; write e.g. [0-11,23]")
         first, last = int(found[1]), int(found[2] or found[1])
         if not first <= last < num_layers:
-            raise ValueError(f"lora.layers: {item} does not exist; the model has layers 0 to {num_layers - 1}")
+            raise ValueError(f"{key}: {item} does not exist; the model has layers 0 to {num_layers - 1}")
         chosen.update(range(first, last + 1))
     return chosen

@@ -1,4 +1,4 @@
-"""The report's three kinds of PNG: curves, stacked bars, bars with a spread."""
+"""The kinds of PNG: curves, stacked bars, bars with a spread, heat maps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,6 +78,19 @@ def save_spread_bars(
     axes.margins(y=0.12)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _save(figure, path)
+
+
+def save_heat_map(path: Path, *, title: str, xlabel: str, ylabel: str, values: Sequence[Sequence[float]]) -> Path:
+    """Values in [0, 1], rows downwards; both axes count from one."""
+    figure, axes = _open_figure(title, ylabel)
+    axes.grid(visible=False)
+    num_rows, num_columns = len(values), len(values[0])
+    image = axes.imshow(
+        values, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", extent=(0.5, num_columns + 0.5, num_rows + 0.5, 0.5)
+    )
+    figure.colorbar(image)
+    axes.set_xlabel(xlabel)
     return _save(figure, path)
 
 

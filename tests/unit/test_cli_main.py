@@ -22,8 +22,8 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Run
     monkeypatch.chdir(tmp_path)
     calls: list[tuple[str, RunConfig]] = []
     module = types.ModuleType("lora_dist.run")
-    module.train = lambda config: calls.append(("train", config))  # type: ignore[attr-defined]
-    module.compare = lambda config: calls.append(("compare", config))  # type: ignore[attr-defined]
+    module.train = lambda config, settle: calls.append(("train", config))  # type: ignore[attr-defined]
+    module.compare = lambda config, settle: calls.append(("compare", config))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lora_dist.run", module)
     return calls
 
@@ -96,7 +96,7 @@ def test_fewer_processes_than_the_topology_are_refused_with_the_numbers(
 
 
 def test_a_bug_keeps_its_traceback(runs: list[tuple[str, RunConfig]], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(config: RunConfig) -> None:
+    def fail(config: RunConfig, settle: object) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(sys.modules["lora_dist.run"], "train", fail)

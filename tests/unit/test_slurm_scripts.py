@@ -58,7 +58,7 @@ def test_script_parses(script: Path) -> None:
 def test_the_scripts_ask_for_the_same_but_for_name_and_nodes() -> None:
     options = [read_options(script) for script in SCRIPTS]
     assert [one.pop("job-name") for one in options] == ["gpt3_lora", "gpt3_full_ft", "gpt3_compare"]
-    assert [one.pop("nodes") for one in options] == ["4", "16", "16"]
+    assert [one.pop("nodes") for one in options] == ["4", "24", "24"]
     assert options[0] == options[1] == options[2]
     assert {"requeue", "exclusive", "signal", "open-mode", "output"} <= options[0].keys()
     assert "gpus-per-task" not in options[0]  # a task that sees one GPU cannot reach its neighbours' memory

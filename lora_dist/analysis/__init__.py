@@ -1,0 +1,1 @@
+"""What trained adapters have learnt (section 7 of the paper), in plain torch."""
