@@ -26,10 +26,10 @@ CONTEXTS = ["name : The Vaults | Type : pub", "name : Aromi", "name : The Vaults
 SHORT = ["generate.max_new_tokens=8", "generate.batch_size=2"]
 
 
-def call(words: list[str]) -> int:
-    """`lora-dist generate WORDS` as one process of a job that a launcher started."""
+def call(words: list[str], verb: str = "generate") -> int:
+    """`lora-dist VERB WORDS` as one process of a job that a launcher started."""
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    return main(["generate", *words])
+    return main([verb, *words])
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_file_of_contexts_becomes_a_file_of_texts(topology: str, more: list[st
     assert sorted(path.name for path in output.parent.iterdir()) == ["out.jsonl", "out.jsonl.about.json"]
 
 
-def call_until_killed(words: list[str], rows: Path) -> None:
+def call_until_killed(words: list[str], rows: Path, verb: str = "generate") -> None:
     """The same, ended by SIGKILL once a row is kept; whoever else runs loses its peer."""
 
     def watch() -> None:
@@ -99,7 +99,7 @@ def call_until_killed(words: list[str], rows: Path) -> None:
 
     if dist.get_rank() == 0:
         threading.Thread(target=watch, daemon=True).start()
-    assert call(words) == 0, "a peer is gone"
+    assert call(words, verb) == 0, "a peer is gone"
 
 
 @pytest.mark.parametrize(("killed", "resumed"), [("dp2", "single"), ("tp2", "tp2")])
