@@ -73,6 +73,8 @@ class LoraConfig:
     """Zero-based layers that get adapters, each a number or a range with both ends: [0-11,23]; null means all."""
     bias: str = "none"
     """Biases that train too: none, lora_only (those of adapted linears) or all."""
+    init: str = "gaussian"
+    """gaussian (A Gaussian, B zero), or pissa (the weight's principal part; the frozen base becomes the rest)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Rank of the targets a name, alias or expression matches, instead of `rank`."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -82,6 +84,7 @@ class LoraConfig:
         require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
         require(0.0 <= self.dropout < 1.0, f"lora.dropout={self.dropout} must lie in [0, 1)")
         require_one_of("lora.bias", self.bias, ("none", "lora_only", "all"))
+        require_one_of("lora.init", self.init, ("gaussian", "pissa"))
         require(bool(self.target_modules), "lora.target_modules is empty; name at least one, e.g. [q_proj,v_proj]")
         for pattern, rank in self.rank_pattern.items():
             require(rank >= 1, f"lora.rank_pattern.{pattern}={rank} must be at least 1")

@@ -207,6 +207,7 @@ class Keeper:
             self.model_dir,
             trainable=self.engine.trainable,
             specs=self.method.specs,
+            initial=self.method.initial,
             topology=self.topology,
             model=self.config.model,
             bias=self.config.lora.bias,

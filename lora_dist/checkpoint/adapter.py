@@ -9,10 +9,11 @@ import torch
 from lora_dist.checkpoint.identity import check_same
 from lora_dist.checkpoint.store import Adapter, describe_adapter, open_adapter, write_adapter_directory
 from lora_dist.config import ModelConfig
+from lora_dist.lora.pissa import subtract_initial
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
-from lora_dist.whole import ReadState, cut_shard, iterate_model, list_whole, write_together
+from lora_dist.whole import ReadState, cut_shard, iterate_model, list_whole, read_value, write_together
 
 
 def write_adapter(
@@ -28,22 +29,29 @@ def write_adapter(
     task: str,
     step: int,
     metrics: Mapping[str, float | None],
+    initial: Sequence[TrainableParameter] = (),
     layout: str = "peft",
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Every process calls it; global rank 0 writes. What stood in `directory` is replaced once the new one is whole.
 
     `read` gives a parameter's local fp32 "value" (`ZeroEngine.read_state`, or `whole.read_value`). fp32 files hold
-    what was trained bit for bit. OSError, on every process, where the directory cannot be written.
+    what was trained bit for bit; PiSSA's `initial` factors are subtracted from it in twice the rank. OSError, on every
+    process, where the directory cannot be written.
     """
-    entries = list_whole(trainable, topology)
-    stream = iterate_model(entries, trainable, topology, lambda one: {"value": read(one)["value"]}, torch.float32)
+    everything = [*trainable, *initial]
+
+    def read_one(one: TrainableParameter) -> dict[str, torch.Tensor]:
+        return read_value(one) if one.kind == "initial" else {"value": read(one)["value"]}
+
+    stream = iterate_model(list_whole(everything, topology), everything, topology, read_one, torch.float32)
 
     def write() -> None:
         values = {name: whole for name, whole in stream if whole is not None}
+        kept_specs, kept = subtract_initial(specs, values) if initial else (list(specs), values)
         write_adapter_directory(
             Path(directory),
-            Adapter(specs=specs, bias=bias, values=values),
+            Adapter(specs=kept_specs, bias=bias, values=kept),
             model,
             {"task": task, "step": step, "metrics": dict(metrics)},
             base_fingerprint=base_fingerprint,

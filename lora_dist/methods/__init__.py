@@ -9,6 +9,7 @@ from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.adapters import apply_lora
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.mcore.pissa import split_base
 from lora_dist.parameters import TrainableParameter
 
 
@@ -19,6 +20,8 @@ class AppliedMethod:
     trainable: list[TrainableParameter]
     specs: list[AdapterSpec] = field(default_factory=list)
     """All layers' adapters, other pipeline stages' too; empty where the method has none."""
+    initial: list[TrainableParameter] = field(default_factory=list)
+    """What they began with where that was taken out of the base, which a written adapter has to take out again."""
 
 
 def apply_method(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
@@ -28,7 +31,9 @@ def apply_method(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
 
 def _apply_lora(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
     specs = build_adapter_specs(config.lora, config.model)
-    return AppliedMethod(trainable=apply_lora(gpt, specs, bias=config.lora.bias, seed=config.loop.seed), specs=specs)
+    trainable = apply_lora(gpt, specs, bias=config.lora.bias, seed=config.loop.seed)
+    initial = split_base(gpt) if config.lora.init == "pissa" else []
+    return AppliedMethod(trainable=trainable, specs=specs, initial=initial)
 
 
 def _apply_full(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
