@@ -37,12 +37,17 @@ def subtract_initial(
     specs: Sequence[AdapterSpec], values: Mapping[str, torch.Tensor]
 ) -> tuple[list[AdapterSpec], dict[str, torch.Tensor]]:
     """What was trained and what it began with, whole and by canonical name, as plain adapters of twice the rank."""
-    plain = []
     kept = {name: value for name, value in values.items() if not name.endswith((INITIAL_A, INITIAL_B))}
     for spec in specs:
         kept[f"{spec.name}.lora_A"] = torch.cat([values[f"{spec.name}.lora_A"], values[f"{spec.name}.{INITIAL_A}"]])
         parts = [values[f"{spec.name}.lora_B"], -values[f"{spec.name}.{INITIAL_B}"]]
         kept[f"{spec.name}.lora_B"] = torch.cat(parts, dim=1)
-        alpha = spec.alpha * (math.sqrt(2) if spec.rank_stabilized else 2)
-        plain.append(replace(spec, lora_rank=2 * spec.lora_rank, alpha=alpha))
-    return plain, kept
+    return double_ranks(specs), kept
+
+
+def double_ranks(specs: Sequence[AdapterSpec]) -> list[AdapterSpec]:
+    """Of the same scaling."""
+    return [
+        replace(spec, lora_rank=2 * spec.lora_rank, alpha=spec.alpha * (math.sqrt(2) if spec.rank_stabilized else 2))
+        for spec in specs
+    ]

@@ -11,6 +11,7 @@ import torch
 
 from lora_dist.config import RunConfig, compute_num_microbatches
 from lora_dist.files.peft_gpt2 import compute_peft_shapes
+from lora_dist.lora.pissa import double_ranks
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.plan.execute import compute_world_size, execute_process, require_hardware
@@ -158,14 +159,16 @@ def compute_checkpoint_bytes(config: RunConfig, specs: Sequence[AdapterSpec]) ->
     model_bytes = config.model.num_parameters * ITEM_BYTES[config.dtype]
     if not specs:
         return {"model": model_bytes, "resume state": 12 * config.model.num_parameters}
-    num_elements = sum(spec.num_parameters for spec in specs)
-    shapes = compute_peft_shapes(specs, config.model, config.lora.bias)
+    num_trained = sum(spec.num_parameters for spec in specs)
+    written = double_ranks(specs) if config.lora.init == "pissa" else specs
+    num_elements = sum(spec.num_parameters for spec in written)
+    shapes = compute_peft_shapes(written, config.model, config.lora.bias)
     stacked = sum(torch.Size(shape).numel() for shape in shapes.values())
     return {
         "factors fp16": 2 * num_elements,
         "factors fp32": 4 * num_elements,
         "PEFT adapter fp32": 4 * stacked,
-        "resume state": 12 * num_elements,
+        "resume state": 12 * num_trained,
         "base model": model_bytes,
     }
 
