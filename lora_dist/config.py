@@ -75,6 +75,8 @@ class LoraConfig:
     """Biases that train too: none, lora_only (those of adapted linears) or all."""
     init: str = "gaussian"
     """gaussian (A Gaussian, B zero), or pissa (the weight's principal part; the frozen base becomes the rest)."""
+    use_dora: bool = False
+    """Train the length of each output row besides (DoRA, arXiv:2402.09353)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Rank of the targets a name, alias or expression matches, instead of `rank`."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -85,6 +87,10 @@ class LoraConfig:
         require(0.0 <= self.dropout < 1.0, f"lora.dropout={self.dropout} must lie in [0, 1)")
         require_one_of("lora.bias", self.bias, ("none", "lora_only", "all"))
         require_one_of("lora.init", self.init, ("gaussian", "pissa"))
+        require(
+            not (self.use_dora and self.init == "pissa"),
+            "lora.use_dora=true starts from the base's own rows, lora.init=pissa changes them; use one of them",
+        )
         require(bool(self.target_modules), "lora.target_modules is empty; name at least one, e.g. [q_proj,v_proj]")
         for pattern, rank in self.rank_pattern.items():
             require(rank >= 1, f"lora.rank_pattern.{pattern}={rank} must be at least 1")

@@ -23,8 +23,8 @@ class EvaluateConfig(LiveConfig):
     generate: GenerationConfig = field(default_factory=GenerationConfig)
     """How texts are generated; tasks with labels take the most likely label instead."""
     merge: bool = False
-    """Merge the adapter into the shards first; needed where it has trained biases, done always where labels are
-    chosen."""
+    """Merge the adapter into the shards first; done in any case where labels are chosen, and for adapters with trained
+    biases or DoRA."""
     texts: str | None = None
     """File of what the model answers, JSON lines; null writes RUN/evaluate-TASK.jsonl, or ADAPTER.evaluate-TASK.jsonl
     where the adapter is no run's. The same command goes on where an earlier one was ended."""

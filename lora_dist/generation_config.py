@@ -75,7 +75,7 @@ class GenerateOptions(GenerationConfig):
     end_context: bool = True
     """Put the end token after each context, which asks for the target as in training; false continues the text."""
     merge: bool = False
-    """Merge the adapter into the shards first; needed where it has trained biases."""
+    """Merge the adapter into the shards first; needed where it has trained biases or is DoRA's."""
 
     def __post_init__(self) -> None:
         GenerationConfig.__post_init__(self)

@@ -207,7 +207,7 @@ class Keeper:
             self.model_dir,
             trainable=self.engine.trainable,
             specs=self.method.specs,
-            initial=self.method.initial,
+            constants=self.method.constants,
             topology=self.topology,
             model=self.config.model,
             bias=self.config.lora.bias,

@@ -23,7 +23,7 @@ from lora_dist.config import (
 )
 from lora_dist.files.hf_checkpoint import read_model_fields
 from lora_dist.files.hf_gpt2 import compute_hf_shapes, find_hf_tensor
-from lora_dist.files.peft_gpt2 import list_bias_names
+from lora_dist.files.peft_gpt2 import group_specs, list_bias_names
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.model import ShardedGpt, build_model
@@ -99,6 +99,9 @@ def draw_adapter_values(specs: Sequence[AdapterSpec], model: ModelConfig, bias: 
     for spec in specs:
         values[f"{spec.name}.lora_A"] = 0.2 * torch.randn(spec.lora_rank, spec.in_features, generator=generator)
         values[f"{spec.name}.lora_B"] = 0.2 * torch.randn(spec.out_features, spec.lora_rank, generator=generator)
+    for module in group_specs(specs):
+        for name in module.magnitude_names:
+            values[name] = 0.5 + torch.rand(module.specs[0].out_features, generator=generator)
     shapes = compute_hf_shapes(model)
     for name in list_bias_names(specs, model, bias):
         values[name] = torch.randn(shapes[find_hf_tensor(name).name], generator=generator)

@@ -78,6 +78,9 @@ def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topolo
             described.parameter.data = described.parameter.data.double()
         if described.kind in ("lora_B", "bias"):
             fill(described, topology, std=0.1)
+        if described.kind == "magnitude":
+            fill(described, topology, std=0.03)
+            described.parameter.data += 0.2
     return gpt, trainable, topology
 
 

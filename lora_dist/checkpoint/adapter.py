@@ -29,26 +29,27 @@ def write_adapter(
     task: str,
     step: int,
     metrics: Mapping[str, float | None],
-    initial: Sequence[TrainableParameter] = (),
+    constants: Sequence[TrainableParameter] = (),
     layout: str = "peft",
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Every process calls it; global rank 0 writes. What stood in `directory` is replaced once the new one is whole.
 
     `read` gives a parameter's local fp32 "value" (`ZeroEngine.read_state`, or `whole.read_value`). fp32 files hold
-    what was trained bit for bit; PiSSA's `initial` factors are subtracted from it in twice the rank. OSError, on every
+    what was trained bit for bit; where `constants` hold PiSSA's initial factors, those are subtracted from it in twice
+    the rank. OSError, on every
     process, where the directory cannot be written.
     """
-    everything = [*trainable, *initial]
+    everything = [*trainable, *constants]
 
     def read_one(one: TrainableParameter) -> dict[str, torch.Tensor]:
-        return read_value(one) if one.kind == "initial" else {"value": read(one)["value"]}
+        return read_value(one) if one.kind == "constant" else {"value": read(one)["value"]}
 
     stream = iterate_model(list_whole(everything, topology), everything, topology, read_one, torch.float32)
 
     def write() -> None:
         values = {name: whole for name, whole in stream if whole is not None}
-        kept_specs, kept = subtract_initial(specs, values) if initial else (list(specs), values)
+        kept_specs, kept = subtract_initial(specs, values)
         write_adapter_directory(
             Path(directory),
             Adapter(specs=kept_specs, bias=bias, values=kept),

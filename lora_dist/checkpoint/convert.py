@@ -52,6 +52,8 @@ def import_adapter(config: ImportConfig, base_fingerprint: str) -> ImportedAdapt
 
 def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
     """Write `stored` in another tool's format, in its own dtype. ValueError for what the format cannot say."""
+    if stored.specs[0].use_dora and format in _WITHOUT_DORA:
+        raise ValueError(f"format={format} has no place for DoRA's magnitudes; use format=peft")
     tensors, settings = _CONVERT[format](stored.read(), stored)
     weights_name, settings_name = _FILES[format]
     with open_new_directory(output) as temporary:
@@ -93,6 +95,7 @@ _CONVERT: dict[str, Callable[[Adapter, StoredAdapter], _Files]] = {
     "loralib": _to_loralib,
     "bridge": _to_bridge,
 }
+_WITHOUT_DORA = ("loralib", "bridge")
 _FILES = {
     "peft": (PEFT_WEIGHTS, PEFT_CONFIG),
     "peft_split": (PEFT_WEIGHTS, PEFT_CONFIG),

@@ -34,6 +34,7 @@ def describe_run(
         identity["lora.bias"] = config.lora.bias
         identity["lora.use_rslora"] = config.lora.use_rslora
         identity["lora.init"] = config.lora.init
+        identity["lora.use_dora"] = config.lora.use_dora
         identity["lora"] = {
             spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha, "dropout": spec.dropout} for spec in specs
         }

@@ -106,6 +106,7 @@ def describe_adapter(specs: Sequence[AdapterSpec], bias: str, base_fingerprint: 
         "base_fingerprint": base_fingerprint,
         "bias": bias,
         "use_rslora": specs[0].rank_stabilized,
+        "use_dora": specs[0].use_dora,
         "shared_lora_A": sorted({spec.layer for spec in specs if spec.shares_a}),
         "adapters": {spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha} for spec in specs},
     }
@@ -136,6 +137,11 @@ class StoredAdapter:
     def source_names(self) -> dict[str, str]:
         """Target -> name template of its linear in the tool that it was imported from."""
         return dict(self.manifest.get("source_names", {}))
+
+    @property
+    def needs_merge(self) -> bool:
+        """True where it changes what all rows of a batch share: biases that are trained, rows that DoRA scales."""
+        return self.bias != "none" or self.specs[0].use_dora
 
     def read(self) -> Adapter:
         """ValueError where a value is not finite."""
@@ -188,6 +194,7 @@ def parse_specs(directory: Path, manifest: Mapping[str, Any], model: ModelConfig
                 in_features=in_features,
                 out_features=out_features,
                 rank_stabilized=bool(manifest.get("use_rslora")),
+                use_dora=bool(manifest.get("use_dora")),
                 shares_a=found[2] in QKV_TARGETS and int(found[1]) in manifest.get("shared_lora_A", ()),
             )
         )
@@ -208,6 +215,8 @@ def _compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig, bia
     for spec in specs:
         shapes[f"{spec.name}.lora_A"] = (spec.lora_rank, spec.in_features)
         shapes[f"{spec.name}.lora_B"] = (spec.out_features, spec.lora_rank)
+    for module in group_specs(specs):
+        shapes.update(dict.fromkeys(module.magnitude_names, (module.specs[0].out_features,)))
     hf_shapes = compute_hf_shapes(model)
     return shapes | {name: hf_shapes[find_hf_tensor(name).name] for name in list_bias_names(specs, model, bias)}
 

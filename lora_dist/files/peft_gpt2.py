@@ -70,6 +70,17 @@ class PeftModule:
     def key(self, factor: str) -> str:
         return f"{_KEY_PREFIX}{self.name}.{factor}.weight"
 
+    @property
+    def magnitude_key(self) -> str:
+        return f"{_KEY_PREFIX}{self.name}.lora_magnitude_vector"
+
+    @property
+    def magnitude_names(self) -> list[str]:
+        """Canonical names of the lengths of all its rows, q's, k's and v's whether they are adapted or not; DoRA's."""
+        first = self.specs[0]
+        targets = QKV_TARGETS if self.is_qkv else (first.target,)
+        return [f"layers.{first.layer}.{target}.magnitude" for target in targets] if first.use_dora else []
+
     def compute_folded_ratios(self) -> dict[str, float]:
         """What each adapter's B is multiplied by, since PEFT has one scaling a module; those that differ from 1."""
         first = self.specs[0].scaling
@@ -99,6 +110,8 @@ def compute_peft_shapes(specs: Sequence[AdapterSpec], model: ModelConfig, bias: 
     for module in group_specs(specs):
         shapes[module.key("lora_A")] = (module.lora_rank, module.specs[0].in_features)
         shapes[module.key("lora_B")] = (module.out_features, module.lora_rank)
+        if module.magnitude_names:
+            shapes[module.magnitude_key] = (module.out_features,)
     hf_shapes, keys = compute_hf_shapes(model), _find_bias_keys(specs, model, bias)
     return shapes | {key: hf_shapes[find_hf_tensor(name).name] for name, key in keys.items()}
 
@@ -125,6 +138,8 @@ def to_peft_tensors(
         for spec, block in _iterate_blocks(module, b_OR):
             block.copy_(values[f"{spec.name}.lora_B"] * ratios.get(spec.name, 1.0))
         tensors[module.key("lora_B")] = b_OR
+        if names := module.magnitude_names:
+            tensors[module.magnitude_key] = torch.cat([values[name] for name in names])
     for name, key in _find_bias_keys(specs, model, bias).items():
         tensors[key] = to_hf_layout(values[name], find_hf_tensor(name), model.num_heads)
     return {key: tensors[key] for key in sorted(tensors)}  # the order in which PEFT writes them
@@ -143,6 +158,8 @@ def from_peft_tensors(
         values.update({f"{spec.name}.lora_A": a for spec, a in zip(module.specs, a_parts, strict=True)})
         for spec, block in _iterate_blocks(module, tensors[module.key("lora_B")]):
             values[f"{spec.name}.lora_B"] = block
+        if names := module.magnitude_names:
+            values.update(zip(names, tensors[module.magnitude_key].chunk(len(names)), strict=True))
     for name, key in _find_bias_keys(specs, model, bias).items():
         values[name] = from_hf_layout(tensors[key], find_hf_tensor(name), model.num_heads)
     return values
@@ -185,6 +202,7 @@ def describe_peft_config(
         "lora_dropout": first.dropout,
         "use_rslora": first.rank_stabilized,
         "bias": bias,
+        **({"use_dora": True} if first.use_dora else {}),
         "target_modules": list(modules),
         "rank_pattern": {name: r for name, (r, _) in modules.items() if r != lora_rank},
         "alpha_pattern": {name: a for name, (_, a) in modules.items() if a != alpha},

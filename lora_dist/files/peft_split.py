@@ -31,6 +31,8 @@ def to_peft_split(
         name = templates[spec.target].format(layer=spec.layer)
         for kind in ("lora_A", "lora_B"):
             tensors[f"base_model.model.{name}.{kind}.weight"] = values[f"{spec.name}.{kind}"]
+        if spec.use_dora:
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = values[f"{spec.name}.magnitude"]
         modules[name] = (spec.lora_rank, spec.alpha)
     config = describe_peft_config(modules, specs[0], bias=bias, base_name=base_name, fan_in_fan_out=False)
     return {key: tensors[key] for key in sorted(tensors)}, config

@@ -36,7 +36,12 @@ def compute_principal_factors(
 def subtract_initial(
     specs: Sequence[AdapterSpec], values: Mapping[str, torch.Tensor]
 ) -> tuple[list[AdapterSpec], dict[str, torch.Tensor]]:
-    """What was trained and what it began with, whole and by canonical name, as plain adapters of twice the rank."""
+    """What was trained and what it began with, whole and by canonical name, as plain adapters of twice the rank.
+
+    As they are where `values` do not say what they began with, because B began as zero.
+    """
+    if f"{specs[0].name}.{INITIAL_A}" not in values:
+        return list(specs), dict(values)
     kept = {name: value for name, value in values.items() if not name.endswith((INITIAL_A, INITIAL_B))}
     for spec in specs:
         kept[f"{spec.name}.lora_A"] = torch.cat([values[f"{spec.name}.lora_A"], values[f"{spec.name}.{INITIAL_A}"]])

@@ -61,6 +61,7 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
             out_features=shapes[target][1],
             dropout=lora.dropout,
             rank_stabilized=lora.use_rslora,
+            use_dora=lora.use_dora,
         )
         for layer, target in adapted
     ]

@@ -81,8 +81,9 @@ def _build_shard(
         tp_size=topology.tp_size,
         tp_rank=topology.tp_rank,
         sequence_parallel=column_parallel and topology.sequence_parallel,
+        row_group=None if column_parallel or topology.tp_size == 1 else topology.tp_group,
     )
-    return LoraShard(
+    shard = LoraShard(
         specs,
         place,
         seed=seed,
@@ -91,6 +92,9 @@ def _build_shard(
         rows=_compute_local_qkv_rows(gpt) if specs[0].target in ("q_proj", "k_proj", "v_proj") else None,
         device=topology.device,
     )
+    if shard.use_dora:
+        shard.start_magnitudes(linear.weight)
+    return shard
 
 
 def _compute_local_qkv_rows(gpt: ShardedGpt) -> dict[str, torch.Tensor]:
@@ -100,24 +104,55 @@ def _compute_local_qkv_rows(gpt: ShardedGpt) -> dict[str, torch.Tensor]:
 
 
 def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
-    """A of a column linear and B of a row linear are replicated, their gradients one TP rank's summand each."""
-    place, split = shard.place, shard.place.tp_size > 1
-    described = []
+    """A of a column linear and B of a row linear are replicated, their gradients one TP rank's summand each.
+
+    So is a row linear's magnitude: each rank has its own partial output.
+    """
+    place, described = shard.place, []
     for spec in shard.specs:
         a, b = shard.factors(spec)
-        shapes = {"lora_A": (spec.lora_rank, spec.in_features), "lora_B": (spec.out_features, spec.lora_rank)}
-        dims = {"lora_A": place.a_shard_dim, "lora_B": place.b_shard_dim}
-        for kind, parameter in (("lora_A", a), ("lora_B", b)):
+        parts = [
+            ("lora_A", a, (spec.lora_rank, spec.in_features), place.a_shard_dim),
+            ("lora_B", b, (spec.out_features, spec.lora_rank), place.b_shard_dim),
+        ]
+        if spec.use_dora:
+            parts.append(("magnitude", shard.magnitude(spec), (spec.out_features,), place.b_shard_dim))
+        for kind, parameter, full_shape, shard_dim in parts:
             described.append(
                 TrainableParameter(
                     name=f"{spec.name}.{kind}",
                     parameter=parameter,
-                    full_shape=shapes[kind],
-                    shard_dim=dims[kind],
-                    tp_partial_grad=split and dims[kind] is None,
+                    full_shape=full_shape,
+                    shard_dim=shard_dim,
+                    tp_partial_grad=place.tp_size > 1 and shard_dim is None,
                     kind=kind,
                 )
             )
+    return described
+
+
+def describe_untrained_lengths(gpt: ShardedGpt) -> list[TrainableParameter]:
+    """With DoRA, the lengths of those of q, k, v that have no adapter though their fused linear has one.
+
+    They are the base's and do not train, but PEFT's files have one vector for the whole linear.
+    """
+    described = []
+    for shard in find_shards(gpt):
+        if not shard.use_dora or shard.stacked_rows is None:
+            continue
+        lengths_O, adapted = shard.compute_base_lengths().cpu(), {spec.target for spec in shard.specs}
+        for target, rows in _compute_local_qkv_rows(gpt).items():
+            if target not in adapted:
+                described.append(
+                    TrainableParameter(
+                        name=f"layers.{shard.specs[0].layer}.{target}.magnitude",
+                        parameter=nn.Parameter(lengths_O[rows], requires_grad=False),
+                        full_shape=(len(rows) * gpt.topology.tp_size,),
+                        shard_dim=0,
+                        tp_partial_grad=False,
+                        kind="constant",
+                    )
+                )
     return described
 
 

@@ -49,12 +49,14 @@ def load_shards(
 def attach_adapters(gpt: ShardedGpt, adapters: Sequence[LoadedAdapter]) -> None:
     """Put several adapters beside the weights; `Batch.adapter_of_row` then says which one each row uses, or none.
 
-    What was attached before is replaced; an empty sequence leaves the base alone. ValueError for trained biases, which
-    are the whole batch's.
+    What was attached before is replaced; an empty sequence leaves the base alone. ValueError for trained biases and for
+    DoRA, which are the whole batch's.
     """
     for adapter in adapters:
         if adapter.biases:
             raise ValueError(f"{adapter.name} has trained biases; a batch can mix adapters only without, merge it")
+        if any(shard.use_dora for shard in adapter.shards.values()):
+            raise ValueError(f"{adapter.name} is DoRA's, which scales the base's rows; a batch cannot mix it, merge it")
     adapted = {name for adapter in adapters for name in adapter.shards}
     for name, linear in gpt.named_modules():
         if isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear):

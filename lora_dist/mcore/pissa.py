@@ -57,10 +57,7 @@ def split_base(gpt: ShardedGpt) -> list[TrainableParameter]:
 
 
 def _list_sites(weight: nn.Parameter, shard: LoraShard) -> list[_Site]:
-    return [
-        _Site(spec, shard, weight, rows)
-        for spec, (_, rows, _, _) in zip(shard.specs, shard.split_blocks(), strict=True)
-    ]
+    return [_Site(spec, shard, weight, rows) for spec, rows in shard.list_rows()]
 
 
 def _decompose(sites: Sequence[_Site], topology: Topology) -> list[_Factors]:
@@ -130,7 +127,7 @@ def _keep_initial(shard: LoraShard) -> list[TrainableParameter]:
             full_shape=one.full_shape,
             shard_dim=one.shard_dim,
             tp_partial_grad=False,
-            kind="initial",
+            kind="constant",
         )
         for one in describe_factors(shard)
     ]

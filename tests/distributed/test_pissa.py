@@ -101,7 +101,7 @@ def write_moved(options: dict, base: Path, target: Path) -> tuple[torch.Tensor |
         target,
         trainable=method.trainable,
         specs=method.specs,
-        initial=method.initial,
+        constants=method.constants,
         topology=gpt.topology,
         model=model,
         bias="none",

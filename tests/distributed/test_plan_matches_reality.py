@@ -144,6 +144,7 @@ CASES = {
     "lora-tp2": {"topology": {"tp_size": 2}},
     "lora-tp2-sp": {"topology": {"tp_size": 2, "sequence_parallel": True}, "recompute": "full"},
     "lora-tp2-pissa": {"topology": {"tp_size": 2}, "lora": LoraConfig(rank=4, init="pissa")},
+    "lora-tp2-dora": {"topology": {"tp_size": 2}, "lora": LoraConfig(rank=4, target_modules=["all"], use_dora=True)},
     "full-tp2": {**FULL, "topology": {"tp_size": 2}},
     "lora-dp2-stage2": {"topology": {"dp_size": 2}, "zero": ZeroConfig(stage=2)},
     "full-dp2-bf16": {**FULL, "topology": {"dp_size": 2}, "dtype": "bf16"},
