@@ -25,7 +25,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from processes import run_distributed
 from test_parity import TOLERANCE, TOPOLOGIES, compute_error, run_case
 from test_zero import assert_trained_alike, train, train_oracle
-from toy import ALL_TARGETS, Case
+from toy import ALL_TARGETS, Case, compute_gradients
 from transformers import GPT2LMHeadModel
 
 from lora_dist.batch import Batch
@@ -227,3 +227,18 @@ def test_pefts_own_adapters_come_in_and_go_out(targets: list[str], tmp_path: Pat
 def test_pissa_and_dora_together_are_refused() -> None:
     with pytest.raises(ValueError, match=r"lora\.use_dora=true starts from the base's own rows"):
         LoraConfig(use_dora=True, init="pissa")
+
+
+def compute_with_half_norms(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
+    import lora_dist.lora.dora
+
+    lora_dist.lora.dora.sum_row_squares = lambda squares_O, group: squares_O
+    return compute_gradients(case)
+
+
+def test_a_norm_of_half_a_row_is_seen() -> None:
+    """Breaks the sum over TP: without it the oracle comparison must fail, or it proves nothing."""
+    lora = LoraConfig(rank=3, target_modules=["down_proj"], use_dora=True)
+    _, expected = run_case(Case(lora=lora))
+    results = run_distributed(compute_with_half_norms, 2, Case(lora=lora, tp_size=2))
+    assert compute_error(results[0][1], expected) > 1e-2
