@@ -33,3 +33,8 @@ class TrainableParameter:
 
     def __post_init__(self) -> None:
         self.local_shape = tuple(self.parameter.shape)
+
+
+def find_source(one: TrainableParameter) -> str:
+    """The name under which its whole value is kept: a copy of the tied embedding has its owner's."""
+    return one.name if one.owned or not one.tied else "embedding.word_embeddings.weight"

@@ -208,6 +208,7 @@ class Keeper:
             trainable=self.engine.trainable,
             specs=self.method.specs,
             constants=self.method.constants,
+            modules=self.config.lora.modules_to_save,
             topology=self.topology,
             model=self.config.model,
             bias=self.config.lora.bias,

@@ -23,7 +23,7 @@ from lora_dist.config import (
 )
 from lora_dist.files.hf_checkpoint import read_model_fields
 from lora_dist.files.hf_gpt2 import compute_hf_shapes, find_hf_tensor
-from lora_dist.files.peft_gpt2 import group_specs, list_bias_names
+from lora_dist.files.peft_gpt2 import group_specs, list_bias_names, list_module_names
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.model import ShardedGpt, build_model
@@ -92,8 +92,10 @@ def build_run_config(model: ModelConfig, lora: LoraConfig | None = None, **optio
     return RunConfig(model=model, lora=lora or LoraConfig(), **parts | options)  # type: ignore[arg-type]
 
 
-def draw_adapter_values(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str) -> dict[str, torch.Tensor]:
-    """Whole fp32 factors and biases by canonical name, B not zero."""
+def draw_adapter_values(
+    specs: Sequence[AdapterSpec], model: ModelConfig, bias: str, modules: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Whole fp32 factors, biases and modules by canonical name, B not zero."""
     generator = torch.Generator().manual_seed(11)
     values = {}
     for spec in specs:
@@ -103,7 +105,7 @@ def draw_adapter_values(specs: Sequence[AdapterSpec], model: ModelConfig, bias: 
         for name in module.magnitude_names:
             values[name] = 0.5 + torch.rand(module.specs[0].out_features, generator=generator)
     shapes = compute_hf_shapes(model)
-    for name in list_bias_names(specs, model, bias):
+    for name in [*list_bias_names(specs, model, bias), *list_module_names(model, modules)]:
         values[name] = torch.randn(shapes[find_hf_tensor(name).name], generator=generator)
     return values
 

@@ -11,7 +11,7 @@ from lora_dist.checkpoint.store import Adapter, describe_adapter, open_adapter, 
 from lora_dist.config import ModelConfig
 from lora_dist.lora.pissa import subtract_initial
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.parameters import TrainableParameter
+from lora_dist.parameters import TrainableParameter, find_source
 from lora_dist.topology import Topology
 from lora_dist.whole import ReadState, cut_shard, iterate_model, list_whole, read_value, write_together
 
@@ -30,6 +30,7 @@ def write_adapter(
     step: int,
     metrics: Mapping[str, float | None],
     constants: Sequence[TrainableParameter] = (),
+    modules: Sequence[str] = (),
     layout: str = "peft",
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -52,7 +53,7 @@ def write_adapter(
         kept_specs, kept = subtract_initial(specs, values)
         write_adapter_directory(
             Path(directory),
-            Adapter(specs=kept_specs, bias=bias, values=kept),
+            Adapter(specs=kept_specs, bias=bias, values=kept, modules=modules),
             model,
             {"task": task, "step": step, "metrics": dict(metrics)},
             base_fingerprint=base_fingerprint,
@@ -73,16 +74,17 @@ def load_adapter(
     model: ModelConfig,
     bias: str,
     base_fingerprint: str,
+    modules: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Fill this process's factors and biases before an optimizer is built over them; returns the manifest.
 
     Nothing is changed unless the whole file fits: ValueError for a damaged file, another base, another adapter.
     """
     stored = open_adapter(Path(directory), model=model, base_fingerprint=base_fingerprint)
-    check_same(describe_adapter(specs, bias, base_fingerprint), stored.manifest, stored.directory)
+    check_same(describe_adapter(specs, bias, base_fingerprint, modules), stored.manifest, stored.directory)
     values = stored.read().values
     for one in trainable:
-        if one.owned:
-            assert tuple(values[one.name].shape) == one.full_shape
-            one.parameter.copy_(cut_shard(values[one.name], one, topology))
+        whole = values[find_source(one)]
+        assert tuple(whole.shape) == one.full_shape
+        one.parameter.copy_(cut_shard(whole, one, topology))
     return stored.manifest

@@ -41,7 +41,7 @@ def import_adapter(config: ImportConfig, base_fingerprint: str) -> ImportedAdapt
     about = {"task": config.task_name, "step": 0, "metrics": {}, "source_format": config.format}
     write_adapter_directory(
         Path(config.output),
-        Adapter(specs=imported.specs, bias=imported.bias, values=values),
+        Adapter(specs=imported.specs, bias=imported.bias, values=values, modules=imported.modules),
         model,
         about | {"source_names": imported.names},
         base_fingerprint=base_fingerprint,
@@ -52,6 +52,8 @@ def import_adapter(config: ImportConfig, base_fingerprint: str) -> ImportedAdapt
 
 def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
     """Write `stored` in another tool's format, in its own dtype. ValueError for what the format cannot say."""
+    if stored.modules and format != "peft":
+        raise ValueError(f"format={format} has no place for the modules {', '.join(stored.modules)}; use format=peft")
     if stored.specs[0].use_dora and format in _WITHOUT_DORA:
         raise ValueError(f"format={format} has no place for DoRA's magnitudes; use format=peft")
     tensors, settings = _CONVERT[format](stored.read(), stored)
@@ -67,8 +69,10 @@ def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
 
 
 def _to_peft(adapter: Adapter, stored: StoredAdapter) -> _Files:
-    tensors = to_peft_tensors(adapter.values, adapter.specs, stored.model, adapter.bias)
-    return tensors, build_adapter_config(adapter.specs, bias=adapter.bias, base_name=stored.model.checkpoint)
+    tensors = to_peft_tensors(adapter.values, adapter.specs, stored.model, adapter.bias, adapter.modules)
+    return tensors, build_adapter_config(
+        adapter.specs, bias=adapter.bias, base_name=stored.model.checkpoint, modules=adapter.modules
+    )
 
 
 def _to_peft_split(adapter: Adapter, stored: StoredAdapter) -> _Files:

@@ -34,6 +34,8 @@ class ImportedAdapter:
     bias: str
     values: dict[str, torch.Tensor]
     """Whole tensors by canonical name, in the file's dtype."""
+    modules: list[str] = field(default_factory=list)
+    """Modules of the base (lora.modules_to_save) that `values` holds too."""
     names: dict[str, str] = field(default_factory=dict)
     """Target -> name template of its linear in the source."""
 

@@ -25,9 +25,11 @@ from lora_dist.files.hf_gpt2 import (
     from_hf_layout,
     to_hf_layout,
 )
+from lora_dist.lora.saved_modules import is_saved
 from lora_dist.lora.spec import AdapterSpec
 
 _KEY_PREFIX = f"base_model.model.{PREFIX}"
+_HEAD_KEY = "base_model.model.lm_head.weight"
 _MODULE_OF_TARGET = {
     **dict.fromkeys(QKV_TARGETS, "attn.c_attn"),
     "o_proj": "attn.c_proj",
@@ -104,7 +106,23 @@ def list_bias_names(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str)
     return [find_canonical_name(name) for name in names]
 
 
-def compute_peft_shapes(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str) -> dict[str, tuple[int, ...]]:
+def list_module_names(model: ModelConfig, modules: Sequence[str]) -> list[str]:
+    """Canonical names of the parameters of lora.modules_to_save, of the whole model."""
+    names = [find_canonical_name(name) for name in compute_hf_shapes(model)]
+    return [name for name in names if is_saved(name, modules)]
+
+
+def find_module_keys(model: ModelConfig, modules: Sequence[str]) -> dict[str, str]:
+    """Key -> canonical name. PEFT would leave the output layer at the base's embedding, so it gets its own copy."""
+    keys = {f"{_KEY_PREFIX}{find_hf_tensor(name).name}": name for name in list_module_names(model, modules)}
+    if (embedding := f"{_KEY_PREFIX}wte.weight") in keys:
+        keys[_HEAD_KEY] = keys[embedding]
+    return keys
+
+
+def compute_peft_shapes(
+    specs: Sequence[AdapterSpec], model: ModelConfig, bias: str, modules: Sequence[str] = ()
+) -> dict[str, tuple[int, ...]]:
     """Every key of adapter_model.safetensors and its shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for module in group_specs(specs):
@@ -112,8 +130,9 @@ def compute_peft_shapes(specs: Sequence[AdapterSpec], model: ModelConfig, bias: 
         shapes[module.key("lora_B")] = (module.out_features, module.lora_rank)
         if module.magnitude_names:
             shapes[module.magnitude_key] = (module.out_features,)
-    hf_shapes, keys = compute_hf_shapes(model), _find_bias_keys(specs, model, bias)
-    return shapes | {key: hf_shapes[find_hf_tensor(name).name] for name, key in keys.items()}
+    keys = {key: name for name, key in _find_bias_keys(specs, model, bias).items()} | find_module_keys(model, modules)
+    hf_shapes = compute_hf_shapes(model)
+    return shapes | {key: hf_shapes[find_hf_tensor(name).name] for key, name in keys.items()}
 
 
 def _find_bias_keys(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str) -> dict[str, str]:
@@ -127,7 +146,11 @@ def _find_bias_keys(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str)
 
 
 def to_peft_tensors(
-    values: Mapping[str, torch.Tensor], specs: Sequence[AdapterSpec], model: ModelConfig, bias: str
+    values: Mapping[str, torch.Tensor],
+    specs: Sequence[AdapterSpec],
+    model: ModelConfig,
+    bias: str,
+    modules: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Whole values by canonical name -> adapter_model.safetensors."""
     tensors = {}
@@ -142,11 +165,16 @@ def to_peft_tensors(
             tensors[module.magnitude_key] = torch.cat([values[name] for name in names])
     for name, key in _find_bias_keys(specs, model, bias).items():
         tensors[key] = to_hf_layout(values[name], find_hf_tensor(name), model.num_heads)
+    tensors |= {key: values[name] for key, name in find_module_keys(model, modules).items()}
     return {key: tensors[key] for key in sorted(tensors)}  # the order in which PEFT writes them
 
 
 def from_peft_tensors(
-    tensors: Mapping[str, torch.Tensor], specs: Sequence[AdapterSpec], model: ModelConfig, bias: str
+    tensors: Mapping[str, torch.Tensor],
+    specs: Sequence[AdapterSpec],
+    model: ModelConfig,
+    bias: str,
+    modules: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The inverse of `to_peft_tensors` where no scaling was folded into B; exact."""
     values = {}
@@ -162,7 +190,7 @@ def from_peft_tensors(
             values.update(zip(names, tensors[module.magnitude_key].chunk(len(names)), strict=True))
     for name, key in _find_bias_keys(specs, model, bias).items():
         values[name] = from_hf_layout(tensors[key], find_hf_tensor(name), model.num_heads)
-    return values
+    return values | {name: tensors[key] for key, name in find_module_keys(model, modules).items()}
 
 
 def _iterate_blocks(module: PeftModule, b_OR: torch.Tensor) -> list[tuple[AdapterSpec, torch.Tensor]]:
@@ -175,10 +203,15 @@ def _iterate_blocks(module: PeftModule, b_OR: torch.Tensor) -> list[tuple[Adapte
     return blocks
 
 
-def build_adapter_config(specs: Sequence[AdapterSpec], *, bias: str, base_name: str | None) -> dict[str, Any]:
+def build_adapter_config(
+    specs: Sequence[AdapterSpec], *, bias: str, base_name: str | None, modules: Sequence[str] = ()
+) -> dict[str, Any]:
     """adapter_config.json of the fused form."""
-    modules = {f"{PREFIX}{module.name}": (module.lora_rank, module.alpha) for module in group_specs(specs)}
-    return describe_peft_config(modules, specs[0], bias=bias, base_name=base_name, fan_in_fan_out=True)
+    adapted = {f"{PREFIX}{module.name}": (module.lora_rank, module.alpha) for module in group_specs(specs)}
+    config = describe_peft_config(adapted, specs[0], bias=bias, base_name=base_name, fan_in_fan_out=True)
+    if modules:
+        config["modules_to_save"] = [*modules, *(["lm_head"] if "wte" in modules else [])]
+    return config
 
 
 def describe_peft_config(

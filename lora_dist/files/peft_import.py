@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import read_json
 from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, build_imported, drop_keys
+from lora_dist.files.peft_modules import check_modules, take_modules
 from lora_dist.files.safetensors_stream import read_header
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _UNSUPPORTED = (
-    *("lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "use_qalora"),
+    *("lora_bias", "layer_replication", "trainable_token_indices", "use_qalora"),
     *("target_parameters", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config"),
 )
 """Settings that change what the factors mean: refused unless empty or false."""
@@ -33,9 +34,12 @@ def import_peft(directory: Path, model: ModelConfig, drop: Sequence[str] = ()) -
     path = directory / _WEIGHTS
     read_header(path)
     tensors = drop_keys(load_file(path), drop)
+    modules = check_modules(path, config.get("modules_to_save") or [], config.get("bias", "none"))
+    values = take_modules(path, tensors, model, modules)
     factors, bias_tensors = _sort_keys(path, tensors, config)
     rank_stabilized, bias = bool(config.get("use_rslora")), config.get("bias", "none")
-    return build_imported(path, factors, bias_tensors, model, rank_stabilized=rank_stabilized, bias=bias)
+    imported = build_imported(path, factors, bias_tensors, model, rank_stabilized=rank_stabilized, bias=bias)
+    return replace(imported, values=imported.values | values, modules=modules)
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -8,11 +8,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_dist.lora.layer import LoraShard, ShardPlace, compute_qkv_rows
+from lora_dist.lora.saved_modules import is_saved
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.base_parameters import canonical_name, describe_base_parameters
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
 from lora_dist.mcore.model import ShardedGpt
-from lora_dist.parameters import TrainableParameter
+from lora_dist.parameters import TrainableParameter, find_source
 
 _LINEAR_OF_TARGET = {
     "q_proj": "self_attention.linear_qkv",
@@ -25,10 +26,13 @@ _LINEAR_OF_TARGET = {
 _NORM_BEFORE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 
 
-def apply_lora(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed: int) -> list[TrainableParameter]:
+def apply_lora(
+    gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed: int, modules: Sequence[str] = ()
+) -> list[TrainableParameter]:
     """Freeze the base, put this stage's adapters into its linears, and list what trains here.
 
-    `bias` none, lora_only (biases of adapted linears) or all. Another stage's specs are that stage's business.
+    `bias` none, lora_only (biases of adapted linears) or all; `modules` of lora.modules_to_save train whole. Another
+    stage's specs are that stage's business.
     """
     gpt.requires_grad_(False)
     trainable: list[TrainableParameter] = []
@@ -40,7 +44,7 @@ def apply_lora(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed
             gpt.get_submodule(f"{layer_name}.{norm}").keeps_output = True
         trainable += describe_factors(shard)
         adapted_linears.add(canonical_name(gpt, local_name))
-    return trainable + _enable_biases(gpt, bias, adapted_linears)
+    return trainable + _enable_base(gpt, bias, modules, adapted_linears)
 
 
 def build_shards(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, seed: int) -> dict[str, LoraShard]:
@@ -156,13 +160,14 @@ def describe_untrained_lengths(gpt: ShardedGpt) -> list[TrainableParameter]:
     return described
 
 
-def _enable_biases(gpt: ShardedGpt, bias: str, adapted_linears: set[str]) -> list[TrainableParameter]:
-    if bias == "none":
-        return []
+def _enable_base(
+    gpt: ShardedGpt, bias: str, modules: Sequence[str], adapted_linears: set[str]
+) -> list[TrainableParameter]:
+    """Let the base's own parameters train that `bias` and `modules` name."""
     chosen = [
         described
         for described in describe_base_parameters(gpt)
-        if described.kind == "bias" and (bias == "all" or described.name.removesuffix(".bias") in adapted_linears)
+        if _is_trained_bias(described, bias, adapted_linears) or is_saved(find_source(described), modules)
     ]
     local_names = {id(parameter): name for name, parameter in gpt.named_parameters()}
     for described in chosen:
@@ -170,6 +175,12 @@ def _enable_biases(gpt: ShardedGpt, bias: str, adapted_linears: set[str]) -> lis
             described.parameter = _keep_in_fp32(gpt, local_names[id(described.parameter)])
         described.parameter.requires_grad_(True)
     return chosen
+
+
+def _is_trained_bias(described: TrainableParameter, bias: str, adapted_linears: set[str]) -> bool:
+    if described.kind != "bias" or bias == "none":
+        return False
+    return bias == "all" or described.name.removesuffix(".bias") in adapted_linears
 
 
 class _CastTo(nn.Module):

@@ -32,7 +32,9 @@ def apply_method(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
 
 def _apply_lora(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
     specs = build_adapter_specs(config.lora, config.model)
-    trainable = apply_lora(gpt, specs, bias=config.lora.bias, seed=config.loop.seed)
+    trainable = apply_lora(
+        gpt, specs, bias=config.lora.bias, seed=config.loop.seed, modules=config.lora.modules_to_save
+    )
     constants = split_base(gpt) if config.lora.init == "pissa" else describe_untrained_lengths(gpt)
     return AppliedMethod(trainable=trainable, specs=specs, constants=constants)
 

@@ -54,7 +54,9 @@ def test_a_run_directory_holds_its_record(tmp_path: Path) -> None:
     assert summary["num_trainable_parameters"] == 4 * 16 * (4 * (256 + 256) + 2 * (256 + 1024))
 
 
-@pytest.mark.parametrize("variant", [[], ["lora.init=pissa"], ["lora.use_dora=true"]], ids=str)
+@pytest.mark.parametrize(
+    "variant", [[], ["lora.init=pissa"], ["lora.use_dora=true"], ["lora.modules_to_save=[wte,ln_f]"]], ids=str
+)
 def test_peft_gives_the_same_loss_with_the_adapter_of_a_demo_run(variant: list[str], tmp_path: Path) -> None:
     """Trained on two tensor-parallel processes on the demo base and real text, evaluated by transformers and PEFT."""
     from peft import PeftModel
@@ -86,7 +88,9 @@ def test_peft_gives_the_same_loss_with_the_adapter_of_a_demo_run(variant: list[s
     assert before - theirs > 0.05, "the adapter must have learnt something"
 
 
-@pytest.mark.parametrize("method", ["method=lora", "method=full", "lora.init=pissa", "lora.use_dora=true"])
+@pytest.mark.parametrize(
+    "method", ["method=lora", "method=full", "lora.init=pissa", "lora.use_dora=true", "lora.modules_to_save=[wte,ln_1]"]
+)
 def test_resuming_continues_bit_for_bit(method: str, tmp_path: Path) -> None:
     common = [*DEMO, method, "lora.dropout=0.1", "model.hidden_dropout=0.1", "zero=stage2", "topology=dp2"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
