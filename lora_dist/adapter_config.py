@@ -25,6 +25,11 @@ class BaseConfig:
     seed: int = 0
     """Draws the base where the model names no checkpoint; loop.seed of the run that trained."""
 
+    @property
+    def reads_base(self) -> bool:
+        """False where the verb, told what it is told, needs no model."""
+        return True
+
 
 @dataclass(kw_only=True, slots=True)
 class LiveConfig(BaseConfig):

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from lora_dist.checkpoint.store import StoredAdapter, open_adapter
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint, read_dtype
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
-from lora_dist.mcore.live import LiveMerge, LoadedAdapter, load_shards
+from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, load_shards
 from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.topology import check_device, choose_device, run_on_first
@@ -81,6 +81,15 @@ def open_on_base(gpt: ShardedGpt, config: LiveConfig, directory: str) -> StoredA
 def load(gpt: ShardedGpt, stored: StoredAdapter) -> LoadedAdapter:
     """This process's shards of the adapter; each reads the file for itself."""
     return load_shards(gpt, str(stored.directory), stored.specs, stored.read().values)
+
+
+def put_adapters(gpt: ShardedGpt, adapters: Sequence[StoredAdapter], *, merge: bool) -> None:
+    """Beside the weights, or the one there is into them."""
+    loaded = [load(gpt, adapter) for adapter in adapters]
+    if merge and loaded:
+        LiveMerge(gpt, keep_base=False).merge(loaded[0])
+    elif loaded:
+        attach_adapters(gpt, loaded)
 
 
 def tell(gpt: ShardedGpt, message: str) -> None:

@@ -84,6 +84,8 @@ def analyse(config: AnalyseConfig) -> None:
 
 def _check_trained(directory: str, adapter: Adapter) -> None:
     """The whole adapter, so that every stage refuses it."""
+    if adapter.specs[0].use_dora:
+        raise ValueError(f"{directory}: DoRA scales the base's rows, so its update is not of low rank; name another")
     for spec in adapter.specs:
         if not adapter.values[f"{spec.name}.lora_B"].any():
             raise ValueError(f"{directory}: {spec.name} changes nothing (its lora_B is zero); name a trained adapter")

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_dist.adapter_jobs import load, open_base, open_on_base, tell
-from lora_dist.data.contexts import Context, decode_texts, encode_contexts, read_contexts
+from lora_dist.adapter_jobs import open_base, open_on_base, put_adapters, tell
+from lora_dist.answers import Questions, build_questions, describe_generation, describe_questions, generate_texts
+from lora_dist.checkpoint.row_file import RowFile
+from lora_dist.checkpoint.store import StoredAdapter
+from lora_dist.data.contexts import Context, read_contexts
 from lora_dist.data.tokenizer import load_model_tokenizer
-from lora_dist.files.directories import write_lines
+from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.generation_config import GenerateConfig, GenerateOptions
-from lora_dist.mcore.generate import generate_rows
-from lora_dist.mcore.live import LiveMerge, attach_adapters
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.run_dir import find_adapter
 from lora_dist.topology import run_on_first
@@ -23,18 +24,30 @@ def generate(config: GenerateConfig) -> None:
     with open_base(config) as gpt:
         contexts = run_on_first(gpt.topology, lambda: _read(options))
         adapter_of_row = choose_adapters(contexts, config)
-        _put_adapters(gpt, config)
-        tokenizer = load_model_tokenizer(config.model)
-        prompts, end_tokens = encode_contexts(
-            [context.text for context in contexts], tokenizer, end_context=options.end_context
+        adapters = [open_on_base(gpt, config, find_adapter(directory)) for directory in config.directories]
+        put_adapters(gpt, adapters, merge=options.merge)
+        asked = build_questions(
+            [context.text for context in contexts],
+            load_model_tokenizer(config.model),
+            end_context=options.end_context,
+            adapter_of_row=[] if options.merge else adapter_of_row,
         )
+        file = None if options.output is None else _open_file(gpt, config, adapters, asked, options.output)
         start = time.perf_counter()
-        rows = _generate_distinct(gpt, prompts, options, end_tokens, [] if options.merge else adapter_of_row)
+        texts = generate_texts(gpt, asked, options, file)
         seconds = time.perf_counter() - start
-        texts = decode_texts(rows, tokenizer, end_context=options.end_context)
-        run_on_first(gpt.topology, lambda: _write(config, contexts, adapter_of_row, texts))
+        run_on_first(gpt.topology, lambda: _write(config, contexts, adapter_of_row, texts, file))
         if options.output is not None:
             tell(gpt, f"{len(texts)} texts in {seconds:.1f} s: {options.output}")
+
+
+def _open_file(
+    gpt: ShardedGpt, config: GenerateConfig, adapters: Sequence[StoredAdapter], asked: Questions, path: str
+) -> RowFile:
+    fingerprint = run_on_first(gpt.topology, lambda: compute_base_fingerprint(config.model, config.seed))
+    identity = describe_questions(fingerprint, adapters, asked, merge=config.generate.merge)
+    identity |= describe_generation(config.generate)
+    return RowFile(path=Path(path), identity=identity, num_rows=len(asked.prompts))
 
 
 def choose_adapters(contexts: Sequence[Context], config: GenerateConfig) -> list[int | None]:
@@ -63,42 +76,12 @@ def _read(options: GenerateOptions) -> list[Context]:
     return read_contexts(Path(options.input).read_bytes(), options.format, options.input)
 
 
-def _put_adapters(gpt: ShardedGpt, config: GenerateConfig) -> None:
-    """Beside the weights, or into them."""
-    adapters = [load(gpt, open_on_base(gpt, config, find_adapter(directory))) for directory in config.directories]
-    if config.generate.merge:
-        LiveMerge(gpt, keep_base=False).merge(adapters[0])
-    elif adapters:
-        attach_adapters(gpt, adapters)
-
-
-def _generate_distinct(
-    gpt: ShardedGpt,
-    prompts: Sequence[Sequence[int]],
-    options: GenerateOptions,
-    end_tokens: Sequence[int],
-    adapter_of_row: Sequence[int | None],
-) -> list[list[int]]:
-    """Equal rows have equal texts unless they are drawn, so each is generated once: E2E repeats a context often."""
-    keys: list[Any] = [
-        (tuple(prompt), adapter_of_row[row] if adapter_of_row else None, row if options.temperature > 0 else None)
-        for row, prompt in enumerate(prompts)
-    ]
-    first_of = {key: row for row, key in reversed(list(enumerate(keys)))}
-    chosen = sorted(first_of.values())
-    generated = generate_rows(
-        gpt,
-        [prompts[row] for row in chosen],
-        options,
-        end_tokens=end_tokens,
-        adapter_of_row=[adapter_of_row[row] for row in chosen] if adapter_of_row else [],
-    )
-    by_row = dict(zip(chosen, generated, strict=True))
-    return [by_row[first_of[key]] for key in keys]
-
-
 def _write(
-    config: GenerateConfig, contexts: Sequence[Context], adapter_of_row: Sequence[int | None], texts: Sequence[str]
+    config: GenerateConfig,
+    contexts: Sequence[Context],
+    adapter_of_row: Sequence[int | None],
+    texts: Sequence[str],
+    file: RowFile | None,
 ) -> None:
     lines = []
     for row, (context, text) in enumerate(zip(contexts, texts, strict=True)):
@@ -107,8 +90,8 @@ def _write(
             place = adapter_of_row[row]
             line["adapter"] = None if place is None else config.directories[place]
         lines.append(line)
-    if config.generate.output is not None:
-        write_lines(Path(config.generate.output), lines)
+    if file is not None:
+        file.finish(lines)
     else:
         for line in lines:
             print(line["text"], flush=True)

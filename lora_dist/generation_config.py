@@ -70,11 +70,12 @@ class GenerateOptions(GenerationConfig):
     """text (a context a line), e2e_text, e2e_csv, or jsonl (`context`, and `adapter` where rows choose one); auto
     goes by the file's name, and in other files by whether the first line holds `||`."""
     output: str | None = None
-    """New file of JSON lines, {context, text} a context in the order of the input; null prints them."""
+    """File of JSON lines, {context, text} a context in the order of the input; null prints them. The same command
+    goes on where an earlier one was ended, and generates nothing again."""
     end_context: bool = True
     """Put the end token after each context, which asks for the target as in training; false continues the text."""
     merge: bool = False
-    """Merge the adapter into the shards first; needed where it has trained biases."""
+    """Merge the adapter into the shards first; needed where it has trained biases or is DoRA's."""
 
     def __post_init__(self) -> None:
         GenerationConfig.__post_init__(self)

@@ -23,7 +23,7 @@ class TrainableParameter:
     tp_partial_grad: bool
     """True where each TP rank computes one summand of the gradient: summed over TP once a step."""
     kind: str
-    """lora_A, lora_B, bias or base: its parameter group, and what the report counts it under."""
+    """lora_A, lora_B, magnitude, bias or base: its parameter group, and what the report counts it under."""
     num_blocks: int = 1
     """Parts of equal length along `shard_dim` that are split over TP one by one: [gate | up] of a gated MLP has two."""
     tied: bool = False
@@ -35,3 +35,8 @@ class TrainableParameter:
 
     def __post_init__(self) -> None:
         self.local_shape = tuple(self.parameter.shape)
+
+
+def find_source(one: TrainableParameter) -> str:
+    """The name under which its whole value is kept: a copy of the tied embedding has its owner's."""
+    return one.name if one.owned or not one.tied else "embedding.word_embeddings.weight"

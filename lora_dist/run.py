@@ -224,6 +224,8 @@ class Keeper:
             self.model_dir,
             trainable=self.engine.trainable,
             specs=self.method.specs,
+            constants=self.method.constants,
+            modules=self.config.lora.modules_to_save,
             topology=self.topology,
             model=self.config.model,
             bias=self.config.lora.bias,

@@ -3,7 +3,7 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -65,6 +65,24 @@ def find_adapter(directory: str) -> str:
         if (Path(directory) / inside).is_dir():
             return str(Path(directory) / inside)
     return directory
+
+
+def find_run(adapter: str) -> Path | None:
+    """The directory of the run that wrote an adapter (`find_adapter` gives its own); None where it is no run's."""
+    parent = Path(adapter).parent
+    return parent if Path(adapter).name == "adapter" and (parent / CONFIG_FILE).is_file() else None
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """A run's configuration as it was written. ValueError where that is damaged."""
+    path = run_dir / CONFIG_FILE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no configuration")
+    return content
 
 
 def _check_parent(run_dir: Path) -> None:

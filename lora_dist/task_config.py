@@ -1,4 +1,4 @@
-"""What `lora-dist evaluate` is told: a task, and outputs to score; standard library only."""
+"""A task, as `lora-dist evaluate` scores it; standard library only."""
 
 from dataclasses import dataclass
 
@@ -36,15 +36,3 @@ class TaskConfig:
                 f"task.positive={self.positive} is the label that F1 is of:"
                 " task.metric=accuracy_f1 needs one, the others have none"
             )
-
-
-@dataclass(kw_only=True, slots=True)
-class EvaluateConfig:
-    """`lora-dist evaluate`"""
-
-    task: TaskConfig
-    predictions: str
-    """Outputs: a line each in the references' order, or .jsonl, .tsv or .csv with a column `prediction` (or `output`,
-    in .jsonl also `text`) and, to be matched by context instead of order, `context` (or `mr`)."""
-    output: str | None = None
-    """File of the scores in JSON; null writes PREDICTIONS.scores.json."""

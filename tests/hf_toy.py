@@ -23,7 +23,8 @@ from lora_dist.config import (
 )
 from lora_dist.files.hf_checkpoint import read_model_fields
 from lora_dist.files.hf_gpt2 import compute_hf_shapes, find_hf_tensor
-from lora_dist.files.peft_gpt2 import list_bias_names
+from lora_dist.files.peft_gpt2 import list_bias_names, list_module_names
+from lora_dist.files.peft_layout import compute_factor_shapes
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.model import ShardedGpt, build_model
@@ -92,15 +93,18 @@ def build_run_config(model: ModelConfig, lora: LoraConfig | None = None, **optio
     return RunConfig(model=model, lora=lora or LoraConfig(), **parts | options)  # type: ignore[arg-type]
 
 
-def draw_adapter_values(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str) -> dict[str, torch.Tensor]:
-    """Whole fp32 factors and biases by canonical name, B not zero."""
+def draw_adapter_values(
+    specs: Sequence[AdapterSpec], model: ModelConfig, bias: str, modules: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Whole fp32 factors, biases and modules by canonical name, B not zero."""
     generator = torch.Generator().manual_seed(11)
     values = {}
-    for spec in specs:
-        values[f"{spec.name}.lora_A"] = 0.2 * torch.randn(spec.lora_rank, spec.in_features, generator=generator)
-        values[f"{spec.name}.lora_B"] = 0.2 * torch.randn(spec.out_features, spec.lora_rank, generator=generator)
+    for name, shape in compute_factor_shapes(specs, model).items():
+        is_factor = name.endswith((".lora_A", ".lora_B"))
+        drawn = torch.randn(shape, generator=generator) if is_factor else torch.rand(shape, generator=generator)
+        values[name] = 0.2 * drawn if is_factor else 0.5 + drawn
     shapes = compute_hf_shapes(model)
-    for name in list_bias_names(specs, model, bias):
+    for name in [*list_bias_names(specs, model, bias), *list_module_names(model, modules)]:
         values[name] = torch.randn(shapes[find_hf_tensor(name).name], generator=generator)
     return values
 

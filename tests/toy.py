@@ -86,12 +86,16 @@ def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topolo
     if case.method == "full":
         trainable = describe_base_parameters(gpt)
     else:
-        trainable = apply_lora(gpt, build_adapter_specs(case.lora, model), bias=case.lora.bias, seed=0)
+        specs = build_adapter_specs(case.lora, model)
+        trainable = apply_lora(gpt, specs, bias=case.lora.bias, seed=0, modules=case.lora.modules_to_save)
     for described in trainable:
         if case.dtype == torch.float64:
             described.parameter.data = described.parameter.data.double()
         if described.kind in ("lora_B", "bias"):
             fill(described, topology, std=0.1)
+        if described.kind == "magnitude":
+            fill(described, topology, std=0.03)
+            described.parameter.data += 0.2
     return gpt, trainable, topology
 
 

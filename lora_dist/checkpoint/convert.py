@@ -42,7 +42,7 @@ def import_adapter(config: ImportConfig, base_fingerprint: str) -> ImportedAdapt
     about = {"task": config.task_name, "step": 0, "metrics": {}, "source_format": config.format}
     write_adapter_directory(
         Path(config.output),
-        Adapter(specs=imported.specs, bias=imported.bias, values=values),
+        Adapter(specs=imported.specs, bias=imported.bias, values=values, modules=imported.modules),
         model,
         about | {"source_names": imported.names},
         base_fingerprint=base_fingerprint,
@@ -53,6 +53,10 @@ def import_adapter(config: ImportConfig, base_fingerprint: str) -> ImportedAdapt
 
 def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
     """Write `stored` in another tool's format, in its own dtype. ValueError for what the format cannot say."""
+    if stored.modules and format != "peft":
+        raise ValueError(f"format={format} has no place for the modules {', '.join(stored.modules)}; use format=peft")
+    if stored.specs[0].use_dora and format in _WITHOUT_DORA:
+        raise ValueError(f"format={format} has no place for DoRA's magnitudes; use format=peft")
     tensors, settings = _CONVERT[format](stored.read(), stored)
     weights_name, settings_name = _FILES[format]
     with open_new_directory(output) as temporary:
@@ -66,7 +70,7 @@ def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
 
 
 def _to_peft(adapter: Adapter, stored: StoredAdapter) -> _Files:
-    return to_peft_files(adapter.values, adapter.specs, stored.model, adapter.bias)
+    return to_peft_files(adapter.values, adapter.specs, stored.model, adapter.bias, adapter.modules)
 
 
 def _to_peft_split(adapter: Adapter, stored: StoredAdapter) -> _Files:
@@ -93,6 +97,7 @@ _CONVERT: dict[str, Callable[[Adapter, StoredAdapter], _Files]] = {
     "loralib": _to_loralib,
     "bridge": _to_bridge,
 }
+_WITHOUT_DORA = ("loralib", "bridge")
 _FILES = {
     "peft": (PEFT_WEIGHTS, PEFT_CONFIG),
     "peft_split": (PEFT_WEIGHTS, PEFT_CONFIG),

@@ -33,6 +33,9 @@ def describe_run(
     if config.method == "lora":
         identity["lora.bias"] = config.lora.bias
         identity["lora.use_rslora"] = config.lora.use_rslora
+        identity["lora.init"] = config.lora.init
+        identity["lora.use_dora"] = config.lora.use_dora
+        identity["lora.modules_to_save"] = sorted(config.lora.modules_to_save)
         identity["lora"] = {
             spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha, "dropout": spec.dropout} for spec in specs
         }

@@ -27,7 +27,7 @@ from lora_dist.files.directories import (
     write_manifest,
 )
 from lora_dist.files.safetensors_stream import open_writer, read_header, read_part
-from lora_dist.parameters import TrainableParameter
+from lora_dist.parameters import TrainableParameter, find_source
 from lora_dist.topology import Topology
 from lora_dist.whole import iterate_stage, list_whole, raise_together, read_shard, write_together
 
@@ -208,7 +208,7 @@ def _index_files(path: Path, trainable: Sequence[TrainableParameter], topology: 
 
 def _read_shard(files: Mapping[str, Path], key: str, one: TrainableParameter, topology: Topology) -> torch.Tensor:
     """This TP rank's part; a copy of the tied embedding reads what its owner wrote."""
-    name = f"{key}/{one.name if one.owned else 'embedding.word_embeddings.weight'}"
+    name = f"{key}/{find_source(one)}"
     dim = one.shard_dim
     if dim is None:
         return read_part(files[name], name)

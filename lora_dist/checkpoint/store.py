@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from lora_dist.checkpoint.identity import check_same
-from lora_dist.config import ModelConfig
+from lora_dist.config import MODULES_TO_SAVE, ModelConfig
 from lora_dist.files.directories import MANIFEST, open_new_directory, read_manifest, write_json, write_manifest
 from lora_dist.files.hf_gpt2 import QKV_TARGETS, compute_hf_shapes, find_hf_tensor
-from lora_dist.files.peft_gpt2 import list_bias_names
+from lora_dist.files.peft_gpt2 import list_bias_names, list_module_names
 from lora_dist.files.peft_layout import (
     compute_factor_shapes,
     compute_peft_shapes,
@@ -46,6 +46,8 @@ class Adapter:
     """none, lora_only or all: which biases `values` holds too."""
     values: Mapping[str, torch.Tensor]
     """Whole fp32 tensors by canonical name: `layers.3.q_proj.lora_A`."""
+    modules: Sequence[str] = ()
+    """Modules of the base (lora.modules_to_save) that `values` holds too."""
 
 
 def write_adapter_directory(
@@ -65,7 +67,7 @@ def write_adapter_directory(
     specs, bias = adapter.specs, adapter.bias
     with open_new_directory(directory) as temporary:
         hashes = _write_files(temporary, adapter, model, layout, dtype)
-        manifest = describe_adapter(specs, bias, base_fingerprint) | dict(about)
+        manifest = describe_adapter(specs, bias, base_fingerprint, adapter.modules) | dict(about)
         manifest |= {"base": model.name, "created": datetime.now(UTC).isoformat(timespec="seconds")}
         manifest |= {"dtype": DTYPE_NAMES[dtype], "versions": describe_versions()}
         manifest |= {"scaling_folded_into_peft_lora_B": find_folded_scalings(specs, model)}
@@ -78,7 +80,7 @@ def _write_files(
     """The tensors, and PEFT's configuration beside PEFT's tensors; their hashes by file name."""
     specs, bias, hashes = adapter.specs, adapter.bias, {}
     if layout == "peft":
-        tensors, about = to_peft_files(adapter.values, specs, model, bias)
+        tensors, about = to_peft_files(adapter.values, specs, model, bias, adapter.modules)
         hashes[PEFT_WEIGHTS] = write_tensors(directory / PEFT_WEIGHTS, tensors, dtype)
         hashes[PEFT_CONFIG] = write_json(directory / PEFT_CONFIG, about)
     if layout == "compact" or find_folded_scalings(specs, model):
@@ -95,12 +97,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.
         return writer.close()
 
 
-def describe_adapter(specs: Sequence[AdapterSpec], bias: str, base_fingerprint: str) -> dict[str, Any]:
+def describe_adapter(
+    specs: Sequence[AdapterSpec], bias: str, base_fingerprint: str, modules: Sequence[str] = ()
+) -> dict[str, Any]:
     """What must agree between the adapter in a file and the one in the model, by the names used in errors."""
     return {
         "base_fingerprint": base_fingerprint,
         "bias": bias,
         "use_rslora": specs[0].rank_stabilized,
+        "use_dora": specs[0].use_dora,
+        "modules_to_save": sorted(modules),
         "shared_lora_A": sorted({spec.layer for spec in specs if spec.shares_a}),
         "adapters": {spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha} for spec in specs},
     }
@@ -123,6 +129,7 @@ class StoredAdapter:
     manifest: dict[str, Any]
     specs: list[AdapterSpec]
     bias: str
+    modules: list[str]
     model: ModelConfig
     dtype: torch.dtype
     """Of the file's tensors."""
@@ -132,6 +139,12 @@ class StoredAdapter:
         """Target -> name template of its linear in the tool that it was imported from."""
         return dict(self.manifest.get("source_names", {}))
 
+    @property
+    def needs_merge(self) -> bool:
+        """True where it changes what all rows of a batch share: biases or modules that are trained, rows that DoRA
+        scales."""
+        return self.bias != "none" or bool(self.modules) or self.specs[0].use_dora
+
     def read(self) -> Adapter:
         """ValueError where a value is not finite."""
         path, has_factors = _find_weights(self.directory, self.manifest)
@@ -139,8 +152,10 @@ class StoredAdapter:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{path}: {name} holds values that are not finite; name another adapter")
-        values = tensors if has_factors else from_peft_tensors(tensors, self.specs, self.model, self.bias)
-        return Adapter(specs=self.specs, bias=self.bias, values=values)
+        values = tensors
+        if not has_factors:
+            values = from_peft_tensors(tensors, self.specs, self.model, self.bias, self.modules)
+        return Adapter(specs=self.specs, bias=self.bias, values=values, modules=self.modules)
 
 
 def open_adapter(directory: Path, *, model: ModelConfig, base_fingerprint: str) -> StoredAdapter:
@@ -155,9 +170,15 @@ def open_adapter(directory: Path, *, model: ModelConfig, base_fingerprint: str) 
     bias = manifest.get("bias")
     if bias not in ("none", "lora_only", "all"):
         raise ValueError(f"{directory / MANIFEST}: bias is {bias!r}, not one of none, lora_only, all")
+    modules = manifest.get("modules_to_save", [])
+    if not set(modules) <= set(MODULES_TO_SAVE):
+        raise ValueError(f"{directory / MANIFEST}: modules_to_save is {modules!r}, not of {', '.join(MODULES_TO_SAVE)}")
     path, has_factors = _find_weights(directory, manifest)
-    dtype = _check_tensors(path, (_compute_factor_shapes if has_factors else compute_peft_shapes)(specs, model, bias))
-    return StoredAdapter(directory=directory, manifest=manifest, specs=specs, bias=bias, model=model, dtype=dtype)
+    compute_shapes = _compute_factor_shapes if has_factors else compute_peft_shapes
+    dtype = _check_tensors(path, compute_shapes(specs, model, bias, modules))
+    return StoredAdapter(
+        directory=directory, manifest=manifest, specs=specs, bias=bias, modules=modules, model=model, dtype=dtype
+    )
 
 
 def parse_specs(directory: Path, manifest: Mapping[str, Any], model: ModelConfig) -> list[AdapterSpec]:
@@ -183,6 +204,7 @@ def parse_specs(directory: Path, manifest: Mapping[str, Any], model: ModelConfig
                 in_features=in_features,
                 out_features=out_features,
                 rank_stabilized=bool(manifest.get("use_rslora")),
+                use_dora=bool(manifest.get("use_dora")),
                 shares_a=found[2] in QKV_TARGETS and int(found[1]) in manifest.get("shared_lora_A", ()),
             )
         )
@@ -198,10 +220,12 @@ def _find_weights(directory: Path, manifest: Mapping[str, Any]) -> tuple[Path, b
     return directory / name, has_factors
 
 
-def _compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str) -> dict[str, tuple[int, ...]]:
+def _compute_factor_shapes(
+    specs: Sequence[AdapterSpec], model: ModelConfig, bias: str, modules: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
     hf_shapes = compute_hf_shapes(model)
-    biases = {name: hf_shapes[find_hf_tensor(name).name] for name in list_bias_names(specs, model, bias)}
-    return compute_factor_shapes(specs) | biases
+    names = [*list_bias_names(specs, model, bias), *list_module_names(model, modules)]
+    return compute_factor_shapes(specs, model) | {name: hf_shapes[find_hf_tensor(name).name] for name in names}
 
 
 def _check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> torch.dtype:

@@ -45,7 +45,7 @@ def run_adapter_verb(verb: str, overrides: Sequence[str]) -> int:
     is_first = given_world_size is None or os.environ["RANK"] == "0"
     if is_first:
         module.check(config)
-        if isinstance(config, BaseConfig):
+        if isinstance(config, BaseConfig) and config.reads_base:
             check_checkpoint(config.model)
     if not isinstance(config, LiveConfig):
         if is_first:

@@ -18,8 +18,8 @@ from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups, list_keys
 from lora_dist.config import ModelConfig, RunConfig
 
 _Config = TypeVar("_Config")
-_DEFAULT_OPTIONS = {"model": "demo", "topology": "single", "task": "???"}
-"""Of the verbs that have no file in conf/; ??? has to be given."""
+_DEFAULT_OPTIONS = {"model": "demo", "topology": "single", "generate": "greedy", "task": "???"}
+"""Of the verbs that have no file in conf/; ??? has to be given. A task may choose how to generate, so it comes last."""
 
 
 def compose_config(overrides: Sequence[str], conf_dir: Path = CONF_DIR, *, on_paper: bool = False) -> RunConfig:

@@ -10,7 +10,7 @@ CONFIG = GenerateConfig
 
 
 def check(config: GenerateConfig) -> None:
-    """ValueError where an adapter, the contexts or the tokenizer is missing, or the output exists already."""
+    """ValueError where an adapter, the contexts or the tokenizer is missing, or the output is a directory."""
     for directory in config.directories:
         check_adapter("adapters" if config.adapters else "adapter", find_adapter(directory))
     if config.model.tokenizer is None and config.model.checkpoint is None:
@@ -20,8 +20,8 @@ def check(config: GenerateConfig) -> None:
     options = config.generate
     if options.input is not None and not Path(options.input).is_file():
         raise ValueError(f"generate.input={options.input} is no file; give a file of contexts")
-    if options.output is not None and Path(options.output).exists():
-        raise ValueError(f"generate.output={options.output} exists already; give a new file")
+    if options.output is not None and Path(options.output).is_dir():
+        raise ValueError(f"generate.output={options.output} is a directory; give a new file")
 
 
 def run(config: GenerateConfig) -> None:

@@ -34,6 +34,8 @@ class ImportedAdapter:
     bias: str
     values: dict[str, torch.Tensor]
     """Whole tensors by canonical name, in the file's dtype."""
+    modules: list[str] = field(default_factory=list)
+    """Modules of the base (lora.modules_to_save) that `values` holds too."""
     names: dict[str, str] = field(default_factory=dict)
     """Target -> name template of its linear in the source."""
 
@@ -56,6 +58,8 @@ class Factors:
     a_RH: torch.Tensor
     b_OR: torch.Tensor
     alpha: float
+    magnitude_O: torch.Tensor | None = None
+    """DoRA's lengths of the output rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +70,7 @@ class _Projection:
     a_RH: torch.Tensor
     b_OR: torch.Tensor
     shares_a: bool = False
+    magnitude_O: torch.Tensor | None = None
 
 
 def drop_keys(tensors: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -119,6 +124,9 @@ def _build_adapters(
                 f"{path}: {one.key}: A and B are {actual}; {model.name} needs {expected}"
                 f" in layers 0 to {model.num_layers - 1}"
             )
+        if one.magnitude_O is not None and tuple(one.magnitude_O.shape) != expected[1][:1]:
+            found_shape = tuple(one.magnitude_O.shape)
+            raise ValueError(f"{path}: {one.key}: its magnitudes are {found_shape}; the model needs {expected[1][:1]}")
         for split in _split(one):
             spec = AdapterSpec(
                 layer=one.module.layer,
@@ -129,32 +137,40 @@ def _build_adapters(
                 out_features=out_features,
                 rank_stabilized=rank_stabilized,
                 shares_a=split.shares_a,
+                use_dora=split.magnitude_O is not None,
             )
-            found.append((spec, split.a_RH, split.b_OR))
+            found.append((spec, split))
     return _collect(path, found)
 
 
 def _collect(
-    path: Path, found: list[tuple[AdapterSpec, torch.Tensor, torch.Tensor]]
+    path: Path, found: list[tuple[AdapterSpec, _Projection]]
 ) -> tuple[list[AdapterSpec], dict[str, torch.Tensor]]:
     found.sort(key=lambda one: (one[0].layer, CANONICAL_TARGETS.index(one[0].target)))
     values = {}
-    for spec, a_RH, b_OR in found:
+    for spec, part in found:
         if f"{spec.name}.lora_A" in values:
             raise ValueError(f"{path} holds two adapters of {spec.name}")
-        values[f"{spec.name}.lora_A"], values[f"{spec.name}.lora_B"] = a_RH.contiguous(), b_OR.contiguous()
-    return [spec for spec, _, _ in found], values
+        values[f"{spec.name}.lora_A"], values[f"{spec.name}.lora_B"] = part.a_RH.contiguous(), part.b_OR.contiguous()
+        if part.magnitude_O is not None:
+            values[f"{spec.name}.magnitude"] = part.magnitude_O.contiguous()
+    return [spec for spec, _ in found], values
 
 
 def _split(one: Factors) -> list[_Projection]:
-    """q, k and v of a fused pair: each its own columns where B is made of blocks, else all of them with the same A."""
+    """q, k and v of a fused pair: each its own columns where B is made of blocks, else all of them with the same A.
+
+    With DoRA always all of them, as each has lengths of its own whether B writes its rows or not.
+    """
     if len(one.module.targets) == 1:
-        return [_Projection(target=one.module.targets[0], a_RH=one.a_RH, b_OR=one.b_OR)]
+        return [_Projection(target=one.module.targets[0], a_RH=one.a_RH, b_OR=one.b_OR, magnitude_O=one.magnitude_O)]
     blocks = dict(zip(QKV_TARGETS, one.b_OR.chunk(3), strict=True))
+    lengths = [None] * 3 if one.magnitude_O is None else one.magnitude_O.chunk(3)
     owners = _find_block_owners(list(blocks.values()))
-    if owners is None:
+    if owners is None or one.magnitude_O is not None:
         return [
-            _Projection(target=target, a_RH=one.a_RH, b_OR=block, shares_a=True) for target, block in blocks.items()
+            _Projection(target=target, a_RH=one.a_RH, b_OR=block, shares_a=True, magnitude_O=length)
+            for (target, block), length in zip(blocks.items(), lengths, strict=True)
         ]
     projections = []
     for index, (target, block) in enumerate(blocks.items()):

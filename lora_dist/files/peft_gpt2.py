@@ -25,9 +25,11 @@ from lora_dist.files.hf_gpt2 import (
     from_hf_layout,
     to_hf_layout,
 )
+from lora_dist.lora.saved_modules import is_saved
 from lora_dist.lora.spec import AdapterSpec
 
 _KEY_PREFIX = f"base_model.model.{PREFIX}"
+_HEAD_KEY = "base_model.model.lm_head.weight"
 _MODULE_OF_TARGET = {
     **dict.fromkeys(QKV_TARGETS, "attn.c_attn"),
     "o_proj": "attn.c_proj",
@@ -70,6 +72,17 @@ class PeftModule:
     def key(self, factor: str) -> str:
         return f"{_KEY_PREFIX}{self.name}.{factor}.weight"
 
+    @property
+    def magnitude_key(self) -> str:
+        return f"{_KEY_PREFIX}{self.name}.lora_magnitude_vector"
+
+    @property
+    def magnitude_names(self) -> list[str]:
+        """Canonical names of the lengths of all its rows, q's, k's and v's whether they are adapted or not; DoRA's."""
+        first = self.specs[0]
+        targets = QKV_TARGETS if self.is_qkv else (first.target,)
+        return [f"layers.{first.layer}.{target}.magnitude" for target in targets] if first.use_dora else []
+
     def compute_folded_ratios(self) -> dict[str, float]:
         """What each adapter's B is multiplied by, since PEFT has one scaling a module; those that differ from 1."""
         first = self.specs[0].scaling
@@ -93,14 +106,33 @@ def list_bias_names(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str)
     return [find_canonical_name(name) for name in names]
 
 
-def compute_peft_shapes(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str) -> dict[str, tuple[int, ...]]:
+def list_module_names(model: ModelConfig, modules: Sequence[str]) -> list[str]:
+    """Canonical names of the parameters of lora.modules_to_save, of the whole model."""
+    names = [find_canonical_name(name) for name in compute_hf_shapes(model)]
+    return [name for name in names if is_saved(name, modules)]
+
+
+def find_module_keys(model: ModelConfig, modules: Sequence[str]) -> dict[str, str]:
+    """Key -> canonical name. PEFT would leave the output layer at the base's embedding, so it gets its own copy."""
+    keys = {f"{_KEY_PREFIX}{find_hf_tensor(name).name}": name for name in list_module_names(model, modules)}
+    if (embedding := f"{_KEY_PREFIX}wte.weight") in keys:
+        keys[_HEAD_KEY] = keys[embedding]
+    return keys
+
+
+def compute_peft_shapes(
+    specs: Sequence[AdapterSpec], model: ModelConfig, bias: str, modules: Sequence[str] = ()
+) -> dict[str, tuple[int, ...]]:
     """Every key of adapter_model.safetensors and its shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for module in group_specs(specs):
         shapes[module.key("lora_A")] = (module.lora_rank, module.specs[0].in_features)
         shapes[module.key("lora_B")] = (module.out_features, module.lora_rank)
-    hf_shapes, keys = compute_hf_shapes(model), _find_bias_keys(specs, model, bias)
-    return shapes | {key: hf_shapes[find_hf_tensor(name).name] for name, key in keys.items()}
+        if module.magnitude_names:
+            shapes[module.magnitude_key] = (module.out_features,)
+    keys = {key: name for name, key in _find_bias_keys(specs, model, bias).items()} | find_module_keys(model, modules)
+    hf_shapes = compute_hf_shapes(model)
+    return shapes | {key: hf_shapes[find_hf_tensor(name).name] for key, name in keys.items()}
 
 
 def _find_bias_keys(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str) -> dict[str, str]:
@@ -114,7 +146,11 @@ def _find_bias_keys(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str)
 
 
 def to_peft_tensors(
-    values: Mapping[str, torch.Tensor], specs: Sequence[AdapterSpec], model: ModelConfig, bias: str
+    values: Mapping[str, torch.Tensor],
+    specs: Sequence[AdapterSpec],
+    model: ModelConfig,
+    bias: str,
+    modules: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Whole values by canonical name -> adapter_model.safetensors."""
     tensors = {}
@@ -125,13 +161,20 @@ def to_peft_tensors(
         for spec, block in _iterate_blocks(module, b_OR):
             block.copy_(values[f"{spec.name}.lora_B"] * ratios.get(spec.name, 1.0))
         tensors[module.key("lora_B")] = b_OR
+        if names := module.magnitude_names:
+            tensors[module.magnitude_key] = torch.cat([values[name] for name in names])
     for name, key in _find_bias_keys(specs, model, bias).items():
         tensors[key] = to_hf_layout(values[name], find_hf_tensor(name), model.num_heads)
+    tensors |= {key: values[name] for key, name in find_module_keys(model, modules).items()}
     return {key: tensors[key] for key in sorted(tensors)}  # the order in which PEFT writes them
 
 
 def from_peft_tensors(
-    tensors: Mapping[str, torch.Tensor], specs: Sequence[AdapterSpec], model: ModelConfig, bias: str
+    tensors: Mapping[str, torch.Tensor],
+    specs: Sequence[AdapterSpec],
+    model: ModelConfig,
+    bias: str,
+    modules: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The inverse of `to_peft_tensors` where no scaling was folded into B; exact."""
     values = {}
@@ -143,9 +186,11 @@ def from_peft_tensors(
         values.update({f"{spec.name}.lora_A": a for spec, a in zip(module.specs, a_parts, strict=True)})
         for spec, block in _iterate_blocks(module, tensors[module.key("lora_B")]):
             values[f"{spec.name}.lora_B"] = block
+        if names := module.magnitude_names:
+            values.update(zip(names, tensors[module.magnitude_key].chunk(len(names)), strict=True))
     for name, key in _find_bias_keys(specs, model, bias).items():
         values[name] = from_hf_layout(tensors[key], find_hf_tensor(name), model.num_heads)
-    return values
+    return values | {name: tensors[key] for key, name in find_module_keys(model, modules).items()}
 
 
 def _iterate_blocks(module: PeftModule, b_OR: torch.Tensor) -> list[tuple[AdapterSpec, torch.Tensor]]:
@@ -158,10 +203,15 @@ def _iterate_blocks(module: PeftModule, b_OR: torch.Tensor) -> list[tuple[Adapte
     return blocks
 
 
-def build_adapter_config(specs: Sequence[AdapterSpec], *, bias: str, base_name: str | None) -> dict[str, Any]:
+def build_adapter_config(
+    specs: Sequence[AdapterSpec], *, bias: str, base_name: str | None, modules: Sequence[str] = ()
+) -> dict[str, Any]:
     """adapter_config.json of the fused form."""
-    modules = {f"{PREFIX}{module.name}": (module.lora_rank, module.alpha) for module in group_specs(specs)}
-    return describe_peft_config(modules, specs[0], bias=bias, base_name=base_name, fan_in_fan_out=True)
+    adapted = {f"{PREFIX}{module.name}": (module.lora_rank, module.alpha) for module in group_specs(specs)}
+    config = describe_peft_config(adapted, specs[0], bias=bias, base_name=base_name, fan_in_fan_out=True)
+    if modules:
+        config["modules_to_save"] = [*modules, *(["lm_head"] if "wte" in modules else [])]
+    return config
 
 
 def describe_peft_config(
@@ -185,6 +235,7 @@ def describe_peft_config(
         "lora_dropout": first.dropout,
         "use_rslora": first.rank_stabilized,
         "bias": bias,
+        **({"use_dora": True} if first.use_dora else {}),
         "target_modules": list(modules),
         "rank_pattern": {name: r for name, (r, _) in modules.items() if r != lora_rank},
         "alpha_pattern": {name: a for name, (_, a) in modules.items() if a != alpha},

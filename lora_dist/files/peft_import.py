@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from safetensors.torch import load_file
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import read_json
 from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, build_imported, drop_keys
+from lora_dist.files.peft_modules import check_modules, take_modules
 from lora_dist.files.safetensors_stream import read_header
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _UNSUPPORTED = (
-    *("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "use_qalora"),
+    *("lora_bias", "layer_replication", "trainable_token_indices", "use_qalora"),
     *("target_parameters", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config"),
 )
 """Settings that change what the factors mean: refused unless empty or false."""
 _CHANGES_BASE = re.compile(r"pissa|olora|loftq|corda|lora_ga")
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)(?:\.default)?\.weight")
+_MAGNITUDE = re.compile(r"base_model\.model\.(.+)\.(lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
 _BIAS = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.bias")
 
 
@@ -31,9 +34,12 @@ def import_peft(directory: Path, model: ModelConfig, drop: Sequence[str] = ()) -
     path = directory / _WEIGHTS
     read_header(path)
     tensors = drop_keys(load_file(path), drop)
+    modules = check_modules(path, config.get("modules_to_save") or [], config.get("bias", "none"))
+    values = take_modules(path, tensors, model, modules)
     factors, bias_tensors = _sort_keys(path, tensors, config)
     rank_stabilized, bias = bool(config.get("use_rslora")), config.get("bias", "none")
-    return build_imported(path, factors, bias_tensors, model, rank_stabilized=rank_stabilized, bias=bias)
+    imported = build_imported(path, factors, bias_tensors, model, rank_stabilized=rank_stabilized, bias=bias)
+    return replace(imported, values=imported.values | values, modules=modules)
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -59,7 +65,7 @@ def _sort_keys(
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     biases: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        if found := _FACTOR.fullmatch(key):
+        if found := _FACTOR.fullmatch(key) or _MAGNITUDE.fullmatch(key):
             pairs.setdefault(found[1], {})[found[2]] = tensor
         elif found := _BIAS.fullmatch(key):
             biases[found[1]] = tensor
@@ -70,15 +76,19 @@ def _sort_keys(
 
 def _pair(path: Path, name: str, pair: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Factors:
     key = f"base_model.model.{name}"
-    if len(pair) < 2:
-        missing = "lora_B" if "lora_A" in pair else "lora_A"
-        raise ValueError(f"{path}: {key}.{missing}.weight is missing")
+    wanted = {"lora_A", "lora_B", *(["lora_magnitude_vector"] if config.get("use_dora") else [])}
+    if missing := sorted(wanted - pair.keys()):
+        suffix = "" if missing[0] == "lora_magnitude_vector" else ".weight"
+        raise ValueError(f"{path}: {key}.{missing[0]}{suffix} is missing")
+    if extra := sorted(pair.keys() - wanted):
+        raise ValueError(f"{path}: {key}.{extra[0]} is there, but {_CONFIG} says use_dora={config.get('use_dora')}")
     lora_rank = _find_setting(config, name, "rank_pattern", "r")
     if pair["lora_A"].shape[0] != lora_rank:
         found = tuple(pair["lora_A"].shape)
         raise ValueError(f"{path}: {key}.lora_A.weight has shape {found}, {_CONFIG} says rank {lora_rank}")
     alpha = _find_setting(config, name, "alpha_pattern", "lora_alpha")
-    return build_factors(path, name, f"{key}.lora_A.weight", pair["lora_A"], pair["lora_B"], alpha)
+    factors = build_factors(path, name, f"{key}.lora_A.weight", pair["lora_A"], pair["lora_B"], alpha)
+    return replace(factors, magnitude_O=pair.get("lora_magnitude_vector"))
 
 
 def _find_setting(config: Mapping[str, Any], name: str, pattern_key: str, key: str) -> Any:

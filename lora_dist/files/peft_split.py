@@ -32,12 +32,14 @@ def to_peft_split(
 
 
 def compute_split_keys(specs: Sequence[AdapterSpec], names: Mapping[str, str]) -> dict[str, str]:
-    """Canonical name of each factor -> key of adapter_model.safetensors."""
-    return {
-        f"{spec.name}.{kind}": f"base_model.model.{_find_module(spec, names)}.{kind}.weight"
-        for spec in specs
-        for kind in ("lora_A", "lora_B")
-    }
+    """Canonical name of each factor, and of DoRA's row lengths -> key of adapter_model.safetensors."""
+    keys: dict[str, str] = {}
+    for spec in specs:
+        module = f"base_model.model.{_find_module(spec, names)}"
+        keys |= {f"{spec.name}.{kind}": f"{module}.{kind}.weight" for kind in ("lora_A", "lora_B")}
+        if spec.use_dora:
+            keys[f"{spec.name}.magnitude"] = f"{module}.lora_magnitude_vector"
+    return keys
 
 
 def _find_module(spec: AdapterSpec, names: Mapping[str, str]) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from lora_dist.lora.dora import compute_row_norms, compute_row_squares, dora_linear, sum_row_squares
 from lora_dist.lora.dropout import DropoutClock, DropoutMask
 from lora_dist.lora.factors import draw_lora_A, slice_shard
 from lora_dist.lora.function import ShardCommunication, lora_linear
@@ -24,6 +26,8 @@ class ShardPlace:
     tp_size: int
     tp_rank: int
     sequence_parallel: bool = False
+    row_group: dist.ProcessGroup | None = None
+    """Over which an output row is split: the TP group where the input features are; None where rows are whole."""
 
     @property
     def a_shard_dim(self) -> int | None:
@@ -37,7 +41,8 @@ class ShardPlace:
 class LoraShard(nn.Module):
     """One adapter, or several over disjoint output rows (q, k, v of a fused projection), beside a frozen linear.
 
-    Parameters are fp32 and named `{target}_lora_A`, `{target}_lora_B`; they are cast to the input's dtype on use.
+    Parameters are fp32 and named `{target}_lora_A`, `{target}_lora_B` and, with DoRA, `{target}_lora_magnitude`; they
+    are cast to the input's dtype on use.
     """
 
     def __init__(
@@ -62,6 +67,10 @@ class LoraShard(nn.Module):
             self.register_parameter(f"{spec.target}_lora_A", nn.Parameter(a.to(device)))
             b = torch.zeros(out_features, spec.lora_rank, device=device)
             self.register_parameter(f"{spec.target}_lora_B", nn.Parameter(b))
+            if spec.use_dora:
+                length = nn.Parameter(torch.ones(out_features, device=device))
+                self.register_parameter(f"{spec.target}_lora_magnitude", length)
+        self._base_squares_O: torch.Tensor | None = None
         stacked_rows = None if rows is None else torch.cat([rows[spec.target] for spec in specs]).to(device)
         self.stacked_rows: torch.Tensor | None
         self.register_buffer("stacked_rows", stacked_rows, persistent=False)
@@ -69,6 +78,29 @@ class LoraShard(nn.Module):
     def factors(self, spec: AdapterSpec) -> tuple[nn.Parameter, nn.Parameter]:
         """This shard's A and B of one adapter."""
         return self.get_parameter(f"{spec.target}_lora_A"), self.get_parameter(f"{spec.target}_lora_B")
+
+    @property
+    def use_dora(self) -> bool:
+        return self.specs[0].use_dora
+
+    def magnitude(self, spec: AdapterSpec) -> nn.Parameter:
+        """This shard's lengths of one adapter's output rows."""
+        return self.get_parameter(f"{spec.target}_lora_magnitude")
+
+    @torch.no_grad()
+    def start_magnitudes(self, weight_OH: torch.Tensor) -> None:
+        """Set the lengths to those of the base's rows, which B = 0 leaves as they are. Collective over TP where rows
+        are split.
+        """
+        self._base_squares_O = compute_row_squares(weight_OH)
+        lengths_O = self.compute_base_lengths()
+        for spec, rows in self.list_rows():
+            self.magnitude(spec).copy_(lengths_O if rows is None else lengths_O[rows])
+
+    def compute_base_lengths(self) -> torch.Tensor:
+        """[O]; of the base's rows, those that no adapter writes included."""
+        assert self._base_squares_O is not None, "start_magnitudes has not been called"
+        return sum_row_squares(self._base_squares_O, self.place.row_group).sqrt()
 
     def forward(
         self,
@@ -79,6 +111,9 @@ class LoraShard(nn.Module):
     ) -> torch.Tensor:
         a_RH, b_OR = self.stack_factors(x_SBH.dtype)
         mask = self._build_mask(x_SBH)
+        if self.use_dora:
+            gain_O = self._compute_gain(weight_OH)
+            return dora_linear(x_SBH, weight_OH, bias_O, a_RH, b_OR, gain_O, mask=mask, communication=communication)
         return lora_linear(x_SBH, weight_OH, bias_O, a_RH, b_OR, mask=mask, communication=communication)
 
     def stack_factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,16 +143,37 @@ class LoraShard(nn.Module):
             feature_offset=0 if place.column_parallel else place.tp_rank * x_SBH.shape[2],
         )
 
-    def split_blocks(self) -> list[tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
-        """Target, its local output rows (None: all), A, and B scaled, of each adapter."""
-        blocks: list[tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
-        start = 0
-        for spec in self.specs:
-            a, b = self.factors(spec)
-            rows = None if self.stacked_rows is None else self.stacked_rows[start : start + b.shape[0]]
-            blocks.append((spec.target, rows, a, b * spec.scaling))
-            start += b.shape[0]
-        return blocks
+    def _compute_gain(self, weight_OH: torch.Tensor) -> torch.Tensor:
+        """[O]; 1 on the rows of no adapter. The norm is a constant to autograd."""
+        assert self._base_squares_O is not None, "start_magnitudes has not been called"
+        squares_O = self._base_squares_O
+        a_RH, b_OR = self.stack_factors(squares_O.dtype)
+        norms_O = compute_row_norms(squares_O, weight_OH, a_RH, b_OR, self.place.row_group)
+        lengths = torch.cat([self.magnitude(spec) for spec in self.specs])
+        if self.stacked_rows is None:
+            return lengths / norms_O
+        gains = lengths / norms_O[self.stacked_rows]
+        return gains.new_ones(self.local_out_features).index_copy(0, self.stacked_rows, gains)
+
+    def list_rows(self) -> list[tuple[AdapterSpec, torch.Tensor | None]]:
+        """Each adapter with its local output rows, None where it writes all."""
+        if self.stacked_rows is None:
+            return [(self.specs[0], None)]
+        sizes = [self.factors(spec)[1].shape[0] for spec in self.specs]
+        return list(zip(self.specs, self.stacked_rows.split(sizes), strict=True))
+
+    @torch.no_grad()
+    def compute_merged(self, spec: AdapterSpec, base_OH: torch.Tensor) -> torch.Tensor:
+        """The base's rows of one adapter with it in them, in fp32, or fp64 where W is: the caller rounds it once.
+
+        Communicates nothing, except with DoRA where rows are split over TP.
+        """
+        (a, b), dtype = self.factors(spec), torch.promote_types(base_OH.dtype, torch.float32)
+        merged_OH = torch.addmm(base_OH.to(dtype), (b * spec.scaling).to(dtype), a.to(dtype))
+        if spec.use_dora:
+            norms_O = sum_row_squares(compute_row_squares(merged_OH), self.place.row_group).sqrt()
+            merged_OH *= (self.magnitude(spec).to(dtype) / norms_O)[:, None]
+        return merged_OH
 
     def compute_update(self) -> torch.Tensor:
         """(alpha / lora_rank) B A of this shard, fp32 [O, H]: exact without any gather at every tp_size."""

@@ -30,15 +30,16 @@ class WeightMerge:
     @torch.no_grad()
     def merge(self, shard: LoraShard | None) -> None:
         """Base plus `shard`, whatever was merged before; None leaves the base alone, bit for bit."""
-        blocks = [] if shard is None else shard.split_blocks()
-        targets = {target for target, *_ in blocks}
+        blocks = [] if shard is None else shard.list_rows()
+        targets = {spec.target for spec, _ in blocks}
         for target in [target for target in self._kept if target not in targets]:
             self._write(*self._kept.pop(target))
-        for target, rows, a_RH, b_OR in blocks:
-            base_OH = self._kept[target][1] if target in self._kept else self._read(rows)
+        for spec, rows in blocks:
+            assert shard is not None
+            base_OH = self._kept[spec.target][1] if spec.target in self._kept else self._read(rows)
             if self.keep_base:
-                self._kept[target] = (rows, base_OH)
-            self._write(rows, compute_merged(base_OH, a_RH, b_OR))
+                self._kept[spec.target] = (rows, base_OH)
+            self._write(rows, shard.compute_merged(spec, base_OH))
 
     def _read(self, rows: torch.Tensor | None) -> torch.Tensor:
         return self.weight_OH.clone() if rows is None else self.weight_OH.index_select(0, rows)
@@ -48,9 +49,3 @@ class WeightMerge:
             self.weight_OH.copy_(value_OH)
         else:
             self.weight_OH.index_copy_(0, rows, value_OH.to(self.weight_OH.dtype))
-
-
-def compute_merged(base_OH: torch.Tensor, a_RH: torch.Tensor, b_OR: torch.Tensor) -> torch.Tensor:
-    """W + B A (B scaled already) in fp32, or fp64 where W is: the caller rounds it once."""
-    dtype = torch.promote_types(base_OH.dtype, torch.float32)
-    return torch.addmm(base_OH.to(dtype), b_OR.to(dtype), a_RH.to(dtype))

@@ -24,6 +24,9 @@ class AdapterSpec:
     shares_a: bool = False
     """Its A is also that of the other projections fused with it: one adapter on a whole c_attn, from elsewhere."""
 
+    use_dora: bool = False
+    """Each output row has a trained length besides (arXiv:2402.09353)."""
+
     @property
     def name(self) -> str:
         return f"layers.{self.layer}.{self.target}"
@@ -35,4 +38,5 @@ class AdapterSpec:
 
     @property
     def num_parameters(self) -> int:
-        return self.lora_rank * (self.in_features + self.out_features)
+        factors = self.lora_rank * (self.in_features + self.out_features)
+        return factors + (self.out_features if self.use_dora else 0)

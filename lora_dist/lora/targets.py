@@ -54,7 +54,7 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
         raise ValueError(f"lora.layers={lora.layers} leaves none of lora.target_modules={lora.target_modules}")
     lora_ranks = _resolve_pattern("lora.rank_pattern", lora.rank_pattern, adapted)
     alphas = _resolve_pattern("lora.alpha_pattern", lora.alpha_pattern, adapted)
-    return [
+    specs = [
         AdapterSpec(
             layer=layer,
             target=target,
@@ -64,9 +64,23 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
             out_features=shapes[target][1],
             dropout=lora.dropout,
             rank_stabilized=lora.use_rslora,
+            use_dora=lora.use_dora,
         )
         for layer, target in adapted
     ]
+    if lora.init == "pissa":
+        _check_has_principal_parts(specs)
+    return specs
+
+
+def _check_has_principal_parts(specs: Iterable[AdapterSpec]) -> None:
+    for spec in specs:
+        most = min(spec.in_features, spec.out_features)
+        if spec.lora_rank > most:
+            raise ValueError(
+                f"lora.init=pissa: {spec.name} is {spec.out_features} x {spec.in_features}, so it has no rank"
+                f" {spec.lora_rank} to start with; use at most {most}"
+            )
 
 
 def find_targets(name: str) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_dist.lora.layer import LoraShard, ShardPlace, compute_gate_up_rows, compute_qkv_rows
+from lora_dist.lora.saved_modules import is_saved
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.base_parameters import canonical_name, describe_base_parameters
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
 from lora_dist.mcore.model import ShardedGpt
-from lora_dist.parameters import TrainableParameter
+from lora_dist.parameters import TrainableParameter, find_source
 
 _LINEAR_OF_TARGET = {
     "q_proj": "self_attention.linear_qkv",
@@ -26,10 +27,13 @@ _LINEAR_OF_TARGET = {
 _NORM_BEFORE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 
 
-def apply_lora(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed: int) -> list[TrainableParameter]:
+def apply_lora(
+    gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed: int, modules: Sequence[str] = ()
+) -> list[TrainableParameter]:
     """Freeze the base, put this stage's adapters into its linears, and list what trains here.
 
-    `bias` none, lora_only (biases of adapted linears) or all. Another stage's specs are that stage's business.
+    `bias` none, lora_only (biases of adapted linears) or all; `modules` of lora.modules_to_save train whole. Another
+    stage's specs are that stage's business.
     """
     gpt.requires_grad_(False)
     trainable: list[TrainableParameter] = []
@@ -41,7 +45,7 @@ def apply_lora(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed
             gpt.get_submodule(f"{layer_name}.{norm}").keeps_output = True
         trainable += describe_factors(shard)
         adapted_linears.add(canonical_name(gpt, local_name))
-    return trainable + _enable_biases(gpt, bias, adapted_linears)
+    return trainable + _enable_base(gpt, bias, modules, adapted_linears)
 
 
 def build_shards(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, seed: int) -> dict[str, LoraShard]:
@@ -82,8 +86,9 @@ def _build_shard(
         tp_size=topology.tp_size,
         tp_rank=topology.tp_rank,
         sequence_parallel=column_parallel and topology.sequence_parallel,
+        row_group=None if column_parallel or topology.tp_size == 1 else topology.tp_group,
     )
-    return LoraShard(
+    shard = LoraShard(
         specs,
         place,
         seed=seed,
@@ -92,6 +97,9 @@ def _build_shard(
         rows=compute_local_rows(gpt, find_linear(specs[0].target)),
         device=topology.device,
     )
+    if shard.use_dora:
+        shard.start_magnitudes(linear.weight)
+    return shard
 
 
 def find_linear(target: str) -> str:
@@ -111,34 +119,66 @@ def compute_local_rows(gpt: ShardedGpt, linear_name: str) -> dict[str, torch.Ten
 
 
 def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
-    """A of a column linear and B of a row linear are replicated, their gradients one TP rank's summand each."""
-    place, split = shard.place, shard.place.tp_size > 1
-    described = []
+    """A of a column linear and B of a row linear are replicated, their gradients one TP rank's summand each.
+
+    So is a row linear's magnitude: each rank has its own partial output.
+    """
+    place, described = shard.place, []
     for spec in shard.specs:
         a, b = shard.factors(spec)
-        shapes = {"lora_A": (spec.lora_rank, spec.in_features), "lora_B": (spec.out_features, spec.lora_rank)}
-        dims = {"lora_A": place.a_shard_dim, "lora_B": place.b_shard_dim}
-        for kind, parameter in (("lora_A", a), ("lora_B", b)):
+        parts = [
+            ("lora_A", a, (spec.lora_rank, spec.in_features), place.a_shard_dim),
+            ("lora_B", b, (spec.out_features, spec.lora_rank), place.b_shard_dim),
+        ]
+        if spec.use_dora:
+            parts.append(("magnitude", shard.magnitude(spec), (spec.out_features,), place.b_shard_dim))
+        for kind, parameter, full_shape, shard_dim in parts:
             described.append(
                 TrainableParameter(
                     name=f"{spec.name}.{kind}",
                     parameter=parameter,
-                    full_shape=shapes[kind],
-                    shard_dim=dims[kind],
-                    tp_partial_grad=split and dims[kind] is None,
+                    full_shape=full_shape,
+                    shard_dim=shard_dim,
+                    tp_partial_grad=place.tp_size > 1 and shard_dim is None,
                     kind=kind,
                 )
             )
     return described
 
 
-def _enable_biases(gpt: ShardedGpt, bias: str, adapted_linears: set[str]) -> list[TrainableParameter]:
-    if bias == "none":
-        return []
+def describe_untrained_lengths(gpt: ShardedGpt) -> list[TrainableParameter]:
+    """With DoRA, the lengths of those of q, k, v that have no adapter though their fused linear has one.
+
+    They are the base's and do not train, but PEFT's files have one vector for the whole linear.
+    """
+    described = []
+    for shard in find_shards(gpt):
+        if not shard.use_dora or shard.stacked_rows is None:
+            continue
+        lengths_O, adapted = shard.compute_base_lengths().cpu(), {spec.target for spec in shard.specs}
+        for target, rows in (compute_local_rows(gpt, find_linear(shard.specs[0].target)) or {}).items():
+            if target not in adapted:
+                described.append(
+                    TrainableParameter(
+                        name=f"layers.{shard.specs[0].layer}.{target}.magnitude",
+                        parameter=nn.Parameter(lengths_O[rows], requires_grad=False),
+                        full_shape=(len(rows) * gpt.topology.tp_size,),
+                        shard_dim=0,
+                        tp_partial_grad=False,
+                        kind="constant",
+                    )
+                )
+    return described
+
+
+def _enable_base(
+    gpt: ShardedGpt, bias: str, modules: Sequence[str], adapted_linears: set[str]
+) -> list[TrainableParameter]:
+    """Let the base's own parameters train that `bias` and `modules` name."""
     chosen = [
         described
         for described in describe_base_parameters(gpt)
-        if described.kind == "bias" and (bias == "all" or described.name.removesuffix(".bias") in adapted_linears)
+        if _is_trained_bias(described, bias, adapted_linears) or is_saved(find_source(described), modules)
     ]
     local_names = {id(parameter): name for name, parameter in gpt.named_parameters()}
     for described in chosen:
@@ -146,6 +186,12 @@ def _enable_biases(gpt: ShardedGpt, bias: str, adapted_linears: set[str]) -> lis
             described.parameter = _keep_in_fp32(gpt, local_names[id(described.parameter)])
         described.parameter.requires_grad_(True)
     return chosen
+
+
+def _is_trained_bias(described: TrainableParameter, bias: str, adapted_linears: set[str]) -> bool:
+    if described.kind != "bias" or bias == "none":
+        return False
+    return bias == "all" or described.name.removesuffix(".bias") in adapted_linears
 
 
 class _CastTo(nn.Module):

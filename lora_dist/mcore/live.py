@@ -13,7 +13,7 @@ from lora_dist.mcore.adapters import build_shards, describe_factors
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
 from lora_dist.mcore.model import ShardedGpt
-from lora_dist.parameters import TrainableParameter
+from lora_dist.parameters import TrainableParameter, find_source
 from lora_dist.whole import cut_shard
 
 
@@ -24,8 +24,11 @@ class LoadedAdapter:
     name: str
     shards: dict[str, LoraShard]
     """By the local name of the linear: `decoder.layers.0.mlp.linear_fc1`."""
-    biases: dict[str, torch.Tensor]
-    """Trained biases of this shard by local parameter name, in the model's dtype."""
+    replaced: dict[str, torch.Tensor]
+    """Of the base's own parameters those that trained, biases and whole modules: this shard's, by local parameter name,
+    in the model's dtype."""
+    shared: str | None = None
+    """What in it all rows of a batch would share, the same on every process; None where each row can have its own."""
 
 
 @torch.no_grad()
@@ -38,23 +41,30 @@ def load_shards(
         for one in describe_factors(shard):
             one.parameter.copy_(cut_shard(values[one.name], one, gpt.topology))
         shard.requires_grad_(False)
-    biases = {}
+    replaced = {}
     local_names = {id(parameter): local for local, parameter in gpt.named_parameters()}
     for one in describe_base_parameters(gpt):
-        if one.kind == "bias" and one.name in values:
-            biases[local_names[id(one.parameter)]] = cut_shard(values[one.name], one, gpt.topology).to(one.parameter)
-    return LoadedAdapter(name=name, shards=shards, biases=biases)
+        if (source := find_source(one)) in values:
+            replaced[local_names[id(one.parameter)]] = cut_shard(values[source], one, gpt.topology).to(one.parameter)
+    return LoadedAdapter(name=name, shards=shards, replaced=replaced, shared=_find_shared(specs, values))
+
+
+def _find_shared(specs: Sequence[AdapterSpec], values: Mapping[str, torch.Tensor]) -> str | None:
+    of_base = [name for name in values if not name.startswith("layers.")]
+    if of_base:
+        return "trained biases" if all(name.endswith(".bias") for name in of_base) else "trained modules"
+    return "DoRA's row lengths" if specs[0].use_dora else None
 
 
 def attach_adapters(gpt: ShardedGpt, adapters: Sequence[LoadedAdapter]) -> None:
     """Put several adapters beside the weights; `Batch.adapter_of_row` then says which one each row uses, or none.
 
-    What was attached before is replaced; an empty sequence leaves the base alone. ValueError for trained biases, which
-    are the whole batch's.
+    What was attached before is replaced; an empty sequence leaves the base alone. ValueError for trained biases or
+    modules and for DoRA, which are the whole batch's.
     """
     for adapter in adapters:
-        if adapter.biases:
-            raise ValueError(f"{adapter.name} has trained biases; a batch can mix adapters only without, merge it")
+        if adapter.shared is not None:
+            raise ValueError(f"{adapter.name} has {adapter.shared}; a batch can mix adapters only without, merge it")
     adapted = {name for adapter in adapters for name in adapter.shards}
     for name, linear in gpt.named_modules():
         if isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear):
@@ -77,20 +87,22 @@ class LiveMerge:
     def __init__(self, gpt: ShardedGpt, *, keep_base: bool = True) -> None:
         self._gpt, self._keep_base = gpt, keep_base
         self._merges: dict[str, WeightMerge] = {}
-        self._kept_biases: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, torch.Tensor] = {}
         self.merged: str | None = None
         """Name of the adapter in the weights."""
 
     @property
     def kept_bytes(self) -> int:
-        """Memory this process spends to be able to go back: the base rows of the adapted projections, and biases."""
-        biases = sum(bias.nbytes for bias in self._kept_biases.values())
-        return biases + sum(merge.kept_bytes for merge in self._merges.values())
+        """Memory this process spends to be able to go back: the base rows of the adapted projections, and what trained
+        of the base itself."""
+        return sum(value.nbytes for value in self._kept.values()) + sum(
+            merge.kept_bytes for merge in self._merges.values()
+        )
 
     def merge(self, adapter: LoadedAdapter) -> None:
         """Base plus `adapter`, in place of what was merged: the first merge and a switch of tasks are the same."""
         assert self._keep_base or self.merged is None, f"{self.merged} was merged for good"
-        self._apply(adapter.shards, adapter.biases)
+        self._apply(adapter.shards, adapter.replaced)
         self.merged = adapter.name
 
     def unmerge(self) -> None:
@@ -100,16 +112,16 @@ class LiveMerge:
         self.merged = None
 
     @torch.no_grad()
-    def _apply(self, shards: Mapping[str, LoraShard], biases: Mapping[str, torch.Tensor]) -> None:
+    def _apply(self, shards: Mapping[str, LoraShard], replaced: Mapping[str, torch.Tensor]) -> None:
         for name in [*self._merges, *(name for name in shards if name not in self._merges)]:
             linear = self._gpt.get_submodule(name)
             assert linear.lora is None, f"{name} would apply an adapter twice"
             merge = self._merges.setdefault(name, WeightMerge(linear.weight, keep_base=self._keep_base))
             merge.merge(shards.get(name))
-        for name, bias in biases.items():
+        for name, value in replaced.items():
             parameter = self._gpt.get_parameter(name)
             if self._keep_base:
-                self._kept_biases.setdefault(name, parameter.clone())
-            parameter.copy_(bias)
-        for name in [name for name in self._kept_biases if name not in biases]:
-            self._gpt.get_parameter(name).copy_(self._kept_biases.pop(name))
+                self._kept.setdefault(name, parameter.clone())
+            parameter.copy_(value)
+        for name in [name for name in self._kept if name not in replaced]:
+            self._gpt.get_parameter(name).copy_(self._kept.pop(name))

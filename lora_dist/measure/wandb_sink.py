@@ -46,14 +46,24 @@ class WandbSink:
     def log_report(self, columns: Sequence[str], rows: Sequence[Sequence[str]], plots: Sequence[Path]) -> None:
         """The comparison's table and plots."""
 
+        self.log_table("report/table", columns, rows)
+
         def log(run: Any) -> None:
             import wandb
 
-            table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-            images = {f"report/{plot.stem}": wandb.Image(str(plot)) for plot in plots}
-            run.log({"report/table": table, **images})
+            run.log({f"report/{plot.stem}": wandb.Image(str(plot)) for plot in plots})
 
         self._attempt("logging the report", log)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Cells as they are shown."""
+
+        def log(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+        self._attempt("logging a table", log)
 
     def close(self) -> None:
         """Write everything out; an upload that does not end within a minute is left for `wandb sync`."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from lora_dist.config import METHODS, RunConfig
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
-from lora_dist.mcore.adapters import apply_lora
+from lora_dist.mcore.adapters import apply_lora, describe_untrained_lengths
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.mcore.pissa import split_base
 from lora_dist.parameters import TrainableParameter
 
 
@@ -19,6 +20,9 @@ class AppliedMethod:
     trainable: list[TrainableParameter]
     specs: list[AdapterSpec] = field(default_factory=list)
     """All layers' adapters, other pipeline stages' too; empty where the method has none."""
+    constants: list[TrainableParameter] = field(default_factory=list)
+    """What does not train but has to be known when the adapters are written: what PiSSA's began with, and the lengths
+    of rows that DoRA leaves alone."""
 
 
 def apply_method(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
@@ -28,7 +32,15 @@ def apply_method(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
 
 def _apply_lora(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
     specs = build_adapter_specs(config.lora, config.model)
-    return AppliedMethod(trainable=apply_lora(gpt, specs, bias=config.lora.bias, seed=config.loop.seed), specs=specs)
+    trainable = apply_lora(
+        gpt, specs, bias=config.lora.bias, seed=config.loop.seed, modules=config.lora.modules_to_save
+    )
+    constants = []
+    if config.lora.init == "pissa":
+        constants = split_base(gpt)
+    elif config.model.family == "gpt2":  # whose q, k and v share one vector of lengths in PEFT's files
+        constants = describe_untrained_lengths(gpt)
+    return AppliedMethod(trainable=trainable, specs=specs, constants=constants)
 
 
 def _apply_full(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:

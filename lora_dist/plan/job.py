@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from lora_dist.config import LoopConfig, RunConfig, compute_num_microbatches
+from lora_dist.files.hf_gpt2 import compute_hf_shapes, find_hf_tensor
+from lora_dist.files.peft_gpt2 import list_bias_names, list_module_names
 from lora_dist.files.peft_layout import compute_peft_shapes
+from lora_dist.lora.pissa import double_ranks
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.plan.execute import compute_world_size, execute_process, require_hardware
@@ -136,7 +139,7 @@ def build_job_plan(config: RunConfig, processes: list[ProcessPlan]) -> JobPlan:
         memory_bytes=round(hardware.memory_gib * GIB),
         tokens_per_step=rows * config.data.seq_len,
         step_seconds=compute_step_seconds(processes, topology.pp_size),
-        num_trainable=sum(spec.num_parameters for spec in specs) if specs else model.num_parameters,
+        num_trainable=_count_trained(config, specs) if specs else model.num_parameters,
         checkpoint_bytes=compute_checkpoint_bytes(config, specs),
     )
 
@@ -159,16 +162,26 @@ def compute_checkpoint_bytes(config: RunConfig, specs: Sequence[AdapterSpec]) ->
     model_bytes = config.model.num_parameters * ITEM_BYTES[config.dtype]
     if not specs:
         return {"model": model_bytes, "resume state": 12 * config.model.num_parameters}
-    num_elements = sum(spec.num_parameters for spec in specs)
-    shapes = compute_peft_shapes(specs, config.model, config.lora.bias)
+    num_trained = _count_trained(config, specs)
+    written = double_ranks(specs) if config.lora.init == "pissa" else specs
+    num_elements = _count_trained(config, written)
+    shapes = compute_peft_shapes(written, config.model, config.lora.bias, config.lora.modules_to_save)
     stacked = sum(torch.Size(shape).numel() for shape in shapes.values())
     return {
         "factors fp16": 2 * num_elements,
         "factors fp32": 4 * num_elements,
         "PEFT adapter fp32": 4 * stacked,
-        "resume state": 12 * num_elements,
+        "resume state": 12 * num_trained,
         "base model": model_bytes,
     }
+
+
+def _count_trained(config: RunConfig, specs: Sequence[AdapterSpec]) -> int:
+    """Elements of the adapters and of what trains of the base beside them."""
+    lora, model, shapes = config.lora, config.model, compute_hf_shapes(config.model)
+    names = [*list_bias_names(specs, model, lora.bias), *list_module_names(model, lora.modules_to_save)]
+    base = sum(torch.Size(shapes[find_hf_tensor(name).name]).numel() for name in names)
+    return base + sum(spec.num_parameters for spec in specs)
 
 
 def list_variants(config: RunConfig) -> list[RunConfig]:

@@ -39,15 +39,24 @@ def to_json(scores: Scores, *, predictions: str, references: str) -> str:
 
 def format_scores(scores: Scores, paper: Sequence[tuple[str, Mapping[str, str]]]) -> str:
     """A Markdown table; `paper` holds labelled rows of figures as they are printed there."""
-    metrics = list(dict.fromkeys(metric for row in scores.rows for metric in row.values))
-    rows = [(row.label, {metric: _show(value) for metric, value in row.values.items()}) for row in scores.rows]
+    (head, *metrics), rows = list_columns(scores)
     lines = [
-        f"| {scores.task}, {scores.num_items:,} items | {' | '.join(metrics)} |",
+        f"| {head} | {' | '.join(metrics)} |",
         "|:--|" + "--:|" * len(metrics),
-        *(f"| {label} | {' | '.join(shown.get(metric, '') for metric in metrics)} |" for label, shown in rows),
+        *(f"| {' | '.join(row)} |" for row in rows),
         *(f"| {label} | {' | '.join(shown.get(metric, '') for metric in metrics)} |" for label, shown in paper),
     ]
     return "\n".join([*lines, *(f"Note: {note}." for note in scores.notes)])
+
+
+def list_columns(scores: Scores) -> tuple[list[str], list[list[str]]]:
+    """A table's head, task and metrics, and its rows as they are shown."""
+    metrics = list(dict.fromkeys(metric for row in scores.rows for metric in row.values))
+    rows = [
+        [row.label, *(_show(row.values[metric]) if metric in row.values else "" for metric in metrics)]
+        for row in scores.rows
+    ]
+    return [f"{scores.task}, {scores.num_items:,} items", *metrics], rows
 
 
 def _show(value: float | None) -> str:

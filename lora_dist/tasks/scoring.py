@@ -1,11 +1,13 @@
 """`score`: outputs against a task's items. The one way in, for files and for what a model has just generated."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lora_dist.task_config import TaskConfig
 from lora_dist.tasks import classification, generation, sql, summaries
 from lora_dist.tasks.items import Item
-from lora_dist.tasks.scores import Result, ScoreRow, Scores
+from lora_dist.tasks.paper import ROWS
+from lora_dist.tasks.scores import Result, ScoreRow, Scores, format_scores, to_json
 
 NEEDS_LABELS = ("sql", "accuracy", "accuracy_f1", "matthews", "correlation")
 """Metrics to which an empty output is a row that someone forgot, not a short text."""
@@ -20,6 +22,14 @@ def score(task: TaskConfig, predictions: Sequence[str], items: Sequence[Item]) -
     assert len(predictions) == len(items), "one prediction for each item"
     rows, notes = _METRICS[task.metric](task, predictions, items)
     return Scores(task=task.name, num_items=len(items), rows=rows, notes=notes)
+
+
+def write_scores(task: TaskConfig, scores: Scores, predictions: str, output: str | None) -> None:
+    """In JSON to `output` (null: beside `predictions`, the file they are of), and as a table for the reader."""
+    path = Path(output or f"{predictions}.scores.json")
+    path.write_text(to_json(scores, predictions=predictions, references=task.references), encoding="utf-8")
+    print(format_scores(scores, ROWS.get(task.name, [])))
+    print(f"\nscores: {path}", flush=True)
 
 
 def _score_exact(task: TaskConfig, predictions: Sequence[str], items: Sequence[Item]) -> Result:

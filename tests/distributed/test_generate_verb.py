@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -23,10 +26,10 @@ CONTEXTS = ["name : The Vaults | Type : pub", "name : Aromi", "name : The Vaults
 SHORT = ["generate.max_new_tokens=8", "generate.batch_size=2"]
 
 
-def call(words: list[str]) -> int:
-    """`lora-dist generate WORDS` as one process of a job that a launcher started."""
+def call(words: list[str], verb: str = "generate") -> int:
+    """`lora-dist VERB WORDS` as one process of a job that a launcher started."""
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    return main(["generate", *words])
+    return main([verb, *words])
 
 
 @pytest.fixture
@@ -83,7 +86,67 @@ def test_a_file_of_contexts_becomes_a_file_of_texts(topology: str, more: list[st
         {"context": context, "text": text, "adapter": str(adapter)}
         for context, text in zip(CONTEXTS, expected, strict=True)
     ]
-    assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out.jsonl", "out.jsonl.about.json"]
+
+
+def call_until_killed(words: list[str], rows: Path, verb: str = "generate") -> None:
+    """The same, ended by SIGKILL once a row is kept; whoever else runs loses its peer."""
+
+    def watch() -> None:
+        while not (rows.exists() and rows.read_bytes().count(b"\n") > 1):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if dist.get_rank() == 0:
+        threading.Thread(target=watch, daemon=True).start()
+    assert call(words, verb) == 0, "a peer is gone"
+
+
+@pytest.mark.parametrize(("killed", "resumed"), [("dp2", "single"), ("tp2", "tp2")])
+@pytest.mark.parametrize("how", [["generate.num_beams=3"], ["generate.temperature=0.9", "generate.seed=5"]])
+def test_a_killed_job_goes_on(killed: str, resumed: str, how: list[str], place: Path) -> None:
+    """The rows that were kept are not generated again, a half-written one is."""
+    (place / "many.txt").write_text("".join(f"name : {number} {'x ' * (number % 7)}||text\n" for number in range(12)))
+    output, whole, rows = place / "out.jsonl", place / "whole.jsonl", place / ".out.jsonl.rows"
+    words = [f"generate.input={place / 'many.txt'}", f"adapter={place / 'run'}", *SHORT, *how]
+    num_processes = 1 if resumed == "single" else 2
+    in_one_go = [*words, f"generate.output={whole}", f"topology={resumed}"]
+    assert run_distributed(call, num_processes, in_one_go) == [0] * num_processes
+    words.append(f"generate.output={output}")
+    with pytest.raises(AssertionError, match=r"exit codes|global rank 1"):
+        run_distributed(call_until_killed, 2, [*words, f"topology={killed}"], rows)
+    kept = rows.read_bytes()
+    assert 1 < kept.count(b"\n") < 12
+    assert not output.exists()
+    rows.write_bytes(kept + b'{"row": 3, "te')
+    for _ in range(2):  # the second time nothing is left to do
+        assert run_distributed(call, num_processes, [*words, f"topology={resumed}"]) == [0] * num_processes
+        assert output.read_bytes() == whole.read_bytes()
+        assert not rows.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("generate.no_repeat_ngram_size=3", "generate.no_repeat_ngram_size is 0 there and 3 in this run"),
+        ("adapter=PLACE/other", "adapters is ['sha256:"),
+        ("generate.input=PLACE/more.txt", "contexts is 'sha256:"),
+    ],
+)
+def test_a_file_of_other_texts_is_refused(
+    change: str, message: str, place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (place / "more.txt").write_text("name : Aromi||a text\n" * 3)
+    output = place / "out.jsonl"
+    words = [f"generate.input={place / 'e2e.txt'}", f"adapter={place / 'run'}", f"generate.output={output}", *SHORT]
+    assert run_distributed(call, 1, words) == [0]
+    before = output.read_bytes()
+    capfd.readouterr()
+    assert run_distributed(call, 1, [*words, change.replace("PLACE", str(place))]) == [2]
+    errors = capfd.readouterr().err
+    assert f"{output}.about.json: {message}" in errors
+    assert errors.count("\n") == 1
+    assert output.read_bytes() == before
 
 
 def test_a_prompt_of_the_command_line_is_answered_on_it(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

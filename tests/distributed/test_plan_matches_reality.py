@@ -150,6 +150,13 @@ CASES = {
     "full-stage0": {**FULL, "zero": ZeroConfig(stage=0)},
     "lora-tp2": {"topology": {"tp_size": 2}},
     "lora-tp2-sp": {"topology": {"tp_size": 2, "sequence_parallel": True}, "recompute": "full"},
+    "lora-tp2-pissa": {"topology": {"tp_size": 2}, "lora": LoraConfig(rank=4, init="pissa")},
+    "lora-tp2-dora": {"topology": {"tp_size": 2}, "lora": LoraConfig(rank=4, target_modules=["all"], use_dora=True)},
+    "lora-pp2-modules": {
+        "topology": {"pp_size": 2},
+        "num_microbatches": 2,
+        "lora": LoraConfig(rank=4, modules_to_save=["wte", "ln_1"]),
+    },
     "full-tp2": {**FULL, "topology": {"tp_size": 2}},
     "lora-dp2-stage2": {"topology": {"dp_size": 2}, "zero": ZeroConfig(stage=2)},
     "full-dp2-bf16": {**FULL, "topology": {"dp_size": 2}, "dtype": "bf16"},

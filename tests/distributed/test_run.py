@@ -54,7 +54,10 @@ def test_a_run_directory_holds_its_record(tmp_path: Path) -> None:
     assert summary["num_trainable_parameters"] == 4 * 16 * (4 * (256 + 256) + 2 * (256 + 1024))
 
 
-def test_peft_gives_the_same_loss_with_the_adapter_of_a_demo_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "variant", [[], ["lora.init=pissa"], ["lora.use_dora=true"], ["lora.modules_to_save=[wte,ln_f]"]], ids=str
+)
+def test_peft_gives_the_same_loss_with_the_adapter_of_a_demo_run(variant: list[str], tmp_path: Path) -> None:
     """Trained on two tensor-parallel processes on the demo base and real text, evaluated by transformers and PEFT."""
     from peft import PeftModel
     from transformers import GPT2LMHeadModel
@@ -62,6 +65,7 @@ def test_peft_gives_the_same_loss_with_the_adapter_of_a_demo_run(tmp_path: Path)
     from lora_dist.data.loader import build_loaders
 
     overrides = [*DEMO, "method=lora", "lora.target_modules=[all]", "optim.lr=1e-2", f"run_dir={tmp_path / 'run'}"]
+    overrides += variant
     run_distributed(run, 2, train, overrides)
     ours = read_losses(tmp_path / "run")[-1]["valid_loss"]
     base = GPT2LMHeadModel.from_pretrained(ASSETS / "demo_base", dtype=torch.float32)
@@ -84,9 +88,11 @@ def test_peft_gives_the_same_loss_with_the_adapter_of_a_demo_run(tmp_path: Path)
     assert before - theirs > 0.05, "the adapter must have learnt something"
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    "method", ["method=lora", "method=full", "lora.init=pissa", "lora.use_dora=true", "lora.modules_to_save=[wte,ln_1]"]
+)
 def test_resuming_continues_bit_for_bit(method: str, tmp_path: Path) -> None:
-    common = [*DEMO, f"method={method}", "lora.dropout=0.1", "model.hidden_dropout=0.1", "zero=stage2", "topology=dp2"]
+    common = [*DEMO, method, "lora.dropout=0.1", "model.hidden_dropout=0.1", "zero=stage2", "topology=dp2"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_distributed(run, 2, train, [*common, f"run_dir={whole}", "loop.save_every=2"])
     run_distributed(run, 2, train, [*common, f"run_dir={cut}", "loop.save_every=2"])

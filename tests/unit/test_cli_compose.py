@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_dist.cli.compose import compose_config
 from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups, list_keys
 from lora_dist.config import RunConfig
+from lora_dist.evaluate_config import EvaluateConfig
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.run_dir import format_config
-from lora_dist.task_config import EvaluateConfig
 
 OPTIONS = [(group, option) for group, options in list_groups().items() for option in options]
 
@@ -38,8 +38,8 @@ def test_options_are_listed_for_every_group() -> None:
     assert set(list_groups()) == {
         *("model", "method", "topology", "zero", "data", "optim", "track", "hardware", "experiment", "debug")
     }
-    tasks = list_groups(owner=EvaluateConfig)["task"]  # they compose in test_tasks_evaluate.py
-    assert len(list(CONF_DIR.rglob("*.yaml"))) == len(OPTIONS) + len(tasks) + 1
+    others = list_groups(owner=EvaluateConfig)  # they compose in test_tasks_evaluate.py
+    assert len(list(CONF_DIR.rglob("*.yaml"))) == len(OPTIONS) + len(others["task"]) + len(others["generate"]) + 1
 
 
 @pytest.mark.parametrize("option", [option for _, option in OPTIONS])

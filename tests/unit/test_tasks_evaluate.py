@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from lora_dist.cli.compose import compose_as
 from lora_dist.cli.main import main
 from lora_dist.cli.schema import list_groups
-from lora_dist.task_config import EvaluateConfig, TaskConfig
+from lora_dist.evaluate_config import EvaluateConfig
+from lora_dist.generation_config import GenerateConfig
+from lora_dist.task_config import TaskConfig
 from lora_dist.tasks.items import Item, load_items
 from lora_dist.tasks.paper import ROWS
 from lora_dist.tasks.predictions import load_predictions
@@ -43,6 +46,22 @@ def test_every_task_file_composes(task: str) -> None:
     config = compose_as(EvaluateConfig, [f"task={task}", "task.references=r", "predictions=p"])
     assert config.task.name == task
     assert config.task.references == "r"
+
+
+@pytest.mark.parametrize("option", list_groups(owner=EvaluateConfig)["generate"])
+def test_every_way_to_generate_composes(option: str) -> None:
+    config = compose_as(EvaluateConfig, ["task=e2e", "task.references=r", "predictions=p", f"generate={option}"])
+    for name, value in asdict(config.generate).items():
+        generating = compose_as(GenerateConfig, ["generate.prompt=x", f"generate={option}"]).generate
+        assert getattr(generating, name) == value
+
+
+def test_a_task_brings_the_papers_decoding_and_the_command_line_wins() -> None:
+    given = ["task.references=r", "predictions=p"]
+    config = compose_as(EvaluateConfig, ["task=e2e", *given]).generate
+    assert (config.num_beams, config.length_penalty, config.no_repeat_ngram_size) == (10, 0.9, 4)
+    assert compose_as(EvaluateConfig, ["task=dart", *given]).generate.length_penalty == 0.8
+    assert compose_as(EvaluateConfig, ["task=e2e", "generate.num_beams=2", *given]).generate.num_beams == 2
 
 
 def test_the_papers_rows_belong_to_tasks() -> None:
@@ -151,7 +170,10 @@ def test_table_and_record(write: Write, capsys: pytest.CaptureFixture[str]) -> N
     [
         (["predictions=p", "task.references=r"], "You must specify 'task'"),
         (["task=e2f"], "no file conf/task/e2f.yaml; did you mean e2e?"),
-        (["task=e2e", "task.references=refs.csv"], "predictions: not set; give predictions=..."),
+        (
+            ["task=e2e", "task.references=refs.csv"],
+            "0 of predictions, adapter and base_alone are set; give predictions=FILE",
+        ),
         (["task=e2e", "predictions=out.txt"], "task.references: not set; give task.references=FILE"),
         (["task=e2e", "task.references=refs.csv", "predictions=no"], "predictions=no is no file"),
         (["task=e2e", "task.references=no", "predictions=out.txt"], "task.references=no is no file"),
