@@ -29,7 +29,7 @@ def damage_config(directory: Path, **changes: object) -> None:
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"use_dora": True}, "attn.c_attn.lora_magnitude_vector is missing"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' trained beside a changed base"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] unties the output layer"),
         ({"r": 5}, "c_attn.lora_A.weight has shape (2, 32), adapter_config.json says rank 5"),
         ({"bias": "all"}, "h.0.attn.c_attn.bias has shape none, bias=all on"),
     ],
