@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from lora_dist.batch import Batch
-from lora_dist.config import RunConfig
+from lora_dist.config import ModelConfig, RunConfig
+from lora_dist.files.modules import FAMILY_NAMES
 from lora_dist.lora.targets import build_adapter_specs
 
-_HF_MODULES = {
+_GPT2_MODULES = {
     "q_proj": "c_attn",
     "k_proj": "c_attn",
     "v_proj": "c_attn",
@@ -26,18 +27,18 @@ _HF_MODULES = {
 
 
 class PeerContender:
-    """A plain training loop around transformers' GPT-2: backward, clip, AdamW.
+    """A plain training loop around transformers' model of the family: backward, clip, AdamW.
 
-    Tuned means what a careful user sets without writing kernels: the fused GELU of the same function, SDPA, adapters in
-    the model's dtype, the output layer on target tokens only. Adapters on q, k or v are one adapter on the fused
-    c_attn, as PEFT has it for GPT-2: as many parameters as q and v apart at the same rank.
+    Tuned means what a careful user sets without writing kernels: SDPA, adapters in the model's dtype, the output layer
+    on target tokens only, and on GPT-2 the fused GELU of the same function. GPT-2's adapters on q, k or v are one
+    adapter on the fused c_attn, as PEFT has it there: as many parameters as q and v apart at the same rank.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, dtype: torch.dtype, *, lora: bool, tuned: bool) -> None:
         assert config.model.checkpoint is not None
         options: dict[str, Any] = {"attn_implementation": "sdpa"} if tuned else {}
-        model: Any = GPT2LMHeadModel.from_pretrained(config.model.checkpoint, dtype=dtype, **options)
-        if tuned:
+        model: Any = AutoModelForCausalLM.from_pretrained(config.model.checkpoint, dtype=dtype, **options)
+        if tuned and config.model.family == "gpt2":
             for block in model.transformer.h:
                 block.mlp.act = torch.nn.GELU(approximate="tanh")
         if config.loop.recompute == "full":
@@ -45,7 +46,7 @@ class PeerContender:
         if lora:
             model = get_peft_model(model, build_peft_config(config), autocast_adapter_dtype=not tuned)
         self._model: torch.nn.Module = model.to(device).train()
-        self._gpt2: Any = model.get_base_model() if lora else model
+        self._causal: Any = model.get_base_model() if lora else model
         self._device, self._tuned, self._max_norm = device, tuned, config.optim.clip_grad_norm
         self._label_smoothing = config.optim.label_smoothing
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
@@ -81,15 +82,16 @@ class PeerContender:
         if not self._tuned:
             logits_NV = self._model(**inputs).logits.float().flatten(0, 1)
             return self._cross_entropy(logits_NV, labels_BS.flatten())
-        hidden_NH = self._gpt2.transformer(**inputs).last_hidden_state[batch.loss_mask_BS]
-        return self._cross_entropy(self._gpt2.lm_head(hidden_NH).float(), batch.labels_BS[batch.loss_mask_BS])
+        hidden_NH = self._causal.base_model(**inputs).last_hidden_state[batch.loss_mask_BS]
+        return self._cross_entropy(self._causal.lm_head(hidden_NH).float(), batch.labels_BS[batch.loss_mask_BS])
 
     def _cross_entropy(self, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=self._label_smoothing)
 
 
 def build_peft_config(config: RunConfig) -> LoraConfig:
-    """ValueError where PEFT's GPT-2 has no adapter of the same size."""
+    """ValueError where PEFT has no adapter of the same size."""
+    modules = _list_modules(config.model)
     specs = build_adapter_specs(config.lora, config.model)
     if len({(spec.lora_rank, spec.alpha) for spec in specs}) > 1 or config.lora.layers is not None:
         raise ValueError(
@@ -99,6 +101,13 @@ def build_peft_config(config: RunConfig) -> LoraConfig:
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=sorted({_HF_MODULES[spec.target] for spec in specs}),
-        fan_in_fan_out=True,
+        target_modules=sorted({modules[spec.target] for spec in specs}),
+        fan_in_fan_out=config.model.family == "gpt2",
     )
+
+
+def _list_modules(model: ModelConfig) -> dict[str, str]:
+    """Target -> name of its linear within a layer."""
+    if model.family == "gpt2":
+        return _GPT2_MODULES
+    return {target: name.partition("{layer}.")[2] for target, name in FAMILY_NAMES[model.family].items()}

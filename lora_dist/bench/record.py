@@ -74,9 +74,11 @@ def describe_case(config: RunConfig) -> dict[str, Any]:
     model, loop = config.model, config.loop
     return {
         "model": model.name,
+        "family": model.family,
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "num_heads": model.num_heads,
+        "num_kv_heads": model.num_query_groups,
         "ffn_hidden_size": model.ffn_hidden_size,
         "vocab_size": model.vocab_size,
         "lora": asdict(config.lora),

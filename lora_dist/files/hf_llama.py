@@ -109,12 +109,17 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.layernorm_epsilon,
         "tie_word_embeddings": model.tied_output,
-        "rope_parameters": {"rope_type": kind, "rope_theta": model.rope_theta, **model.rope_scaling},
+        "rope_parameters": {"rope_type": kind, "rope_theta": model.rope_theta, **_describe_scaling(model)},
         "attention_dropout": model.attention_dropout,
         "initializer_range": model.init_std,
         "hidden_act": "silu",
         **({"sliding_window": None} if model.family == "mistral" else {}),
     }
+
+
+def _describe_scaling(model: ModelConfig) -> dict[str, float]:
+    """transformers wants the original context as an integer."""
+    return {key: int(value) if key == _LLAMA3_KEYS[-1] else value for key, value in model.rope_scaling.items()}
 
 
 LLAMA_FAMILIES = {

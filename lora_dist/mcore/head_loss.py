@@ -81,7 +81,7 @@ class _HeadLoss(torch.autograd.Function):
 def _choose_chunk_size(num_tokens: int, num_rows: int) -> int:
     """Chunks of nearly one size: a short last one would read all of the weight for a few tokens."""
     num_chunks = max(1, -(-num_tokens * num_rows // _MAX_CHUNK_LOGITS))
-    return -(-num_tokens // num_chunks)
+    return max(1, -(-num_tokens // num_chunks))  # a replica's last validation rows may have no target
 
 
 def _upcast(logits: torch.Tensor) -> torch.Tensor:

@@ -173,6 +173,7 @@ def _write_config(directory: Path, model: ModelConfig, dtype: torch.dtype) -> No
     config = HF_FAMILIES[model.family].describe(model)
     if source is not None:
         config = read_json(source / CONFIG) | {"architectures": config["architectures"]}
+        config.pop("torch_dtype", None)  # an older name of dtype
     write_json(directory / CONFIG, config | {"dtype": str(dtype).removeprefix("torch.")})
     tokenizer = source if model.tokenizer is None else Path(model.tokenizer)
     for name in TOKENIZER_FILES:

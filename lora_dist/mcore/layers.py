@@ -47,10 +47,6 @@ class SdpaAttention(nn.Module):
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBAD, key_SBAD, value_SBAD))
         if self.cache is not None:
             key, value = self.cache.append(key, value)
-        # Written out for each query head: V100's kernel takes no fewer key heads than query heads.
-        num_queries_per_key = query.shape[1] // key.shape[1]
-        if num_queries_per_key > 1:
-            key, value = (t.repeat_interleave(num_queries_per_key, dim=1) for t in (key, value))
         dropout = self.dropout if self.training else 0.0
         if dropout:
             with get_cuda_rng_tracker().fork():
@@ -64,7 +60,29 @@ class SdpaAttention(nn.Module):
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float
 ) -> torch.Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+    is_shared = key.shape[1] < query.shape[1]
+    if is_shared and not takes_shared_heads(query, mask):
+        key, value = write_out_heads(key, query), write_out_heads(value, query)
+        is_shared = False
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=is_shared
+    )
+
+
+def takes_shared_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the fused kernel takes fewer key heads than query heads: flash attention does, V100's does not.
+
+    torch would take plain products instead, and keep all scores.
+    """
+    if query.device.type != "cuda":
+        return True
+    has_flash = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return has_flash and mask is None and query.dtype != torch.float32
+
+
+def write_out_heads(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, heads, S, D] copied for each of the query's heads."""
+    return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
 
 class LoraColumnParallelLinear(ColumnParallelLinear):

@@ -79,7 +79,11 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x_SBAD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x_SBAD.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    turned_SBAD = torch.empty_like(x_SBAD, memory_format=torch.contiguous_format)
+    turned_first, turned_second = turned_SBAD.chunk(2, dim=-1)
+    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=turned_second).addcmul_(first, sin)
+    return turned_SBAD
 
 
 class RotarySelfAttention(SelfAttention):

@@ -37,5 +37,5 @@ class _SwiGlu(torch.autograd.Function):
         dgate_up_N2F = torch.empty_like(gate_up_N2F)
         dgate_NF, dup_NF = dgate_up_N2F.chunk(2, dim=-1)
         torch.mul(doutput_NF, F.silu(gate_NF), out=dup_NF)
-        dgate_NF.copy_(torch.ops.aten.silu_backward(doutput_NF * up_NF, gate_NF))
+        torch.ops.aten.silu_backward.grad_input(doutput_NF * up_NF, gate_NF, grad_input=dgate_NF)
         return dgate_up_N2F

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from lora_dist.config import HardwareConfig
+from lora_dist.mcore.layers import write_out_heads
 
 _aten = torch.ops.aten
 _FLASH_CAPABILITY = 8.0
@@ -17,9 +18,9 @@ _MASK_ALIGNMENT = 8
 class AttentionKernel(TorchFunctionMode):
     """Replaces scaled_dot_product_attention by the kernel behind it, which fake tensors do not say.
 
-    On a GPU flash attention (8.0 and above, 16 bits, no mask) or the memory-efficient one; cuDNN's, which Hopper may
-    take instead of flash attention, saves the same. On a CPU its flash attention, or plain products with dropout. The
-    choice is that of torch's `sdp_utils`.
+    On a GPU flash attention (8.0 and above, 16 bits, no mask) or the memory-efficient one, which wants keys for every
+    query head; cuDNN's, which Hopper may take instead of flash attention, saves the same. On a CPU its flash attention,
+    or plain products with dropout. The choice is that of torch's `sdp_utils`.
     """
 
     def __init__(self, hardware: HardwareConfig) -> None:
@@ -44,9 +45,12 @@ class AttentionKernel(TorchFunctionMode):
         attn_mask: torch.Tensor | None,
         is_causal: bool,
         dropout_p: float,
+        enable_gqa: bool,
     ) -> torch.Tensor:
         if self._has_flash and attn_mask is None and query.dtype != torch.float32:
             return _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]  # type: ignore[no-any-return]
+        if enable_gqa:
+            key, value = write_out_heads(key, query), write_out_heads(value, query)
         bias = None if attn_mask is None else _expand(_build_bias(attn_mask, query.dtype), query)
         needs_lse = torch.is_grad_enabled() and query.requires_grad
         out = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, needs_lse, dropout_p, is_causal)
@@ -61,6 +65,7 @@ def _attend_on_cpu(
     attn_mask: torch.Tensor | None,
     is_causal: bool,
     dropout_p: float,
+    enable_gqa: bool,
 ) -> torch.Tensor:
     bias = None if attn_mask is None else _build_bias(attn_mask, query.dtype)
     out = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, attn_mask=bias)

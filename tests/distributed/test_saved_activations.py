@@ -19,10 +19,11 @@ from lora_dist.measure.ledger import open_activation_ledger
 B, S, H = 2, 64, 128
 
 
-def measure_units(targets: list[str], num_layers: int, recompute: str) -> float:
+def measure_units(targets: list[str], num_layers: int, recompute: str, **family: object) -> float:
     """Peak saved bytes over B S H fp32 values."""
     model = ModelConfig(
         name="wide",
+        **family,
         num_layers=num_layers,
         hidden_size=H,
         num_heads=2,
@@ -50,9 +51,13 @@ def measure_units(targets: list[str], num_layers: int, recompute: str) -> float:
     return ledger.peak_bytes / (B * S * H * 4)
 
 
-def measure_units_a_layer(targets: list[str], recompute: str = "none") -> float:
+def measure_units_a_layer(targets: list[str], recompute: str = "none", **family: object) -> float:
     """Of one more layer: the embedding, the last norm and the loss drop out of the difference."""
-    few, many = (run_distributed(measure_units, 1, targets, n, recompute)[0] for n in (2, 6))
+
+    def measure(num_layers: int) -> float:
+        return measure_units(targets, num_layers, recompute, **family)
+
+    few, many = (run_distributed(measure, 1, n)[0] for n in (2, 6))
     return (many - few) / 4
 
 
@@ -68,6 +73,23 @@ def measure_units_a_layer(targets: list[str], recompute: str = "none") -> float:
 def test_units_a_layer(targets: list[str], expected: int) -> None:
     units = measure_units_a_layer(targets)
     assert expected <= units < expected + 0.3  # the factors, their products and the norms' deviations
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected", "factors"),
+    [
+        # qkv's input, q and half as many keys and values, attention's output, the second norm's input, gate and up
+        (["q_proj", "v_proj"], 1 + 2 + 1 + 1 + 8, 0.3),
+        (
+            ["all"],
+            1 + 2 + 1 + 1 + 8 + 4,
+            0.7,
+        ),  # and down_proj's input; B of gate and up has 16 H values and as many zeros
+    ],
+)
+def test_units_a_gated_layer(targets: list[str], expected: int, factors: float) -> None:
+    units = measure_units_a_layer(targets, family="llama", num_kv_heads=1)
+    assert expected <= units < expected + factors
 
 
 def test_full_recompute_keeps_a_layers_input() -> None:

@@ -28,22 +28,40 @@ MODEL = ModelConfig(
     vocab_size=104,
     max_position_embeddings=16,
 )
+LLAMA = replace(MODEL, family="llama", num_kv_heads=2, tied_output=False)
 ALL = ["lora", "full", "peft", "peft_tuned", "hf_full"]
 
 
-def build_config(**options: object) -> RunConfig:
+def build_config(model: ModelConfig = MODEL, **options: object) -> RunConfig:
     bench = BenchConfig(contenders=ALL, num_rounds=2, num_warmup_rounds=1, target_fraction=0.5)
     loop = LoopConfig(micro_batch_size=2, global_batch_size=4)
-    return build_run_config(MODEL, **{"bench": bench, "loop": loop, "device": "cpu", **options})
+    return build_run_config(model, **{"bench": bench, "loop": loop, "device": "cpu", **options})
+
+
+def start(config: RunConfig, directory: Path) -> RunConfig:
+    """With the weights that every contender starts from."""
+    run_distributed(write_start_weights, 1, config, str(directory))
+    return replace(config, model=replace(config.model, checkpoint=str(directory)))
 
 
 @pytest.fixture
 def started_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """With the weights that every contender starts from."""
     monkeypatch.setenv("LOCAL_RANK", "0")
-    config = build_config()
-    run_distributed(write_start_weights, 1, config, str(tmp_path / "start"))
-    return replace(config, model=replace(MODEL, checkpoint=str(tmp_path / "start")))
+    return start(build_config(), tmp_path / "start")
+
+
+def test_contenders_agree_on_a_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    lora = LoraConfig(rank=4, target_modules=["all"])
+    config = start(build_config(LLAMA, lora=lora), tmp_path / "start")
+    measured = measure_contenders(config, context=FORK)
+    first = {name: samples[0].loss for name, samples in measured.samples.items()}
+    assert first["peft"] == pytest.approx(first["lora"], abs=2e-3)
+    assert first["peft_tuned"] == pytest.approx(first["lora"], abs=2e-3)
+    assert first["hf_full"] == pytest.approx(first["full"], abs=2e-3)
+    accounts = measured.accounts
+    assert accounts["lora"].num_trainable == accounts["peft"].num_trainable
+    assert accounts["lora"].saved_activation_bytes < accounts["peft"].saved_activation_bytes
 
 
 def test_bench_end_to_end(started_config: RunConfig) -> None:

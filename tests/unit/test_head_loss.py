@@ -35,3 +35,17 @@ def test_no_weight_gradient_for_a_frozen_head() -> None:
     ).backward()
     assert weight.grad is None
     assert hidden.grad is not None
+
+
+def test_rows_without_any_target() -> None:
+    hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(24, H, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.long)
+    loss = head_loss.compute_target_loss(
+        hidden.index_select(0, none), weight, none, vocab_size=V, label_smoothing=0.1, tp_rank=0, group=None
+    )
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad is not None
+    assert (hidden.grad == 0).all()
+    assert weight.grad is not None
+    assert (weight.grad == 0).all()

@@ -17,10 +17,12 @@ from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import compute_canonical_shapes
 from lora_dist.files.modules import FAMILY_NAMES
 from lora_dist.lora.targets import compute_linear_shapes
+from lora_dist.mcore.layers import SdpaAttention
 from lora_dist.mcore.norm import RmsNorm
 from lora_dist.mcore.rotary import compute_frequencies, rotate
 from lora_dist.mcore.swiglu import SwiGlu
 from lora_dist.measure.ledger import open_activation_ledger
+from lora_dist.plan.attention import AttentionKernel
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -177,6 +179,38 @@ def test_the_gate_keeps_its_input_alone() -> None:
         kept = SwiGlu()(x)
     assert kept.requires_grad
     assert ledger.peak_bytes == x.nbytes
+
+
+def attend(mask: torch.Tensor | None, **options: object) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The core's output for 4 query heads on 2 key heads, and what it keeps for backward."""
+    generator, kept = torch.Generator().manual_seed(0), []
+    shapes = [(6, 2, 4, 8), (6, 2, 2, 8), (6, 2, 2, 8)]
+    query, key, value = (torch.randn(shape, generator=generator).to(**options).requires_grad_() for shape in shapes)
+    core = SdpaAttention(TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=0.0))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = core(query, key, value, mask)
+    return output, kept
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()], ids=["causal", "packed"])
+def test_shared_heads_attend_alike_where_the_kernel_takes_them_and_where_it_does_not(
+    mask: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, few = attend(mask)
+    monkeypatch.setattr("lora_dist.mcore.layers.takes_shared_heads", lambda *_: False)
+    written_out, many = attend(mask)
+    torch.testing.assert_close(shared, written_out)
+    sizes = [sum(tensor.numel() for tensor in kept if tensor.shape[-1] == 8) for kept in (few, many)]
+    assert sizes[1] - sizes[0] == 2 * (4 - 2) * 6 * 2 * 8
+
+
+@pytest.mark.parametrize(("hardware", "num_heads"), [("h100", 2), ("v100_32gb", 4), ("cpu", 2)])
+def test_the_plan_keeps_the_heads_that_the_kernel_keeps(hardware: str, num_heads: int) -> None:
+    config = compose_config([f"hardware={hardware}"]).hardware
+    assert config is not None
+    with AttentionKernel(config):
+        _, kept = attend(None, device="meta", dtype=torch.float32 if hardware == "cpu" else torch.float16)
+    assert [tuple(tensor.shape) for tensor in kept].count((2, num_heads, 6, 8)) >= 2
 
 
 def test_rotation_keeps_the_angles_alone() -> None:
