@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from lora_dist.base_format import BASE_FORMATS, check_blocks
 from lora_dist.refusals import require, require_one_of
 
 
@@ -25,8 +26,11 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_std: float = 0.02
+    base_format: str = "native"
+    """Of the linears' frozen weights: native (the run's dtype), nf4, nf4_double or fp8."""
 
     def __post_init__(self) -> None:
+        require_one_of("model.base_format", self.base_format, BASE_FORMATS)
         for key in (
             "num_layers",
             "hidden_size",
@@ -392,6 +396,7 @@ class RunConfig:
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
         _validate_model_shards(self.model, self.topology)
+        _validate_base_format(self.model, self.topology, self.method, self.zero)
         require(
             not (self.zero.stage == 3 and self.topology.pp_size > 1),
             f"zero.stage=3 needs topology.pp_size=1, got {self.topology.pp_size}; use zero.stage<=2 with pipelines",
@@ -427,6 +432,15 @@ def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None
         model.num_layers % pp_size == 0,
         f"pp {pp_size} does not divide num_layers {model.num_layers}; choose a divisor for topology.pp_size",
     )
+
+
+def _validate_base_format(model: ModelConfig, topology: TopologyConfig, method: str, zero: ZeroConfig) -> None:
+    base_format = f"model.base_format={model.base_format}"
+    if model.base_format != "native":
+        require(method != "full", f"{base_format} is frozen; method=full (compare.methods) needs native")
+        require(zero.stage < 3, f"{base_format} is not partitioned by zero.stage=3; use zero.stage<=2")
+    check_blocks(model.base_format, model.hidden_size, topology.tp_size)  # linear_proj's inputs; the others' are whole
+    check_blocks(model.base_format, model.ffn_hidden_size, topology.tp_size)
 
 
 def compute_dp_size(topology: TopologyConfig, world_size: int) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_dist.lora.dropout import DropoutClock, DropoutMask
 from lora_dist.lora.factors import draw_lora_A, slice_shard
-from lora_dist.lora.function import ShardCommunication, lora_linear
+from lora_dist.lora.function import BaseWeight, ShardCommunication, lora_linear
 from lora_dist.lora.spec import AdapterSpec
 
 
@@ -73,7 +73,7 @@ class LoraShard(nn.Module):
     def forward(
         self,
         x_SBH: torch.Tensor,
-        weight_OH: torch.Tensor,
+        weight_OH: BaseWeight,
         bias_O: torch.Tensor | None,
         communication: ShardCommunication,
     ) -> torch.Tensor:

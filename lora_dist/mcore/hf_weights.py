@@ -13,7 +13,7 @@ from lora_dist.files.hf_checkpoint import CONFIG, INDEX, SINGLE_FILE, HfReader, 
 from lora_dist.files.hf_gpt2 import PREFIX, QKV_TARGETS, HfTensor, compute_hf_shapes, find_hf_tensor, to_hf_layout
 from lora_dist.files.safetensors_stream import open_writer
 from lora_dist.lora.layer import compute_qkv_rows
-from lora_dist.mcore.base_parameters import describe_base_parameters, initialize_base
+from lora_dist.mcore.base_parameters import describe_base_parameters, initialize_base, open_value
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
 from lora_dist.whole import ReadState, compute_shard_range, iterate_model, list_whole, read_value, write_together
@@ -46,13 +46,11 @@ def load_hf_checkpoint(gpt: ShardedGpt, directory: str | Path) -> None:
     reader = HfReader(Path(directory))
     for one in describe_base_parameters(gpt):
         hf = find_hf_tensor(one.name)
-        if hf.is_qkv:
-            _load_qkv(gpt, one, hf, reader)
-        else:
-            _load_plain(gpt, one, hf, reader)
+        with open_value(one) as value:
+            (_load_qkv if hf.is_qkv else _load_plain)(gpt, one, value, hf, reader)
 
 
-def _load_qkv(gpt: ShardedGpt, one: TrainableParameter, hf: HfTensor, reader: HfReader) -> None:
+def _load_qkv(gpt: ShardedGpt, one: TrainableParameter, value: torch.Tensor, hf: HfTensor, reader: HfReader) -> None:
     """This rank's heads of q, then of k, then of v, to their rows."""
     config, topology = gpt.config, gpt.topology
     local_heads = config.num_attention_heads // topology.tp_size
@@ -61,24 +59,24 @@ def _load_qkv(gpt: ShardedGpt, one: TrainableParameter, hf: HfTensor, reader: Hf
         assert target == QKV_TARGETS[index]
         start = index * config.hidden_size + topology.tp_rank * size
         part = reader.read(hf.name, dim=len(one.full_shape) - 1, start=start, size=size)
-        one.parameter[rows.to(topology.device)] = _to_local(part, hf, one)
+        value[rows.to(topology.device)] = _to_local(part, hf, value)
 
 
-def _load_plain(gpt: ShardedGpt, one: TrainableParameter, hf: HfTensor, reader: HfReader) -> None:
+def _load_plain(gpt: ShardedGpt, one: TrainableParameter, value: torch.Tensor, hf: HfTensor, reader: HfReader) -> None:
     if one.shard_dim is None:
-        one.parameter.copy_(_to_local(reader.read(hf.name), hf, one))
+        value.copy_(_to_local(reader.read(hf.name), hf, value))
         return
     start, size = compute_shard_range(one, gpt.topology)
-    one.parameter.zero_()
+    value.zero_()
     if size:
         stored_dim = 1 - one.shard_dim if hf.transposed else one.shard_dim
         part = reader.read(hf.name, dim=stored_dim, start=start, size=size)
-        one.parameter.narrow(one.shard_dim, 0, size).copy_(_to_local(part, hf, one))
+        value.narrow(one.shard_dim, 0, size).copy_(_to_local(part, hf, value))
 
 
-def _to_local(part: torch.Tensor, hf: HfTensor, one: TrainableParameter) -> torch.Tensor:
-    """In the parameter's layout, dtype and device."""
-    return (part.t() if hf.transposed else part).to(one.parameter)
+def _to_local(part: torch.Tensor, hf: HfTensor, value: torch.Tensor) -> torch.Tensor:
+    """In the layout, dtype and device of the tensor to fill."""
+    return (part.t() if hf.transposed else part).to(value)
 
 
 def write_hf_checkpoint(

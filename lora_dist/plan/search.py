@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from lora_dist.config import ModelConfig, RunConfig
 from lora_dist.mcore.model import compute_padded_vocab_size
+from lora_dist.needed_bytes import compute_format_savings
 from lora_dist.plan.execute import require_hardware
 from lora_dist.plan.job import GIB, ITEM_BYTES, JobPlan, build_job_plan, execute_all
 from lora_dist.plan.process_plan import ProcessPlan
@@ -100,7 +101,8 @@ def compute_weight_bytes(model: ModelConfig, dtype: str, *, tp_size: int, pp_siz
     vocab = compute_padded_vocab_size(model.vocab_size, tp_size) // tp_size * h
     positions, norm = model.max_position_embeddings * h, 2 * h
     first = vocab + positions + (norm if pp_size == 1 else 0)
-    return ITEM_BYTES[dtype] * (model.num_layers // pp_size * layer + max(first, vocab + norm))
+    native = ITEM_BYTES[dtype] * (model.num_layers // pp_size * layer + max(first, vocab + norm))
+    return native - compute_format_savings(model, ITEM_BYTES[dtype], tp_size, pp_size)
 
 
 def _try_all(config: RunConfig, candidates: Sequence[Candidate], recompute: str) -> list[Candidate]:
