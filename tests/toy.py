@@ -47,6 +47,7 @@ class Case:
     method: str = "lora"
     recompute: str = "none"
     label_smoothing: float = 0.0
+    model: ModelConfig = field(default_factory=lambda: MODEL)
     dtype: torch.dtype = torch.float64
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=3, target_modules=ALL_TARGETS, bias="all"))
 
@@ -66,13 +67,13 @@ def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topolo
     )
     topology = build_topology(config, device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
     clock = DropoutClock()
-    gpt = build_model(MODEL, topology, dtype=case.dtype, recompute=case.recompute, clock=clock)
+    gpt = build_model(case.model, topology, dtype=case.dtype, recompute=case.recompute, clock=clock)
     gpt.label_smoothing = case.label_smoothing
-    initialize_base(gpt, MODEL, seed=0)
+    initialize_base(gpt, case.model, seed=0)
     if case.method == "full":
         trainable = describe_base_parameters(gpt)
     else:
-        trainable = apply_lora(gpt, build_adapter_specs(case.lora, MODEL), bias=case.lora.bias, seed=0)
+        trainable = apply_lora(gpt, build_adapter_specs(case.lora, case.model), bias=case.lora.bias, seed=0)
     for described in trainable:
         if case.dtype == torch.float64:
             described.parameter.data = described.parameter.data.double()

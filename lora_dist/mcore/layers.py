@@ -64,18 +64,24 @@ def _attend(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
 
 
-def quantize_weight(linear: ColumnParallelLinear | RowParallelLinear) -> None:
-    """Put the quantised weight, not yet filled, in place of the one just allocated, as the model's base_format says."""
+def build_quantized_weight(linear: ColumnParallelLinear | RowParallelLinear, base_format: str) -> QuantizedWeight:
+    """Room for the weight of a native linear's shard, on its device; not yet filled."""
+    out_features, in_features = linear.weight.shape
+    shape = LinearShape(
+        out_features=out_features,
+        in_features=in_features,
+        column_parallel=isinstance(linear, ColumnParallelLinear),
+    )
+    return QuantizedWeight(base_format, shape, device=linear.weight.device)
+
+
+def _replace_weight(linear: ColumnParallelLinear | RowParallelLinear) -> None:
+    """A quantised weight in place of the one just allocated, where the model's base_format says so."""
     base_format = linear.config.base_format
     if base_format != "native":
-        (out_features, in_features), device = linear.weight.shape, linear.weight.device
-        shape = LinearShape(
-            out_features=out_features,
-            in_features=in_features,
-            column_parallel=isinstance(linear, ColumnParallelLinear),
-        )
+        quantized = build_quantized_weight(linear, base_format)
         del linear.weight
-        linear.weight = QuantizedWeight(base_format, shape, device=device)
+        linear.weight = quantized
 
 
 class LoraColumnParallelLinear(ColumnParallelLinear):
@@ -84,7 +90,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, *args: Any, **options: Any) -> None:
         # The bias goes into the GEMM here; Megatron would add it in a pass of its own.
         super().__init__(*args, **{**options, "skip_bias_add": False})
-        quantize_weight(self)
+        _replace_weight(self)
         self.lora: LoraShard | MixedLoraShard | None = None
 
     def _forward_impl(self, input: torch.Tensor, weight: BaseWeight, **options: Any) -> torch.Tensor:
@@ -117,7 +123,7 @@ class LoraRowParallelLinear(RowParallelLinear):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        quantize_weight(self)
+        _replace_weight(self)
         self.lora: LoraShard | MixedLoraShard | None = None
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
