@@ -437,7 +437,9 @@ def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None
 def _validate_base_format(model: ModelConfig, topology: TopologyConfig, method: str, zero: ZeroConfig) -> None:
     base_format = f"model.base_format={model.base_format}"
     if model.base_format != "native":
-        require(method != "full", f"{base_format} is frozen; method=full (compare.methods) needs native")
+        require(
+            method != "full", f"{base_format} is frozen; method=full needs native: use lora, compare.methods=[lora]"
+        )
         require(zero.stage < 3, f"{base_format} is not partitioned by zero.stage=3; use zero.stage<=2")
     check_blocks(model.base_format, model.hidden_size, topology.tp_size)  # linear_proj's inputs; the others' are whole
     check_blocks(model.base_format, model.ffn_hidden_size, topology.tp_size)

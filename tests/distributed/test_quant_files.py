@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from demo_runs import ASSETS, DEMO, call, read_losses
 from hf_toy import build_shard, count_processes, draw_adapter_values
 from processes import run_distributed
-from test_adapters_verbs import call
-from test_run import ASSETS, DEMO, read_losses
 
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
 from lora_dist.cli.compose import compose_config
