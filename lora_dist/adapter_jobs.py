@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,7 @@ from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
 from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, load_shards
 from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import open_topology
+from lora_dist.mcore.rounded import apply_rounding
 from lora_dist.topology import check_device, choose_device, run_on_first
 
 
@@ -32,12 +34,30 @@ def export_files(config: ExportConfig) -> None:
 
 
 def write_merged(config: LiveConfig, adapter: str, output: str) -> None:
-    """The base with the adapter in it as a Hugging Face checkpoint; a process holds its shard and one whole tensor."""
-    with open_base(config) as gpt:
-        stored = open_on_base(gpt, config, adapter)
-        LiveMerge(gpt, keep_base=False).merge(load(gpt, stored))
+    """The base with the adapter in it as a Hugging Face checkpoint; a process holds its shard and one whole tensor.
+
+    Under model.base_format nf4, nf4_double or fp8 the base is what the format makes of it, since the adapter was
+    trained on that.
+    """
+    base_format, model = config.model.base_format, replace(config.model, base_format="native")
+    with open_base(replace(config, model=model)) as gpt:
+        loaded = load(gpt, open_on_base(gpt, config, adapter))
+        if base_format != "native":
+            loaded = _merge_rounded(gpt, base_format, loaded)
+        LiveMerge(gpt, keep_base=False).merge(loaded)
         write_hf_checkpoint(gpt, output, model=config.model)
         tell(gpt, f"{adapter} merged into {config.model.name} is in {output}")
+
+
+def _merge_rounded(gpt: ShardedGpt, base_format: str, loaded: LoadedAdapter) -> LoadedAdapter:
+    """Merge the factors into what `base_format` makes of the base; what is left to merge."""
+    error = apply_rounding(gpt, base_format, loaded.shards)
+    tell(
+        gpt,
+        f"the base as {base_format} holds it, with the adapter: rounding to {gpt.config.params_dtype} changes a weight"
+        f" by {error.largest:.3g} at most, {error.rms:.3g} RMS",
+    )
+    return replace(loaded, shards={})
 
 
 def measure_switch(config: SwitchConfig) -> None:

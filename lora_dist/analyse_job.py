@@ -17,6 +17,7 @@ from lora_dist.analysis.projections import WeightShard, draw_directions
 from lora_dist.analysis.subspaces import compute_input_directions, compute_similarity, decompose_update
 from lora_dist.checkpoint.store import Adapter, StoredAdapter
 from lora_dist.lora.factors import derive_seed
+from lora_dist.lora.function import read_weight
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import parse_layers
 from lora_dist.mcore.adapters import compute_local_rows, find_linear
@@ -126,7 +127,8 @@ def cut_weight(gpt: ShardedGpt, spec: AdapterSpec) -> WeightShard:
     linear_name = find_linear(spec.target)
     linear = gpt.get_submodule(f"decoder.layers.{spec.layer - gpt.first_layer}.{linear_name}")
     rows = compute_local_rows(gpt, linear_name)
-    weight = linear.weight if rows is None else linear.weight[rows[spec.target].to(linear.weight.device)]
+    whole = read_weight(linear.weight, torch.float32)
+    weight = whole if rows is None else whole[rows[spec.target].to(whole.device)]
     topology = gpt.topology
     return WeightShard(
         weight_oh=weight.float(),

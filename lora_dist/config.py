@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from lora_dist.base_format import check_blocks
 from lora_dist.model_config import ModelConfig as ModelConfig  # other files take it from here
 from lora_dist.refusals import require, require_one_of
 
@@ -378,6 +379,7 @@ class RunConfig:
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
         _validate_model_shards(self.model, self.topology)
+        _validate_base_format(self.model, self.topology, self.method, self.zero)
         require(
             not (self.zero.stage == 3 and self.topology.pp_size > 1),
             f"zero.stage=3 needs topology.pp_size=1, got {self.topology.pp_size}; use zero.stage<=2 with pipelines",
@@ -396,6 +398,11 @@ class RunConfig:
             self.lora.bias == "none" or self.method != "lora" or self.model.family == "gpt2",
             f"lora.bias={self.lora.bias}: biases train beside adapters on GPT-2 alone, model.family is"
             f" {self.model.family}; set lora.bias=none",
+        )
+        require(
+            self.lora.init != "pissa" or self.method != "lora" or self.model.base_format == "native",
+            f"lora.init=pissa takes its part out of the base's own weights; model.base_format={self.model.base_format}"
+            " has rounded them, use native",
         )
         require(
             not self.lora.modules_to_save or self.method != "lora" or self.model.family == "gpt2",
@@ -428,6 +435,18 @@ def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None
         model.num_layers % pp_size == 0,
         f"pp {pp_size} does not divide num_layers {model.num_layers}; choose a divisor for topology.pp_size",
     )
+
+
+def _validate_base_format(model: ModelConfig, topology: TopologyConfig, method: str, zero: ZeroConfig) -> None:
+    base_format = f"model.base_format={model.base_format}"
+    if model.base_format != "native":
+        require(
+            method != "full", f"{base_format} is frozen; method=full needs native: use lora, compare.methods=[lora]"
+        )
+        require(zero.stage < 3, f"{base_format} is not partitioned by zero.stage=3; use zero.stage<=2")
+    check_blocks(model.base_format, model.hidden_size)
+    for split_inputs in (model.query_size, model.ffn_hidden_size):  # of linear_proj and linear_fc2
+        check_blocks(model.base_format, split_inputs, topology.tp_size)
 
 
 def compute_dp_size(topology: TopologyConfig, world_size: int) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+from lora_dist.base_format import BASE_FORMATS
 from lora_dist.refusals import require, require_one_of
 
 
@@ -72,9 +73,12 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_std: float = 0.02
+    base_format: str = "native"
+    """Of the linears' frozen weights: native (the run's dtype), nf4, nf4_double or fp8."""
 
     def __post_init__(self) -> None:
         require_one_of("model.family", self.family, tuple(ARCHITECTURES))
+        require_one_of("model.base_format", self.base_format, BASE_FORMATS)
         for key in (
             "num_layers",
             "hidden_size",

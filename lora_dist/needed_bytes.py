@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_dist.base_format import LinearShape, compute_weight_bytes
 from lora_dist.config import ModelConfig, RunConfig, compute_dp_size
+from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.topology import compute_coordinates
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -24,12 +26,27 @@ def compute_state_bytes(config: RunConfig, pp_rank: int, dp_size: int) -> int:
     num_parameters = _count_stage(config.model, pp_rank, config.topology.pp_size) // config.topology.tp_size
     stage, element = config.zero.stage, _BYTES[config.dtype]
     needed = num_parameters * element // (dp_size if stage == 3 else 1)
+    needed -= compute_format_savings(config.model, element, config.topology.tp_size, config.topology.pp_size)
     if config.method == "full":
         needed += num_parameters * element // (dp_size if stage >= 2 else 1)
         if not config.zero.offload_optimizer:
             masters_and_moments = 8 if config.dtype == "fp32" else 12
             needed += num_parameters * masters_and_moments // (dp_size if stage >= 1 else 1)
     return needed
+
+
+def compute_format_savings(model: ModelConfig, native_itemsize: int, tp_size: int, pp_size: int) -> int:
+    """Bytes by which one stage's shard is smaller for model.base_format; exact."""
+    saved = 0
+    for target, (in_features, out_features) in compute_linear_shapes(model).items():
+        whole = LinearShape(
+            out_features=out_features,
+            in_features=in_features,
+            column_parallel=target not in ("o_proj", "down_proj"),
+        )
+        shard = whole.cut(tp_size)
+        saved += shard.num_elements * native_itemsize - compute_weight_bytes(model.base_format, shard, native_itemsize)
+    return model.num_layers // pp_size * saved
 
 
 def _count_stage(model: ModelConfig, pp_rank: int, pp_size: int) -> int:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lora_dist.quant.weight import QuantizedWeight
+
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class TrainableParameter:
@@ -16,7 +18,7 @@ class TrainableParameter:
     name: str
     """Canonical, with the layer's global index: `layers.3.q_proj.lora_A`; the same on every topology."""
     parameter: nn.Parameter
-    """This process's shard."""
+    """This process's shard; without memory, only its shape and dtype, where `quantized` holds the values."""
     full_shape: tuple[int, ...]
     shard_dim: int | None
     """Tensor dimension split over TP; None where every TP rank holds the whole."""
@@ -30,6 +32,8 @@ class TrainableParameter:
     """True for the first and last stage's copies of the tied embedding, whose gradients are summed once a step."""
     owned: bool = True
     """False for the last stage's copy of the tied embedding: left out of the norm, of counts and of files."""
+    quantized: QuantizedWeight | None = None
+    """A frozen linear's weight under model.base_format nf4, nf4_double or fp8; it never trains."""
     local_shape: tuple[int, ...] = field(init=False)
     """Of this process's shard, padding included; `parameter` itself is empty where ZeRO-3 partitions it."""
 

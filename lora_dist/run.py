@@ -63,10 +63,10 @@ def train(config: RunConfig, settle: Settle = keep_as_it_is) -> Summary:
 def compare(config: RunConfig, settle: Settle = keep_as_it_is) -> list[Summary]:
     """Train every method of `config.compare` on the same shards and data, one after the other, and write one report."""
     with open_job(config) as topology:
+        methods = [configure_method(config, method) for method in config.compare.methods]
         run_on_first(topology, lambda: prepare_run_dir(config))
         summaries = []
-        for method in config.compare.methods:
-            one = configure_method(config, method)
+        for one in methods:
             run_on_first(topology, partial(prepare_run_dir, one))
             summaries.append(train_method(run_on_first(topology, partial(settle, one)), topology))
         run_on_first(topology, lambda: write_comparison(config, summaries))

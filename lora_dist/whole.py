@@ -24,7 +24,9 @@ class WholeName:
 
 
 def read_value(one: TrainableParameter) -> dict[str, torch.Tensor]:
-    """The parameter itself, where nothing partitions it over DP."""
+    """The parameter itself, where nothing partitions it over DP; dequantised where it is quantised."""
+    if one.quantized is not None:
+        return {"value": one.quantized.dequantize(one.parameter.dtype)}
     return {"value": one.parameter.detach()}
 
 

@@ -23,6 +23,12 @@ CASES: dict[str, tuple[str, ...]] = {
     "gpt3_175b_v100_full": ("experiment=gpt3_175b_v100_full",),
     "gpt3_175b_v100_full_mb8": ("experiment=gpt3_175b_v100_full", "loop.micro_batch_size=8", "plan.recompute=[full]"),
     "gpt3_175b_h200": ("experiment=gpt3_175b_h200",),
+    **{
+        f"gpt3_175b_h200_{base_format}": (
+            *("experiment=gpt3_175b_h200_nf4", f"model.base_format={base_format}", "plan.recompute=[none]"),
+        )
+        for base_format in ("native", "fp8", "nf4", "nf4_double")
+    },
     "search_v100_12": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=12"),
     "search_v100_16": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=16"),
     "search_h200_4": ("experiment=gpt3_175b_h200", *SEARCH, "plan.num_gpus=4"),

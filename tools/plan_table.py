@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lora_dist.base_format import LinearShape, compute_weight_bytes
+
 GIB = 2**30
 
 
@@ -37,6 +39,30 @@ def _describe_job(job: Mapping[str, Any]) -> list[str]:
         f"{job['step_seconds']:.1f}",
         f"{job['tokens_per_sec_per_gpu']:.1f}",
     ]
+
+
+def format_base_formats(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """One job with the frozen base in each format. Bits are of the linears' weights, their scales counted in."""
+    columns = ["`model.base_format`", "bits a weight", "base weights, GiB", "fullest GPU, GiB", "fits", "tokens/s/GPU"]
+    lines = [_join(columns), _join([":--", *["--:"] * 5])]
+    for base_format, record in records.items():
+        [job] = record["plan"]["jobs"]
+        [process] = job["processes"]
+        numbers = [f"{process['ledger']['base weights'] / GIB:.1f}", f"{job['needed_bytes'] / GIB:.1f}"]
+        fits, rate = "yes" if job["fits"] else "no", f"{job['tokens_per_sec_per_gpu']:.0f}"
+        lines.append(_join([base_format, f"{compute_bits(base_format):.3f}", *numbers, fits, rate]))
+    hardware = record["plan"]["hardware"]
+    head = f"One {hardware['name']} of {hardware['memory_gib']:.1f} GiB (`{record['command']}` and the others):"
+    return "\n".join([head, "", *lines])
+
+
+def compute_bits(base_format: str) -> float:
+    """Bits a weight of GPT-3 175B's linears under `base_format`, bf16 where native."""
+    h, f = 12288, 49152
+    shapes = [(3 * h, h, True), (h, h, False), (f, h, True), (h, f, False)]
+    linears = [LinearShape(out_features=o, in_features=i, column_parallel=column) for o, i, column in shapes]
+    num_bytes = sum(compute_weight_bytes(base_format, linear, 2) for linear in linears)
+    return 8 * num_bytes / sum(linear.num_elements for linear in linears)
 
 
 def format_paper(record: Mapping[str, Any], large_batch: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_table import format_record
-from plan_table import format_paper, format_plan, format_search
+from plan_table import format_base_formats, format_paper, format_plan, format_search
 
 from lora_dist.tasks.paper import ROWS
 from lora_dist.tasks.scores import ScoreRow, Scores, format_scores
@@ -38,6 +38,7 @@ def fill(page: str) -> str:
         "e2e_tgen": build_scores_table,
         "plan": build_plan_tables,
         "search": build_search_tables,
+        "base_format": build_base_format_table,
     }
 
     def replace(found: re.Match[str]) -> str:
@@ -86,6 +87,11 @@ def build_plan_tables() -> str:
 
 def build_search_tables() -> str:
     return "\n\n".join(format_search(_read(f"plan/search_{name}")) for name in ("v100_12", "v100_16", "h200_4"))
+
+
+def build_base_format_table() -> str:
+    formats = ("native", "fp8", "nf4", "nf4_double")
+    return format_base_formats({name: _read(f"plan/gpt3_175b_h200_{name}") for name in formats})
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def describe_run(
     identity: dict[str, Any] = {
         "method": config.method,
         "base_fingerprint": base_fingerprint,
+        "model.base_format": config.model.base_format,
         "data": dict(data_hashes),
         "data.seq_len": config.data.seq_len,
         "data.collate": config.data.collate,

@@ -68,7 +68,8 @@ def write_adapter_directory(
     with open_new_directory(directory) as temporary:
         hashes = _write_files(temporary, adapter, model, layout, dtype)
         manifest = describe_adapter(specs, bias, base_fingerprint, adapter.modules) | dict(about)
-        manifest |= {"base": model.name, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+        manifest |= {"base": model.name, "base_format": model.base_format}
+        manifest |= {"created": datetime.now(UTC).isoformat(timespec="seconds")}
         manifest |= {"dtype": DTYPE_NAMES[dtype], "versions": describe_versions()}
         manifest |= {"scaling_folded_into_peft_lora_B": find_folded_scalings(specs, model)}
         write_manifest(temporary, hashes, manifest)

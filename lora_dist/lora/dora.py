@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from lora_dist.lora.dropout import DropoutMask
-from lora_dist.lora.function import ShardCommunication, lora_linear
+from lora_dist.lora.function import BaseWeight, ShardCommunication, lora_linear
 
 
 def dora_linear(
     x_SBH: torch.Tensor,
-    weight_OH: torch.Tensor,
+    weight_OH: BaseWeight,
     bias_O: torch.Tensor | None,
     a_RH: torch.Tensor,
     b_OR: torch.Tensor,

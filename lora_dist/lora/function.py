@@ -20,6 +20,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from lora_dist.lora.dropout import DropoutMask
+from lora_dist.quant.weight import QuantizedWeight
+
+BaseWeight = torch.Tensor | QuantizedWeight
+"""[O, H], or what is dequantised to it for each product."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +42,7 @@ NO_COMMUNICATION = ShardCommunication(allreduce_input_grad=False, sequence_paral
 
 def lora_linear(
     x_SBH: torch.Tensor,
-    weight_OH: torch.Tensor,
+    weight_OH: BaseWeight,
     bias_O: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -53,14 +57,25 @@ def lora_linear(
     return y_SBO
 
 
+def frozen_linear(
+    x_SBH: torch.Tensor,
+    weight_OH: BaseWeight,
+    bias_O: torch.Tensor | None,
+    communication: ShardCommunication = NO_COMMUNICATION,
+) -> torch.Tensor:
+    """`lora_linear` without an adapter: the same communication, and no input kept."""
+    nothing = x_SBH.new_zeros(0, x_SBH.shape[2]), x_SBH.new_zeros(weight_OH.shape[0], 0)
+    return lora_linear(x_SBH, weight_OH, bias_O, *nothing, communication=communication)
+
+
 class _LoraLinear(torch.autograd.Function):
-    """Saves x once, z, and the weight by reference; computes no gradient of a frozen weight."""
+    """Saves x once where A trains, z, and the weight by reference; computes no gradient of a frozen weight."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_SBH: torch.Tensor,
-        weight_OH: torch.Tensor,
+        weight_OH: BaseWeight,
         bias_O: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
@@ -73,19 +88,20 @@ class _LoraLinear(torch.autograd.Function):
             joined = _all_gather_sequence(torch.cat([x_SBH, z_SBR], dim=-1), communication.group)
             gathered_SBH, z_SBR = joined.split([x_SBH.shape[-1], z_SBR.shape[-1]], dim=-1)
             z_SBR = z_SBR.contiguous()  # a view would keep the gathered input alive
-        y_SBO = F.linear(gathered_SBH, weight_OH, bias_O)
+        y_SBO = F.linear(gathered_SBH, read_weight(weight_OH, x_SBH.dtype), bias_O)
         _add_projected(y_SBO, z_SBR, b)
-        ctx.save_for_backward(x_SBH, weight_OH, a, b, z_SBR)
+        ctx.quantized, plain_OH = (weight_OH, None) if isinstance(weight_OH, QuantizedWeight) else (None, weight_OH)
+        ctx.save_for_backward(x_SBH if ctx.needs_input_grad[3] else None, plain_OH, a, b, z_SBR)
         ctx.mask, ctx.communication = mask, communication
         return y_SBO
 
     @staticmethod
     def backward(ctx: Any, dy_SBO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_SBH, weight_OH, a, b, z_SBR = ctx.saved_tensors
+        x_SBH, plain_OH, a, b, z_SBR = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         assert not needs_dweight, "the base weight of an adapted linear is frozen"
         dz_SBR = _project(dy_SBO, b.mT)
-        dx_SBH = dy_SBO @ weight_OH if needs_dx else None
+        dx_SBH = dy_SBO @ read_weight(ctx.quantized or plain_OH, dy_SBO.dtype) if needs_dx else None
         pending = None
         if ctx.communication.sequence_parallel:
             dx_SBH, dz_SBR, pending = _start_reduce_scatter(dx_SBH, dz_SBR, ctx.communication.group)
@@ -101,11 +117,15 @@ class _LoraLinear(torch.autograd.Function):
             if dx_SBH is not None:
                 dx_SBH = dx_SBH.contiguous()
                 _add_adapter_input_grad(dx_SBH, dz_SBR, a, ctx.mask)
-        dropped_SBH = x_SBH if ctx.mask is None else ctx.mask.apply(x_SBH)
-        da = _multiply_outer(dz_SBR, dropped_SBH, a.ndim)
+        da = None if x_SBH is None else _compute_a_grad(dz_SBR, x_SBH, a.ndim, ctx.mask)
         if pending is not None and not ctx.communication.sequence_parallel:
             pending.wait()
         return dx_SBH, None, dbias_O, da, db, None, None
+
+
+def read_weight(weight_OH: BaseWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight, or a temporary copy of a quantised one: kept no longer than the product takes."""
+    return weight_OH.dequantize(dtype) if isinstance(weight_OH, QuantizedWeight) else weight_OH
 
 
 def _project(x_SBH: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -128,6 +148,10 @@ def _multiply_outer(left_SBO: torch.Tensor, right_SBR: torch.Tensor, ndim: int) 
     if ndim == 2:
         return left_SBO.flatten(0, 1).t() @ right_SBR.flatten(0, 1)
     return torch.bmm(left_SBO.permute(1, 2, 0), right_SBR.transpose(0, 1))
+
+
+def _compute_a_grad(dz_SBR: torch.Tensor, x_SBH: torch.Tensor, ndim: int, mask: DropoutMask | None) -> torch.Tensor:
+    return _multiply_outer(dz_SBR, x_SBH if mask is None else mask.apply(x_SBH), ndim)
 
 
 def _add_adapter_input_grad(

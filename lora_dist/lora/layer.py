@@ -13,7 +13,7 @@ from torch import nn
 from lora_dist.lora.dora import compute_row_norms, compute_row_squares, dora_linear, sum_row_squares
 from lora_dist.lora.dropout import DropoutClock, DropoutMask
 from lora_dist.lora.factors import draw_lora_A, slice_shard
-from lora_dist.lora.function import ShardCommunication, lora_linear
+from lora_dist.lora.function import BaseWeight, ShardCommunication, lora_linear, read_weight
 from lora_dist.lora.spec import AdapterSpec
 
 
@@ -88,11 +88,11 @@ class LoraShard(nn.Module):
         return self.get_parameter(f"{spec.target}_lora_magnitude")
 
     @torch.no_grad()
-    def start_magnitudes(self, weight_OH: torch.Tensor) -> None:
+    def start_magnitudes(self, weight_OH: BaseWeight) -> None:
         """Set the lengths to those of the base's rows, which B = 0 leaves as they are. Collective over TP where rows
         are split.
         """
-        self._base_squares_O = compute_row_squares(weight_OH)
+        self._base_squares_O = compute_row_squares(read_weight(weight_OH, torch.float32))
         lengths_O = self.compute_base_lengths()
         for spec, rows in self.list_rows():
             self.magnitude(spec).copy_(lengths_O if rows is None else lengths_O[rows])
@@ -105,14 +105,14 @@ class LoraShard(nn.Module):
     def forward(
         self,
         x_SBH: torch.Tensor,
-        weight_OH: torch.Tensor,
+        weight_OH: BaseWeight,
         bias_O: torch.Tensor | None,
         communication: ShardCommunication,
     ) -> torch.Tensor:
         a_RH, b_OR = self.stack_factors(x_SBH.dtype)
         mask = self._build_mask(x_SBH)
         if self.use_dora:
-            gain_O = self._compute_gain(weight_OH)
+            gain_O = self._compute_gain(read_weight(weight_OH, x_SBH.dtype))
             return dora_linear(x_SBH, weight_OH, bias_O, a_RH, b_OR, gain_O, mask=mask, communication=communication)
         return lora_linear(x_SBH, weight_OH, bias_O, a_RH, b_OR, mask=mask, communication=communication)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_dist.lora.dropout import DropoutClock
-from lora_dist.lora.function import ShardCommunication, lora_linear
+from lora_dist.lora.function import BaseWeight, ShardCommunication, frozen_linear, lora_linear
 from lora_dist.lora.layer import LoraShard
 
 
@@ -29,14 +29,14 @@ class MixedLoraShard(nn.Module):
     def forward(
         self,
         x_SBH: torch.Tensor,
-        weight_OH: torch.Tensor,
+        weight_OH: BaseWeight,
         bias_O: torch.Tensor | None,
         communication: ShardCommunication,
     ) -> torch.Tensor:
         names = self._name_rows(x_SBH.shape[1])
         used = sorted({name for name in names if name in self.shards})
         if not used:
-            return self._run_base(x_SBH, weight_OH, bias_O, communication)
+            return frozen_linear(x_SBH, weight_OH, bias_O, communication)
         a, b = self._stack(used, names, x_SBH)
         return lora_linear(x_SBH, weight_OH, bias_O, a, b, communication=communication)
 
@@ -66,14 +66,3 @@ class MixedLoraShard(nn.Module):
         assert isinstance(shard, LoraShard)
         assert not (shard.training and shard.specs[0].dropout), "rows of several adapters have no dropout of their own"
         return shard.stack_factors(dtype)
-
-    def _run_base(
-        self,
-        x_SBH: torch.Tensor,
-        weight_OH: torch.Tensor,
-        bias_O: torch.Tensor | None,
-        communication: ShardCommunication,
-    ) -> torch.Tensor:
-        """No row uses an adapter here: the same function, so the same communication, with nothing to add."""
-        nothing = x_SBH.new_zeros(0, x_SBH.shape[2]), x_SBH.new_zeros(weight_OH.shape[0], 0)
-        return lora_linear(x_SBH, weight_OH, bias_O, *nothing, communication=communication)

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from lora_dist.config import ModelConfig
 from lora_dist.lora.factors import derive_seed
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
+from lora_dist.quant.weight import QuantizedWeight
 from lora_dist.whole import cut_shard
 
 _SHARD_DIMS = {
@@ -35,7 +38,32 @@ def describe_base_parameters(gpt: ShardedGpt) -> list[TrainableParameter]:
         if "lora_" in local_name:
             continue
         described.append(_describe(gpt, canonical_name(gpt, local_name), parameter))
+    return described + _describe_quantized(gpt)
+
+
+def _describe_quantized(gpt: ShardedGpt) -> list[TrainableParameter]:
+    described = []
+    for local_name, module in gpt.named_modules():
+        if isinstance(module, QuantizedWeight):
+            shape_only = torch.empty(module.shape, dtype=gpt.config.params_dtype, device="meta")
+            one = _describe(gpt, canonical_name(gpt, local_name), nn.Parameter(shape_only, requires_grad=False))
+            one.quantized = module
+            described.append(one)
     return described
+
+
+@contextmanager
+def open_value(one: TrainableParameter) -> Iterator[torch.Tensor]:
+    """A tensor of the shard's shape to fill: the parameter itself, or a temporary that is quantised at the end.
+
+    The temporary is fp32, so that what is stored does not depend on the run's dtype.
+    """
+    if one.quantized is None:
+        yield one.parameter
+    else:
+        value = torch.empty(one.local_shape, device=one.quantized.device)
+        yield value
+        one.quantized.fill(value)
 
 
 def canonical_name(gpt: ShardedGpt, local_name: str) -> str:
@@ -83,16 +111,23 @@ def initialize_base(gpt: ShardedGpt, model: ModelConfig, seed: int) -> None:
     residual stream by 1 / sqrt(2 num_layers) smaller, biases zero, norms one (Radford et al. 2019, section 2.3).
     """
     for described in describe_base_parameters(gpt):
-        name, parameter = described.name, described.parameter
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif "layernorm" in name:
-            parameter.fill_(1.0)
-        else:
-            residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-            std = model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
-            source = name if described.owned else "embedding.word_embeddings.weight"
-            parameter.copy_(cut_shard(_draw(source, described.full_shape, std, seed), described, gpt.topology))
+        with open_value(described) as value:
+            _initialize(value, described, gpt, model, seed)
+
+
+def _initialize(
+    value: torch.Tensor, described: TrainableParameter, gpt: ShardedGpt, model: ModelConfig, seed: int
+) -> None:
+    name = described.name
+    if name.endswith("bias"):
+        value.zero_()
+    elif "layernorm" in name:
+        value.fill_(1.0)
+    else:
+        residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        std = model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
+        source = name if described.owned else "embedding.word_embeddings.weight"
+        value.copy_(cut_shard(_draw(source, described.full_shape, std, seed), described, gpt.topology))
 
 
 def _draw(source: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:

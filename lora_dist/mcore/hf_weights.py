@@ -14,7 +14,7 @@ from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import HfPart, split_to_hf
 from lora_dist.files.safetensors_stream import open_writer
 from lora_dist.mcore.adapters import compute_local_rows, find_linear
-from lora_dist.mcore.base_parameters import describe_base_parameters, initialize_base
+from lora_dist.mcore.base_parameters import describe_base_parameters, initialize_base, open_value
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
 from lora_dist.whole import ReadState, iterate_model, list_whole, read_shard, read_value, write_together
@@ -48,14 +48,15 @@ def load_hf_checkpoint(gpt: ShardedGpt, directory: str | Path) -> None:
     """
     reader = HfReader(Path(directory))
     for one in describe_base_parameters(gpt):
-        for part in HF_FAMILIES[gpt.model.family].find_parts(one.name, gpt.model):
-            if part.target is None:
-                _load_plain(gpt, one, part, reader)
-            else:
-                _load_rows(gpt, one, part, reader)
+        with open_value(one) as value:
+            for part in HF_FAMILIES[gpt.model.family].find_parts(one.name, gpt.model):
+                if part.target is None:
+                    _load_plain(gpt, one, value, part, reader)
+                else:
+                    _load_rows(gpt, value, part, reader)
 
 
-def _load_rows(gpt: ShardedGpt, one: TrainableParameter, part: HfPart, reader: HfReader) -> None:
+def _load_rows(gpt: ShardedGpt, value: torch.Tensor, part: HfPart, reader: HfReader) -> None:
     """This rank's share of one target, to its rows of the fused parameter."""
     assert part.target is not None
     rows = compute_local_rows(gpt, find_linear(part.target))
@@ -64,26 +65,26 @@ def _load_rows(gpt: ShardedGpt, one: TrainableParameter, part: HfPart, reader: H
     size = len(local_rows)
     stored_dim = 1 if part.transposed else 0
     stored = reader.read(part.name, dim=stored_dim, start=part.first + gpt.topology.tp_rank * size, size=size)
-    one.parameter[local_rows] = _to_local(stored, part, one)
+    value[local_rows] = _to_local(stored, part, value)
 
 
-def _load_plain(gpt: ShardedGpt, one: TrainableParameter, part: HfPart, reader: HfReader) -> None:
+def _load_plain(gpt: ShardedGpt, one: TrainableParameter, value: torch.Tensor, part: HfPart, reader: HfReader) -> None:
     dim = one.shard_dim
     if dim is None:
-        one.parameter.copy_(_to_local(reader.read(part.name), part, one))
+        value.copy_(_to_local(reader.read(part.name), part, value))
         return
     stored_dim = 1 - dim if part.transposed else dim
 
     def read(start: int, size: int) -> torch.Tensor:
         stored = reader.read(part.name, dim=stored_dim, start=start, size=size)
-        return _to_local(stored, part, one)
+        return _to_local(stored, part, value)
 
-    one.parameter.copy_(read_shard(read, one, gpt.topology))
+    value.copy_(read_shard(read, one, gpt.topology))
 
 
-def _to_local(stored: torch.Tensor, part: HfPart, one: TrainableParameter) -> torch.Tensor:
-    """In the parameter's layout, dtype and device."""
-    return (stored.t() if part.transposed else stored).to(one.parameter)
+def _to_local(stored: torch.Tensor, part: HfPart, value: torch.Tensor) -> torch.Tensor:
+    """In the layout, dtype and device of the tensor to fill."""
+    return (stored.t() if part.transposed else stored).to(value)
 
 
 def write_hf_checkpoint(

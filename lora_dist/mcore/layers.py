@@ -15,11 +15,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
+from lora_dist.base_format import LinearShape
 from lora_dist.generation.cache import LayerCache
 from lora_dist.lora.dropout import DropoutClock
-from lora_dist.lora.function import NO_COMMUNICATION, ShardCommunication
+from lora_dist.lora.function import NO_COMMUNICATION, BaseWeight, ShardCommunication, frozen_linear
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.mixed import MixedLoraShard
+from lora_dist.quant.weight import QuantizedWeight
 
 
 class SdpaAttention(nn.Module):
@@ -85,26 +87,47 @@ def write_out_heads(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
 
+def build_quantized_weight(linear: ColumnParallelLinear | RowParallelLinear, base_format: str) -> QuantizedWeight:
+    """Room for the weight of a native linear's shard, on its device; not yet filled."""
+    out_features, in_features = linear.weight.shape
+    shape = LinearShape(
+        out_features=out_features,
+        in_features=in_features,
+        column_parallel=isinstance(linear, ColumnParallelLinear),
+    )
+    return QuantizedWeight(base_format, shape, device=linear.weight.device)
+
+
+def _replace_weight(linear: ColumnParallelLinear | RowParallelLinear) -> None:
+    """A quantised weight in place of the one just allocated, where the model's base_format says so."""
+    base_format = linear.config.base_format
+    if base_format != "native":
+        quantized = build_quantized_weight(linear, base_format)
+        del linear.weight
+        linear.weight = quantized
+
+
 class LoraColumnParallelLinear(ColumnParallelLinear):
     """Megatron's column-parallel linear, whose shard product takes in its adapters where it has some."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         # The bias goes into the GEMM here; Megatron would add it in a pass of its own.
         super().__init__(*args, **{**options, "skip_bias_add": False})
+        _replace_weight(self)
         self.lora: LoraShard | MixedLoraShard | None = None
 
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+    def _forward_impl(self, input: torch.Tensor, weight: BaseWeight, **options: Any) -> torch.Tensor:
         communicates = options["allreduce_dgrad"] or options["sequence_parallel"]
-        if self.lora is None and not communicates:
-            return F.linear(input, weight, options["bias"])
-        if self.lora is None:
+        if self.lora is None and isinstance(weight, torch.Tensor):
+            if not communicates:
+                return F.linear(input, weight, options["bias"])
             return self._compute_base(input, weight, options.pop("bias"), options)
         communication = ShardCommunication(
             allreduce_input_grad=options["allreduce_dgrad"],
             sequence_parallel=options["sequence_parallel"],
             group=options["tp_group"],
         )
-        return self.lora(input, weight, options["bias"], communication)
+        return (self.lora or frozen_linear)(input, weight, options["bias"], communication)
 
     def _compute_base(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: dict[str, Any]
@@ -123,6 +146,7 @@ class LoraRowParallelLinear(RowParallelLinear):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        _replace_weight(self)
         self.lora: LoraShard | MixedLoraShard | None = None
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -134,11 +158,11 @@ class LoraRowParallelLinear(RowParallelLinear):
     def _adds_bias(self) -> bool:
         return self.tp_group.size() == 1
 
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+    def _forward_impl(self, input: torch.Tensor, weight: BaseWeight, **options: Any) -> torch.Tensor:
         bias = self.bias if self._adds_bias else None
-        if self.lora is None:
+        if self.lora is None and isinstance(weight, torch.Tensor):
             return F.linear(input, weight, bias)
-        return self.lora(input, weight, bias, NO_COMMUNICATION)
+        return (self.lora or frozen_linear)(input, weight, bias, NO_COMMUNICATION)
 
 
 class Layer(TransformerLayer):

@@ -14,6 +14,7 @@ from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter, find_source
+from lora_dist.quant.weight import find_quantized
 from lora_dist.whole import cut_shard
 
 
@@ -85,6 +86,12 @@ class LiveMerge:
     """A frozen model into which one adapter at a time is merged: no latency, no gather, the base never lost."""
 
     def __init__(self, gpt: ShardedGpt, *, keep_base: bool = True) -> None:
+        """ValueError where the base is quantised: adding to it would round everything again."""
+        if quantized := find_quantized(gpt):
+            raise ValueError(
+                f"model.base_format={quantized[0].base_format}: an adapter cannot be merged into a quantised base in"
+                " place; use generate.merge=false, or `lora-dist merge`, which writes the merged model"
+            )
         self._gpt, self._keep_base = gpt, keep_base
         self._merges: dict[str, WeightMerge] = {}
         self._kept: dict[str, torch.Tensor] = {}

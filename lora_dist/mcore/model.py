@@ -121,6 +121,7 @@ def build_model(
 ) -> ShardedGpt:
     """This process's shard, on its device, its weights not yet set; its first `num_recomputed` layers recompute."""
     config = _build_transformer_config(model, topology, dtype)
+    config.base_format = model.base_format  # Megatron hands its configuration to each linear it makes
     gpt = ShardedGpt(
         config=config,
         transformer_layer_spec=_build_block_spec(model.architecture, model.num_layers // topology.pp_size),

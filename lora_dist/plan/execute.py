@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from lora_dist.batch import Batch
 from lora_dist.config import HardwareConfig, RunConfig, compute_dp_size, compute_num_microbatches
@@ -22,6 +23,7 @@ from lora_dist.plan.meta_tensors import MetaTensors
 from lora_dist.plan.observer import Observer
 from lora_dist.plan.process_plan import ProcessPlan, name_stage
 from lora_dist.plan.steady import WatchedBatches, Work, compute_num_executed, compute_num_warmup, count_calls
+from lora_dist.quant.weight import find_quantized
 from lora_dist.run import build_engine
 from lora_dist.topology import Topology
 from lora_dist.zero.engine import ZeroEngine
@@ -127,7 +129,7 @@ class _FakeRun:
             pp_rank=topology.pp_rank,
             stage=name_stage(topology.pp_rank, topology.pp_size),
             num_layers=engine.gpt.num_stage_layers,
-            num_parameters=sum(_count_elements(parameter) for parameter in engine.gpt.parameters()),
+            num_parameters=_count_parameters(engine.gpt),
             num_trainable=sum(_count_elements(one.parameter) for one in engine.trainable),
             ledger={kind: live.peak[kind] for kind in KINDS},
             peak_bytes=max(live.peak_total, setup_peak_bytes),
@@ -190,6 +192,11 @@ def _resident(parameter: torch.Tensor) -> torch.Tensor:
     """ZeRO 3 keeps this process's slice beside the parameter, which is empty between uses."""
     slice_: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
     return slice_
+
+
+def _count_parameters(gpt: nn.Module) -> int:
+    quantized = sum(weight.linear_shape.num_elements for weight in find_quantized(gpt))
+    return quantized + sum(_count_elements(parameter) for parameter in gpt.parameters())
 
 
 def _count_elements(parameter: torch.Tensor) -> int:

@@ -8,6 +8,7 @@ from lora_dist.config import ModelConfig, RunConfig
 from lora_dist.files.hf_layout import compute_canonical_shapes
 from lora_dist.mcore.base_parameters import find_shard_dim
 from lora_dist.mcore.model import compute_padded_vocab_size
+from lora_dist.needed_bytes import compute_format_savings
 from lora_dist.plan.execute import require_hardware
 from lora_dist.plan.job import GIB, ITEM_BYTES, JobPlan, build_job_plan, execute_all
 from lora_dist.plan.process_plan import ProcessPlan
@@ -113,7 +114,8 @@ def compute_weight_bytes(model: ModelConfig, dtype: str, *, tp_size: int, pp_siz
     layers = model.num_layers // pp_size * count("decoder.layers.0.")
     first, last = vocab + count("embedding.position_embeddings."), vocab + count("decoder.final_layernorm.")
     whole = first + last - (vocab if model.tied_output else 0)
-    return ITEM_BYTES[dtype] * (layers + (whole if pp_size == 1 else max(first, last)))
+    native = ITEM_BYTES[dtype] * (layers + (whole if pp_size == 1 else max(first, last)))
+    return native - compute_format_savings(model, ITEM_BYTES[dtype], tp_size, pp_size)
 
 
 def _try_all(config: RunConfig, candidates: Sequence[Candidate], recompute: str) -> list[Candidate]:

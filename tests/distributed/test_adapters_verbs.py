@@ -1,27 +1,19 @@
 """The adapter verbs as a user types them, on one process and on two: what they write, and what they refuse."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from demo_runs import call
 from hf_toy import compute_hf_logits, compute_peft_logits, draw_adapter_values, write_toy_checkpoint
 from processes import run_distributed
 from safetensors.torch import load_file
 
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
-from lora_dist.cli.main import main
 from lora_dist.config import LoraConfig
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.lora.targets import build_adapter_specs
-
-
-def call(words: list[str]) -> int:
-    """`lora-dist WORDS` as one process of a job that a launcher started."""
-    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    return main(words)
 
 
 @pytest.fixture

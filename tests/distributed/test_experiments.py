@@ -46,7 +46,9 @@ def test_a_size_on_the_command_line_is_shrunk_too() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("experiment", "num_gpus"), [("gpt3_6_7b", 4), ("gpt3_13b", 8), ("gpt3_175b_h200", 4)])
+@pytest.mark.parametrize(
+    ("experiment", "num_gpus"), [("gpt3_6_7b", 4), ("gpt3_13b", 8), ("gpt3_175b_h200", 4), ("gpt3_175b_h200_nf4", 1)]
+)
 def test_lora_without_recomputation_fits_one_replica_of_the_gpus_named(experiment: str, num_gpus: int) -> None:
     config = compose_config([f"experiment={experiment}", "topology.dp_size=1"], on_paper=True)
     [job] = plan_jobs([config])

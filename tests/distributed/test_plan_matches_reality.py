@@ -170,6 +170,24 @@ CASES = {
     "llama-full-bf16": {**FULL, "model": LLAMA, "dtype": "bf16", "recompute": "selective"},
     "qwen3-lora": {"model": replace(LLAMA, name="qwen3", family="qwen3", head_size=48)},
     "opt-lora": {"model": replace(MODEL, name="opt", family="opt")},
+    "lora-nf4": {"model": replace(MODEL, base_format="nf4")},
+    "lora-nf4-double-tp2-sp-recompute": {
+        "model": replace(MODEL, base_format="nf4_double"),
+        "topology": {"tp_size": 2, "sequence_parallel": True},
+        "recompute": "full",
+    },
+    "lora-nf4-double-all-dp2-stage2-bf16": {
+        "model": replace(MODEL, base_format="nf4_double"),
+        "topology": {"dp_size": 2},
+        "zero": ZeroConfig(stage=2),
+        "lora": ALL,
+        "dtype": "bf16",
+    },
+    "lora-fp8-pp2": {
+        "model": replace(MODEL, base_format="fp8"),
+        "topology": {"pp_size": 2},
+        "num_microbatches": 4,
+    },
     "lora-tp2-pp2": {"topology": {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}, "num_microbatches": 3},
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from demo_runs import ASSETS, DEMO, read_losses
 from processes import run_distributed
 
 from lora_dist.cli.compose import compose_config
@@ -13,21 +14,10 @@ from lora_dist.measure.metrics_file import read_metrics
 from lora_dist.run import compare, train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-ASSETS = Path(__file__).parents[2] / "lora_dist" / "assets"
-DEMO = [
-    *("experiment=e2e_demo", "track=none", "loop.num_steps=4", "loop.micro_batch_size=2", "optim.num_warmup_steps=0"),
-    *("data.max_train_examples=40", "data.max_valid_examples=12"),
-]
 
 
 def run(verb: Any, overrides: list[str]) -> None:
     verb(compose_config(overrides))
-
-
-def read_losses(run_dir: Path) -> list[dict[str, float]]:
-    """What training computed, without what depends on the clock."""
-    keys = ("step", "loss", "grad_norm", "lr", "valid_loss")
-    return [{key: line[key] for key in keys if key in line} for line in read_metrics(run_dir / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("name", ["tiny_lora", "tiny_full"])

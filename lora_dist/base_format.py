@@ -1,0 +1,72 @@
+"""How the frozen linears' weights may be stored: the formats, the shapes they take, their bytes; standard library only.
+
+nf4 and fp8 keep one scale for 64 neighbouring weights of a row. Blocks never cross rows or shards, so a shard of the
+quantised weight is a slice of the whole quantised weight on every topology.
+"""
+
+from dataclasses import dataclass
+
+from lora_dist.refusals import require
+
+BASE_FORMATS = ("native", "nf4", "nf4_double", "fp8")
+BLOCK = 64
+"""Weights that share a scale (QLoRA, arXiv:2305.14314, section 3)."""
+_MAX_GROUP = 256
+"""Scales that share a range in nf4_double (the paper's block size of the second level)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearShape:
+    """The weight [out_features, in_features] of one linear, or of one tensor-parallel shard of it."""
+
+    out_features: int
+    in_features: int
+    column_parallel: bool
+    """True where TP splits the rows, False where it splits the columns."""
+
+    @property
+    def num_elements(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def num_scales(self) -> int:
+        return self.num_elements // BLOCK
+
+    @property
+    def group_size(self) -> int:
+        """Scales of one group of nf4_double: they lie along the dimension that TP leaves whole."""
+        length = self.in_features // BLOCK if self.column_parallel else self.out_features
+        return max(size for size in range(1, min(length, _MAX_GROUP) + 1) if length % size == 0)
+
+    def cut(self, tp_size: int) -> "LinearShape":
+        """One of `tp_size` shards."""
+        rows, columns = (tp_size, 1) if self.column_parallel else (1, tp_size)
+        return LinearShape(
+            out_features=self.out_features // rows,
+            in_features=self.in_features // columns,
+            column_parallel=self.column_parallel,
+        )
+
+
+def check_blocks(base_format: str, in_features: int, tp_size: int = 1) -> None:
+    """ValueError, with the numbers, where blocks would cross the ends of a shard's rows."""
+    require(
+        base_format == "native" or in_features % (BLOCK * tp_size) == 0,
+        f"model.base_format={base_format} keeps one scale for {BLOCK} weights of a row, and {in_features} inputs over"
+        f" tp {tp_size} are no multiple of {BLOCK}; lower topology.tp_size or use model.base_format=native",
+    )
+
+
+def compute_weight_bytes(base_format: str, shape: LinearShape, native_itemsize: int) -> int:
+    """Of one linear's weight as it is stored; exact."""
+    if base_format == "native":
+        return shape.num_elements * native_itemsize
+    return sum(compute_buffer_bytes(base_format, shape).values())
+
+
+def compute_buffer_bytes(base_format: str, shape: LinearShape) -> dict[str, int]:
+    """Of each buffer of a quantised weight: 8.5 bits a weight (fp8), 4.5 (nf4), or 4.125 + 1 / group_size."""
+    codes = shape.num_elements if base_format == "fp8" else shape.num_elements // 2
+    if base_format != "nf4_double":
+        return {"codes": codes, "scales": 4 * shape.num_scales}
+    return {"codes": codes, "scales": shape.num_scales, "ranges": 8 * (shape.num_scales // shape.group_size)}

@@ -1,0 +1,107 @@
+"""Training over a quantised base on every topology against one process whose native weights have the same values."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from processes import run_distributed
+from toy import MODEL, Case, build_batches, build_case, gather_whole
+
+from lora_dist.config import LoraConfig, OptimConfig, ZeroConfig
+from lora_dist.engine import Engine
+from lora_dist.mcore.rounded import apply_rounding
+from lora_dist.zero.engine import build_zero_engine
+
+NUM_STEPS = 3
+OPTIM = OptimConfig(lr=3e-3, clip_grad_norm=0.5, weight_decay=0.1, eps=1e-4)
+WIDE = replace(MODEL, num_layers=2, hidden_size=128, ffn_hidden_size=256)
+ADAPTERS = {
+    "all": LoraConfig(rank=3, target_modules=["all"], dropout=0.2, bias="all"),
+    "some": LoraConfig(rank=3, target_modules=["q_proj", "down_proj"], layers=["1"]),
+}
+FORMATS = ["nf4", "nf4_double", "fp8"]
+Trained = tuple[list[float], list[float], dict[str, torch.Tensor]]
+
+
+def build(adapters: str, base_format: str, **options: object) -> Case:
+    model = replace(WIDE, base_format=base_format)
+    return Case(model=model, lora=ADAPTERS[adapters], dtype=torch.float32, **options)
+
+
+def train(case: Case, stage: int = 1, rounded_to: str | None = None) -> Trained:
+    """Losses, norms and whole trained values; B is drawn before the first step."""
+    gpt, trainable, topology = build_case(case)
+    if rounded_to is not None:
+        apply_rounding(gpt, rounded_to)
+    zero = build_zero_engine(
+        gpt,
+        trainable,
+        zero=ZeroConfig(stage=stage),
+        optim=OPTIM,
+        micro_batch_size=1,
+        dtype=case.dtype,
+        topology=topology,
+    )
+    engine = Engine(gpt, zero, trainable, topology, seed=0)
+    results = [
+        engine.train_step(build_batches(topology, seed=step), step=step, lr=OPTIM.lr) for step in range(NUM_STEPS)
+    ]
+    engine.check_replicas()
+    values = {one.name: gather_whole(zero.read_state(one)["value"], one, topology) for one in trainable}
+    return [one.loss for one in results], [one.grad_norm for one in results], values
+
+
+@pytest.fixture(scope="module")
+def oracles() -> dict[tuple[str, str], Trained]:
+    """Of each adapter and format: native weights, one process."""
+    return {
+        (adapters, base_format): run_distributed(train, 1, build(adapters, "native"), 1, base_format)[0]
+        for adapters in ADAPTERS
+        for base_format in FORMATS
+    }
+
+
+def assert_alike(results: list[Trained], expected: Trained) -> None:
+    seen = set()
+    for losses, norms, values in results:
+        assert losses == pytest.approx(expected[0], abs=1e-5)
+        assert norms == pytest.approx(expected[1], rel=1e-4)
+        for name, value in values.items():
+            torch.testing.assert_close(value, expected[2][name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            seen.add(name)
+    assert seen == expected[2].keys()
+
+
+GRID = [
+    ({"tp_size": 2}, 1),
+    ({"tp_size": 2, "sequence_parallel": True}, 0),
+    ({"pp_size": 2}, 1),
+    ({"dp_size": 2}, 1),
+    ({"dp_size": 2}, 2),
+    ({"recompute": "full"}, 1),
+    ({"recompute": "selective"}, 1),
+    ({"tp_size": 2, "pp_size": 2, "sequence_parallel": True, "recompute": "full"}, 1),
+]
+
+
+@pytest.mark.parametrize(("options", "stage"), GRID, ids=lambda value: str(value).replace("'", ""))
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_every_topology_trains_alike(
+    adapters: str, options: dict, stage: int, oracles: dict[tuple[str, str], Trained]
+) -> None:
+    case = build(adapters, "nf4_double", **options)
+    assert_alike(run_distributed(train, case.world_size, case, stage), oracles[adapters, "nf4_double"])
+
+
+@pytest.mark.parametrize("base_format", ["nf4", "fp8"])
+@pytest.mark.parametrize("options", [{}, {"tp_size": 2, "sequence_parallel": True}], ids=str)
+def test_other_formats(base_format: str, options: dict, oracles: dict[tuple[str, str], Trained]) -> None:
+    case = build("some", base_format, **options)
+    assert_alike(run_distributed(train, case.world_size, case), oracles["some", base_format])
+
+
+def test_the_formats_are_told_apart(oracles: dict[tuple[str, str], Trained]) -> None:
+    """Or the comparisons above would pass for weights that are not quantised at all."""
+    losses = [oracles["some", base_format][0][0] for base_format in FORMATS]
+    losses.append(run_distributed(train, 1, build("some", "native"))[0][0][0])
+    assert min(abs(a - b) for a in losses for b in losses if a is not b) > 2e-5

@@ -1,0 +1,33 @@
+"""What a quantised base cannot be combined with is refused before anything is loaded, with the remedy."""
+
+import pytest
+
+from lora_dist.cli.compose import compose_config
+from lora_dist.plan.job import list_variants
+from lora_dist.run import configure_method
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.base_format=int8"], r"model.base_format='int8' is not one of native, nf4, nf4_double, fp8"),
+        (["model.base_format=nf4", "method=full"], r"model.base_format=nf4 is frozen; method=full needs native"),
+        (["model.base_format=fp8", "zero=stage3"], r"is not partitioned by zero.stage=3; use zero.stage<=2"),
+        (
+            ["model.base_format=nf4", "topology=tp8"],
+            r"nf4 keeps one scale for 64 weights of a row, and 256 inputs over tp 8 are no multiple of 64; lower",
+        ),
+    ],
+)
+def test_refusals_name_the_value_and_the_remedy(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose_config(overrides)
+
+
+def test_a_comparison_with_full_fine_tuning_is_refused_before_it_begins() -> None:
+    config = compose_config(["model.base_format=nf4"])
+    remedy = r"compare.methods=\[lora\]"
+    with pytest.raises(ValueError, match=remedy):
+        list_variants(config)
+    with pytest.raises(ValueError, match=remedy):
+        configure_method(config, "full")
