@@ -48,13 +48,22 @@ class LinearShape:
         )
 
 
-def check_blocks(base_format: str, in_features: int, tp_size: int = 1) -> None:
-    """ValueError, with the numbers, where blocks would cross the ends of a shard's rows."""
-    require(
-        base_format == "native" or in_features % (BLOCK * tp_size) == 0,
-        f"model.base_format={base_format} keeps one scale for {BLOCK} weights of a row, and {in_features} inputs over"
-        f" tp {tp_size} are no multiple of {BLOCK}; lower topology.tp_size or use model.base_format=native",
-    )
+def check_frozen(base_format: str, *, method: str, zero_stage: int) -> None:
+    """ValueError where a run trains or partitions what `base_format` freezes."""
+    if base_format != "native":
+        key = f"model.base_format={base_format}"
+        require(method != "full", f"{key} is frozen; method=full needs native: use lora, compare.methods=[lora]")
+        require(zero_stage < 3, f"{key} is not partitioned by zero.stage=3; use zero.stage<=2")
+
+
+def check_blocks(base_format: str, *in_features: int, tp_size: int = 1) -> None:
+    """ValueError, with the numbers, where blocks would cross the ends of a row whose inputs TP splits."""
+    for size in in_features:
+        require(
+            base_format == "native" or size % (BLOCK * tp_size) == 0,
+            f"model.base_format={base_format} keeps one scale for {BLOCK} weights of a row, and {size} inputs over"
+            f" tp {tp_size} are no multiple of {BLOCK}; lower topology.tp_size or use model.base_format=native",
+        )
 
 
 def compute_weight_bytes(base_format: str, shape: LinearShape, native_itemsize: int) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from lora_dist.base_format import check_blocks
+from lora_dist.base_format import check_blocks, check_frozen
 from lora_dist.model_config import ModelConfig as ModelConfig  # other files take it from here
 from lora_dist.refusals import require, require_one_of
 
@@ -379,7 +379,7 @@ class RunConfig:
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
         _validate_model_shards(self.model, self.topology)
-        _validate_base_format(self.model, self.topology, self.method, self.zero)
+        check_frozen(self.model.base_format, method=self.method, zero_stage=self.zero.stage)
         require(
             not (self.zero.stage == 3 and self.topology.pp_size > 1),
             f"zero.stage=3 needs topology.pp_size=1, got {self.topology.pp_size}; use zero.stage<=2 with pipelines",
@@ -435,18 +435,8 @@ def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None
         model.num_layers % pp_size == 0,
         f"pp {pp_size} does not divide num_layers {model.num_layers}; choose a divisor for topology.pp_size",
     )
-
-
-def _validate_base_format(model: ModelConfig, topology: TopologyConfig, method: str, zero: ZeroConfig) -> None:
-    base_format = f"model.base_format={model.base_format}"
-    if model.base_format != "native":
-        require(
-            method != "full", f"{base_format} is frozen; method=full needs native: use lora, compare.methods=[lora]"
-        )
-        require(zero.stage < 3, f"{base_format} is not partitioned by zero.stage=3; use zero.stage<=2")
     check_blocks(model.base_format, model.hidden_size)
-    for split_inputs in (model.query_size, model.ffn_hidden_size):  # of linear_proj and linear_fc2
-        check_blocks(model.base_format, split_inputs, topology.tp_size)
+    check_blocks(model.base_format, model.query_size, model.ffn_hidden_size, tp_size=tp_size)
 
 
 def compute_dp_size(topology: TopologyConfig, world_size: int) -> int:

@@ -61,11 +61,17 @@ def _describe_job(config: RunConfig, job: JobPlan) -> str:
     loop, sequence = config.loop, ", sequence parallel" if job.sequence_parallel else ""
     return (
         f"{config.model.name} on {job.world_size} x {require_hardware(config).name}:"
-        f" tp {job.tp_size} x pp {job.pp_size} x dp {job.dp_size}{sequence}, {config.dtype}, ZeRO {config.zero.stage}\n"
+        f" tp {job.tp_size} x pp {job.pp_size} x dp {job.dp_size}{sequence},"
+        f" {_describe_precision(config)}, ZeRO {config.zero.stage}\n"
         f"a step: {job.tokens_per_step:,} tokens in {job.processes[0].num_microbatches} microbatches of"
         f" {loop.micro_batch_size} x {config.data.seq_len} on each replica;"
         f" {config.plan.target_fraction:.0%} of them target tokens"
     )
+
+
+def _describe_precision(config: RunConfig) -> str:
+    base_format = config.model.base_format
+    return config.dtype if base_format == "native" else f"{config.dtype} over {base_format}"
 
 
 def _render_summary(jobs: Sequence[JobPlan]) -> str:
@@ -130,7 +136,8 @@ def render_search(config: RunConfig, candidates: Sequence[Candidate]) -> str:
     hardware = require_hardware(config)
     fitting = [one for one in candidates if one.job is not None]
     head = (
-        f"{config.model.name}, {config.method}, {config.dtype} on {config.plan.num_gpus} x {hardware.name}"
+        f"{config.model.name}, {config.method}, {_describe_precision(config)}"
+        f" on {config.plan.num_gpus} x {hardware.name}"
         f" ({hardware.available_gib:.1f} GiB free of {hardware.memory_gib:.1f}): {len(fitting)} of"
         f" {len(candidates)} topologies fit"
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from lora_dist.base_format import check_blocks
 from lora_dist.config import ModelConfig, RunConfig
 from lora_dist.files.hf_layout import compute_canonical_shapes
 from lora_dist.mcore.base_parameters import find_shard_dim
@@ -95,6 +96,11 @@ def _refuse_unexecuted(config: RunConfig, one: Candidate) -> Candidate:
     if one.tp_size > 1 and hardware.gpus_per_node % one.tp_size:
         reason = f"tp{one.tp_size} does not divide a node of {hardware.gpus_per_node} GPUs"
         return replace(one, reason=reason)
+    try:
+        model = config.model
+        check_blocks(model.base_format, model.query_size, model.ffn_hidden_size, tp_size=one.tp_size)
+    except ValueError as refusal:
+        return replace(one, reason=str(refusal))
     weight_bytes = compute_weight_bytes(config.model, config.dtype, tp_size=one.tp_size, pp_size=one.pp_size)
     if weight_bytes > hardware.memory_gib * GIB:
         reason = f"{weight_bytes / GIB:.1f} GiB of weights > {hardware.memory_gib:.1f} GiB"

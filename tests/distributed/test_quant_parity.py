@@ -10,6 +10,8 @@ from toy import MODEL, Case, build_batches, build_case, gather_whole
 from lora_dist.config import LoraConfig, OptimConfig, ZeroConfig
 from lora_dist.engine import Engine
 from lora_dist.mcore.rounded import apply_rounding
+from lora_dist.mcore.schedule import forward_backward
+from lora_dist.measure.collectives import Collective, count_collectives
 from lora_dist.zero.engine import build_zero_engine
 
 NUM_STEPS = 3
@@ -105,3 +107,22 @@ def test_the_formats_are_told_apart(oracles: dict[tuple[str, str], Trained]) -> 
     losses = [oracles["some", base_format][0][0] for base_format in FORMATS]
     losses.append(run_distributed(train, 1, build("some", "native"))[0][0][0])
     assert min(abs(a - b) for a in losses for b in losses if a is not b) > 2e-5
+
+
+def list_collectives(case: Case) -> list[Collective]:
+    gpt, _, topology = build_case(case)
+    with count_collectives(topology) as counter:
+        forward_backward(gpt, build_batches(topology), seed=0, step=0, scale_loss=None)
+    return counter.read()
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_same_is_communicated_as_over_native_weights(adapters: str, sequence_parallel: bool) -> None:
+    options = {"tp_size": 2, "sequence_parallel": sequence_parallel}
+    native, quantized = (
+        run_distributed(list_collectives, 2, build(adapters, base_format, **options))[0]
+        for base_format in ("native", "nf4")
+    )
+    assert native
+    assert quantized == native

@@ -4,6 +4,7 @@ import pytest
 
 from lora_dist.cli.compose import compose_config
 from lora_dist.plan.job import list_variants
+from lora_dist.plan.search import search_topologies
 from lora_dist.run import configure_method
 
 
@@ -31,3 +32,11 @@ def test_a_comparison_with_full_fine_tuning_is_refused_before_it_begins() -> Non
         list_variants(config)
     with pytest.raises(ValueError, match=remedy):
         configure_method(config, "full")
+
+
+def test_a_search_leaves_out_topologies_that_cut_blocks() -> None:
+    """With no memory at all the others are refused by their weights, so that none is executed."""
+    overrides = ["model.base_format=nf4", "plan.search=true", "plan.num_gpus=8", "hardware.memory_gib=1e-3"]
+    reasons = {one.name: one.reason for one in search_topologies(compose_config(overrides))}
+    assert "256 inputs over tp 8 are no multiple of 64" in reasons["tp8 pp1 dp1"]
+    assert reasons["tp4 pp1 dp2"].endswith("GiB of weights > 0.0 GiB")
