@@ -61,9 +61,11 @@ def test_every_kind_is_counted_with_its_bytes_and_group() -> None:
         assert {(one.op, one.group, one.payload_bytes): one.count for one in collectives} == expected
 
 
-def count_step(case: Case, targets: list[str], input_grad: bool) -> tuple[list[Collective], list[Collective]]:
+def count_step(
+    case: Case, targets: list[str], input_grad: bool, use_dora: bool = False
+) -> tuple[list[Collective], list[Collective]]:
     """Collectives of forward and backward, and of the sums after it; no targets leave the frozen base."""
-    case.lora = LoraConfig(rank=3, target_modules=targets or ["q_proj"])
+    case.lora = LoraConfig(rank=3, target_modules=targets or ["q_proj"], use_dora=use_dora)
     gpt, trainable, topology = build_case(case)
     if not targets:
         remove_adapters(gpt)
@@ -122,6 +124,16 @@ def test_nor_to_gated_layers_with_shared_heads(sequence_parallel: bool) -> None:
     lora, after = run_distributed(count_step, 2, case, SEVEN_TARGETS, True)[0]
     assert count_by_kind(lora) == count_by_kind(base)
     assert [(one.op, one.group, one.count) for one in after] == [("all_reduce", "tp", 1)]
+
+
+def test_dora_adds_one_small_one_a_forward_of_a_split_row() -> None:
+    """[32] fp64 squares of o_proj's and of down_proj's rows; nothing for the linears whose rows are whole."""
+    lora, _ = run_distributed(count_step, 2, Case(tp_size=2), ALL_TARGETS, True)[0]
+    dora, _ = run_distributed(count_step, 2, Case(tp_size=2), ALL_TARGETS, True, True)[0]
+    assert set(lora) < set(dora)
+    [added] = set(dora) - set(lora)
+    assert (added.op, added.group, added.in_layer, added.payload_bytes) == ("all_reduce", "tp", True, 32 * 8)
+    assert added.count == 2 * MODEL.num_layers * NUM_MICROBATCHES
 
 
 def test_counted_on_every_microbatch_and_layer() -> None:

@@ -61,6 +61,12 @@ def test_defaults_need_no_experiment() -> None:
     assert (config.run_dir, config.resume) == ("auto", "none")
 
 
+def test_variants_of_lora_are_methods_to_pick() -> None:
+    for option, wanted in (("lora", (False, "gaussian")), ("dora", (True, "gaussian")), ("pissa", (False, "pissa"))):
+        config = compose_config([f"method={option}"])
+        assert (config.method, (config.lora.use_dora, config.lora.init)) == ("lora", wanted)
+
+
 def test_dictionaries_take_new_entries() -> None:
     config = compose_config(["lora.rank_pattern.q_proj=8", "lora.alpha_pattern={v_proj:2}"])
     assert (config.lora.rank_pattern, config.lora.alpha_pattern) == ({"q_proj": 8}, {"v_proj": 2.0})
