@@ -38,6 +38,7 @@ def fill(page: str) -> str:
         "e2e_tgen": build_scores_table,
         "plan": build_plan_tables,
         "search": build_search_tables,
+        "kernels": build_kernel_table,
         "base_format": build_base_format_table,
     }
 
@@ -92,6 +93,26 @@ def build_search_tables() -> str:
 def build_base_format_table() -> str:
     formats = ("native", "fp8", "nf4", "nf4_double")
     return format_base_formats({name: _read(f"plan/gpt3_175b_h200_{name}") for name in formats})
+
+
+def build_kernel_table() -> str:
+    """What adapters add to single linears, and what the step is but forward and backward."""
+    kernels, share = _read("kernels_cpu"), _read("step_share_gpt2_medium")
+    lines = [_join(["linear, one rank's shard", "frozen alone, s", "with LoRA : frozen (quartiles)"]), "|:--|--:|--:|"]
+    for row in kernels["rows"]:
+        ratio, (out_features, in_features) = row["lora/frozen"], row["shard_shape"]
+        shard = f"{row['model']} {row['linear']}, tp {row['tp_size']}: {out_features} x {in_features}"
+        spread = f"{ratio['median']:.3f}x ({ratio['p25']:.3f}-{ratio['p75']:.3f})"
+        lines.append(_join([shard, f"{row['seconds']['frozen']['median']:.2f}", spread]))
+    case, part = share["case"], share["share"]
+    rows = case["micro_batch_size"] * case["num_microbatches"]
+    note = (
+        f"{kernels['num_tokens']:,} tokens, {kernels['dtype']}, rank {kernels['lora_rank']}, CPU time of one thread,"
+        f" {kernels['num_rounds']} rounds. Sum of the TP-partial gradients and optimizer: {part['median']:.2%}"
+        f" ({part['p25']:.2%}-{part['p75']:.2%}) of a step of {case['model']} on"
+        f" tp {case['topology']['tp_size']}, {rows} x {case['seq_len']} tokens ({share['num_steps']} steps, wall time)."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def _read(name: str) -> dict[str, Any]:
