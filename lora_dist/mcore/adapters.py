@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lora_dist.lora.layer import LoraShard, ShardPlace, compute_gate_up_rows, compute_qkv_rows
+from lora_dist.lora.layer import LoraShard, ShardPlace, compute_fused_rows
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.base_parameters import canonical_name, describe_base_parameters
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
@@ -65,7 +65,7 @@ def _group_by_linear(gpt: ShardedGpt, specs: Sequence[AdapterSpec]) -> dict[tupl
     stage_layers = range(gpt.first_layer, gpt.first_layer + gpt.num_stage_layers)
     for spec in specs:
         if spec.layer in stage_layers:
-            groups[spec.layer, find_linear(spec.target)].append(spec)
+            groups[spec.layer, _LINEAR_OF_TARGET[spec.target]].append(spec)
     return groups
 
 
@@ -89,25 +89,9 @@ def _build_shard(
         seed=seed,
         clock=gpt.clock,
         local_out_features=linear.weight.shape[0],
-        rows=compute_local_rows(gpt, find_linear(specs[0].target)),
+        rows=compute_fused_rows(specs[0].target, gpt.model, topology.tp_size),
         device=topology.device,
     )
-
-
-def find_linear(target: str) -> str:
-    """Megatron's linear that holds a target, by its name within a layer."""
-    return _LINEAR_OF_TARGET[target]
-
-
-def compute_local_rows(gpt: ShardedGpt, linear_name: str) -> dict[str, torch.Tensor] | None:
-    """Rows of each target in this shard of a linear that fuses several; None for one that holds one target alone."""
-    config = gpt.config
-    if linear_name == "mlp.linear_fc1" and config.gated_linear_unit:
-        return compute_gate_up_rows(config.ffn_hidden_size // gpt.topology.tp_size)
-    if linear_name != "self_attention.linear_qkv":
-        return None
-    num_groups = config.num_query_groups // gpt.topology.tp_size
-    return compute_qkv_rows(num_groups, config.num_attention_heads // config.num_query_groups, config.kv_channels)
 
 
 def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
