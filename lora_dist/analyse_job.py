@@ -18,9 +18,10 @@ from lora_dist.analysis.subspaces import compute_input_directions, compute_simil
 from lora_dist.checkpoint.store import Adapter, StoredAdapter
 from lora_dist.lora.factors import derive_seed
 from lora_dist.lora.function import read_weight
+from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import parse_layers
-from lora_dist.mcore.adapters import compute_local_rows, find_linear
+from lora_dist.mcore.adapters import LINEAR_OF_TARGET
 from lora_dist.mcore.layers import LoraColumnParallelLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.measure.environment import describe_environment
@@ -124,9 +125,8 @@ def _amplify_one(gpt: ShardedGpt, directory: str, adapter: Adapter, spec: Adapte
 
 def cut_weight(gpt: ShardedGpt, spec: AdapterSpec) -> WeightShard:
     """The target's rows of the linear that holds it, on this rank, in fp32."""
-    linear_name = find_linear(spec.target)
-    linear = gpt.get_submodule(f"decoder.layers.{spec.layer - gpt.first_layer}.{linear_name}")
-    rows = compute_local_rows(gpt, linear_name)
+    linear = gpt.get_submodule(f"decoder.layers.{spec.layer - gpt.first_layer}.{LINEAR_OF_TARGET[spec.target]}")
+    rows = compute_fused_rows(spec.target, gpt.model, gpt.topology.tp_size)
     whole = read_weight(linear.weight, torch.float32)
     weight = whole if rows is None else whole[rows[spec.target].to(whole.device)]
     topology = gpt.topology

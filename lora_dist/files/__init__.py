@@ -1,1 +1,1 @@
-"""What lies on disk: committed directories, safetensors streams, Hugging Face GPT-2's files; no process groups."""
+"""What lies on disk: committed directories, safetensors streams, Hugging Face's files; no process groups."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_dist.config import ModelConfig
-from lora_dist.files.hf_layout import compute_fused_rows
+from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.lora.spec import AdapterSpec
 
 _LINEARS = {

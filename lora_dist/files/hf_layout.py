@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lora_dist.lora.layer import compute_gate_up_rows, compute_qkv_rows
+from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.model_config import ModelConfig
 
@@ -150,16 +150,6 @@ def split_to_hf(whole: torch.Tensor, parts: Sequence[HfPart], model: ModelConfig
     joined = {name: block[0] if len(block) == 1 else torch.cat(block) for name, block in blocks.items()}
     transposed = {part.name for part in parts if part.transposed}
     return {name: tensor.t() if name in transposed else tensor for name, tensor in joined.items()}
-
-
-def compute_fused_rows(target: str, model: ModelConfig) -> dict[str, torch.Tensor] | None:
-    """Rows of each target in the whole linear that holds `target`; None where that fuses nothing."""
-    if target in ("gate_proj", "up_proj") and model.architecture.gated:
-        return compute_gate_up_rows(model.ffn_hidden_size)
-    if target not in ("q_proj", "k_proj", "v_proj"):
-        return None
-    num_groups = model.num_query_groups
-    return compute_qkv_rows(num_groups, model.num_heads // num_groups, model.head_dim)
 
 
 def get_size(config: Mapping[str, Any], key: str, path: Path) -> int:

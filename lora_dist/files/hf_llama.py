@@ -46,11 +46,17 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-_MISTRAL_WINDOW = 4096
-"""transformers' where a Mistral's config.json does not say."""
+_ABSENT: dict[str, dict[str, int]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+"""What transformers takes where config.json does not say."""
 
 
 def _read_fields(config: Mapping[str, Any], path: Path, *, family: str) -> dict[str, Any]:
+    config = _ABSENT[family] | dict(config)
     num_heads = get_size(config, "num_attention_heads", path)
     theta, scaling = _read_rope(config, path)
     return {
@@ -75,7 +81,7 @@ def _read_fields(config: Mapping[str, Any], path: Path, *, family: str) -> dict[
 def _read_context(config: Mapping[str, Any], path: Path, family: str) -> int:
     """Positions a row may have. Up to the length of a sliding window every position sees all before it."""
     context = get_size(config, "max_position_embeddings", path)
-    window = config.get("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None
+    window = config["sliding_window"] if family == "mistral" else None
     return context if window is None else min(context, int(window))
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lora_dist.config import ModelConfig
 from lora_dist.lora.dora import compute_row_norms, compute_row_squares, dora_linear, sum_row_squares
 from lora_dist.lora.dropout import DropoutClock, DropoutMask
 from lora_dist.lora.factors import draw_lora_A, slice_shard
@@ -196,6 +197,15 @@ def compute_qkv_rows(num_groups: int, num_query_heads_per_group: int, head_dim: 
     }
 
 
-def compute_gate_up_rows(ffn_size: int) -> dict[str, torch.Tensor]:
-    """Rows of gate and up in Megatron's fused projection of `ffn_size` local features: all of gate, then all of up."""
-    return {"gate_proj": torch.arange(ffn_size), "up_proj": torch.arange(ffn_size, 2 * ffn_size)}
+def compute_fused_rows(target: str, model: ModelConfig, tp_size: int = 1) -> dict[str, torch.Tensor] | None:
+    """Rows of each target in a TP rank's shard of the linear that fuses `target` with others; None where none does.
+
+    Megatron lays out a gated MLP's shard as all of its gate, then all of its up.
+    """
+    if target in ("gate_proj", "up_proj") and model.architecture.gated:
+        size = model.ffn_hidden_size // tp_size
+        return {"gate_proj": torch.arange(size), "up_proj": torch.arange(size, 2 * size)}
+    if target not in ("q_proj", "k_proj", "v_proj"):
+        return None
+    num_groups = model.num_query_groups
+    return compute_qkv_rows(num_groups // tp_size, model.num_heads // num_groups, model.head_dim)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lora_dist.lora.layer import LoraShard, ShardPlace, compute_gate_up_rows, compute_qkv_rows
+from lora_dist.lora.layer import LoraShard, ShardPlace, compute_fused_rows
 from lora_dist.lora.saved_modules import is_saved
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.base_parameters import canonical_name, describe_base_parameters
@@ -15,7 +15,7 @@ from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLine
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter, find_source
 
-_LINEAR_OF_TARGET = {
+LINEAR_OF_TARGET = {
     "q_proj": "self_attention.linear_qkv",
     "k_proj": "self_attention.linear_qkv",
     "v_proj": "self_attention.linear_qkv",
@@ -24,6 +24,7 @@ _LINEAR_OF_TARGET = {
     "up_proj": "mlp.linear_fc1",
     "down_proj": "mlp.linear_fc2",
 }
+"""Megatron's linear that holds a target, by its name within a layer."""
 _NORM_BEFORE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 
 
@@ -69,7 +70,7 @@ def _group_by_linear(gpt: ShardedGpt, specs: Sequence[AdapterSpec]) -> dict[tupl
     stage_layers = range(gpt.first_layer, gpt.first_layer + gpt.num_stage_layers)
     for spec in specs:
         if spec.layer in stage_layers:
-            groups[spec.layer, find_linear(spec.target)].append(spec)
+            groups[spec.layer, LINEAR_OF_TARGET[spec.target]].append(spec)
     return groups
 
 
@@ -94,28 +95,12 @@ def _build_shard(
         seed=seed,
         clock=gpt.clock,
         local_out_features=linear.weight.shape[0],
-        rows=compute_local_rows(gpt, find_linear(specs[0].target)),
+        rows=compute_fused_rows(specs[0].target, gpt.model, topology.tp_size),
         device=topology.device,
     )
     if shard.use_dora:
         shard.start_magnitudes(linear.weight)
     return shard
-
-
-def find_linear(target: str) -> str:
-    """Megatron's linear that holds a target, by its name within a layer."""
-    return _LINEAR_OF_TARGET[target]
-
-
-def compute_local_rows(gpt: ShardedGpt, linear_name: str) -> dict[str, torch.Tensor] | None:
-    """Rows of each target in this shard of a linear that fuses several; None for one that holds one target alone."""
-    config = gpt.config
-    if linear_name == "mlp.linear_fc1" and config.gated_linear_unit:
-        return compute_gate_up_rows(config.ffn_hidden_size // gpt.topology.tp_size)
-    if linear_name != "self_attention.linear_qkv":
-        return None
-    num_groups = config.num_query_groups // gpt.topology.tp_size
-    return compute_qkv_rows(num_groups, config.num_attention_heads // config.num_query_groups, config.kv_channels)
 
 
 def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
@@ -156,7 +141,8 @@ def describe_untrained_lengths(gpt: ShardedGpt) -> list[TrainableParameter]:
         if not shard.use_dora or shard.stacked_rows is None:
             continue
         lengths_O, adapted = shard.compute_base_lengths().cpu(), {spec.target for spec in shard.specs}
-        for target, rows in (compute_local_rows(gpt, find_linear(shard.specs[0].target)) or {}).items():
+        all_rows = compute_fused_rows(shard.specs[0].target, gpt.model, gpt.topology.tp_size) or {}
+        for target, rows in all_rows.items():
             if target not in adapted:
                 described.append(
                     TrainableParameter(

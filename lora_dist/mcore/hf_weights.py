@@ -13,7 +13,7 @@ from lora_dist.files.hf_checkpoint import CONFIG, INDEX, SINGLE_FILE, HfReader
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import HfPart, split_to_hf
 from lora_dist.files.safetensors_stream import open_writer
-from lora_dist.mcore.adapters import compute_local_rows, find_linear
+from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.mcore.base_parameters import describe_base_parameters, initialize_base, open_value
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
@@ -59,13 +59,13 @@ def load_hf_checkpoint(gpt: ShardedGpt, directory: str | Path) -> None:
 def _load_rows(gpt: ShardedGpt, value: torch.Tensor, part: HfPart, reader: HfReader) -> None:
     """This rank's share of one target, to its rows of the fused parameter."""
     assert part.target is not None
-    rows = compute_local_rows(gpt, find_linear(part.target))
+    rows = compute_fused_rows(part.target, gpt.model, gpt.topology.tp_size)
     assert rows is not None
-    local_rows = rows[part.target].to(gpt.topology.device)
+    local_rows = rows[part.target]
     size = len(local_rows)
     stored_dim = 1 if part.transposed else 0
     stored = reader.read(part.name, dim=stored_dim, start=part.first + gpt.topology.tp_rank * size, size=size)
-    value[local_rows] = _to_local(stored, part, value)
+    value[local_rows.to(gpt.topology.device)] = _to_local(stored, part, value)
 
 
 def _load_plain(gpt: ShardedGpt, one: TrainableParameter, value: torch.Tensor, part: HfPart, reader: HfReader) -> None:

@@ -65,8 +65,10 @@ class ShardedGpt(GPTModel):
     def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **options: Any) -> tuple[Any, ...]:
         if self.position_offset:
             position_ids = position_ids + self.position_offset
-        decoder_input, no_angles, *rest = super()._preprocess(input_ids, position_ids, **options)
-        return decoder_input, no_angles if self.rotary is None else self.rotary.compute_angles(position_ids), *rest
+        decoder_input, angles, *rest = super()._preprocess(input_ids, position_ids, **options)
+        if self.rotary is not None:
+            angles = self.rotary.compute_angles(position_ids)
+        return decoder_input, angles, *rest
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor:
         """The output layer's own weight where it has one, else the embedding, whichever copy this stage holds."""

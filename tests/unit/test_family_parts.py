@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from family_toy import FAMILIES, ONE_EACH, build_family_model, read_family_config, write_family_checkpoint
 from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lora_dist.cli.compose import compose_config
@@ -85,6 +86,19 @@ def test_older_configurations_say_the_same(tmp_path: Path) -> None:
     edit(tmp_path, rope_scaling={"type": "linear", "factor": 2.0}, num_key_value_heads=None)
     fields = read_model_fields(tmp_path)
     assert (fields["rope_scaling"], fields["num_kv_heads"]) == ({"factor": 2.0}, 8)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_configuration_leaves_out_is_as_transformers_has_it(name: str, tmp_path: Path) -> None:
+    write_family_checkpoint(name, tmp_path)
+    left_out = ("num_key_value_heads", "head_dim", "sliding_window", "rms_norm_eps", "tie_word_embeddings")
+    edit(tmp_path, num_attention_heads=32, hidden_size=128, **dict.fromkeys((*left_out, "rope_parameters"), "gone"))
+    model, theirs = read_family_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    assert model.num_query_groups == theirs.num_key_value_heads
+    assert model.head_dim == getattr(theirs, "head_dim", 4)
+    assert model.max_position_embeddings == min(64, getattr(theirs, "sliding_window", None) or 64)
+    assert (model.layernorm_epsilon, model.tied_output) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert model.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
 def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
