@@ -43,7 +43,7 @@ def evaluate_model(config: EvaluateConfig, texts_path: Path) -> None:
         adapters = []
         if config.adapter is not None:
             adapters = [open_on_base(gpt, config, find_adapter(config.adapter))]
-        merge = bool(adapters) and (config.merge or bool(labels) or adapters[0].needs_merge)
+        merge = bool(adapters) and (config.merge or adapters[0].needs_merge)
         put_adapters(gpt, adapters, merge=merge)
         asked = build_questions(
             [item.context for item in items],
