@@ -37,6 +37,10 @@ class Questions:
     adapter_of_row: Sequence[int | None] = ()
     """Where adapters are attached: each row's, None for the base alone."""
 
+    def choose_adapters(self, rows: Sequence[int]) -> list[int | None]:
+        """Of some rows; empty where none is attached."""
+        return [self.adapter_of_row[row] for row in rows] if self.adapter_of_row else []
+
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         return decode_texts(rows, self.tokenizer, end_context=self.end_context)
 
@@ -67,7 +71,6 @@ def generate_texts(gpt: ShardedGpt, asked: Questions, config: GenerationConfig, 
     """
     check_room([len(prompt) for prompt in asked.prompts], config.max_new_tokens, gpt.max_position_embeddings)
     drawn = config.temperature > 0
-    adapters = asked.adapter_of_row
 
     def answer(rows: list[int]) -> list[str]:
         tokens = generate_rows(
@@ -75,13 +78,13 @@ def generate_texts(gpt: ShardedGpt, asked: Questions, config: GenerationConfig, 
             [asked.prompts[row] for row in rows],
             config,
             end_tokens=asked.end_tokens,
-            adapter_of_row=[adapters[row] for row in rows] if adapters else [],
+            adapter_of_row=asked.choose_adapters(rows),
             row_ids=rows,
         )
         return asked.decode(tokens)
 
     keys = [
-        (tuple(prompt), adapters[row] if adapters else None, row if drawn else None)
+        (tuple(prompt), *asked.choose_adapters([row]), row if drawn else None)
         for row, prompt in enumerate(asked.prompts)
     ]
     return _answer_rows(gpt, keys, asked, answer, batch_size=config.batch_size, file=file)
@@ -90,13 +93,14 @@ def generate_texts(gpt: ShardedGpt, asked: Questions, config: GenerationConfig, 
 def choose_labels(
     gpt: ShardedGpt, asked: Questions, labels: Sequence[str], *, batch_size: int, file: RowFile | None
 ) -> list[str]:
-    """Each row's most likely label, otherwise as `generate_texts`. Adapters have to be merged. Collective."""
+    """Each row's most likely label, otherwise as `generate_texts`. Collective."""
     tokens = [[*label, *asked.end_tokens[:1]] for label in encode_labels(labels, asked.tokenizer)]
 
     def answer(rows: list[int]) -> list[str]:
-        return asked.decode(choose_answers(gpt, [asked.prompts[row] for row in rows], tokens, batch_size=batch_size))
+        prompts, adapters = [asked.prompts[row] for row in rows], asked.choose_adapters(rows)
+        return asked.decode(choose_answers(gpt, prompts, tokens, batch_size=batch_size, adapter_of_row=adapters))
 
-    keys = [tuple(prompt) for prompt in asked.prompts]
+    keys = [(tuple(prompt), *asked.choose_adapters([row])) for row, prompt in enumerate(asked.prompts)]
     return _answer_rows(gpt, keys, asked, answer, batch_size=batch_size, file=file)
 
 

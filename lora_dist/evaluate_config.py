@@ -23,8 +23,7 @@ class EvaluateConfig(LiveConfig):
     generate: GenerationConfig = field(default_factory=GenerationConfig)
     """How texts are generated; tasks with labels take the most likely label instead."""
     merge: bool = False
-    """Merge the adapter into the shards first; done in any case where labels are chosen, and for adapters with trained
-    biases or DoRA."""
+    """Merge the adapter into the shards first; done in any case for one with trained biases or modules, or DoRA's."""
     texts: str | None = None
     """File of what the model answers, JSON lines; null writes RUN/evaluate-TASK.jsonl, or ADAPTER.evaluate-TASK.jsonl
     where the adapter is no run's. The same command goes on where an earlier one was ended."""

@@ -40,32 +40,45 @@ def evaluate_model(config: EvaluateConfig, texts_path: Path) -> None:
     with open_base(config) as gpt:
         items = run_on_first(gpt.topology, lambda: _load(config))
         labels = find_labels(config.task, items)
-        adapters = []
-        if config.adapter is not None:
-            adapters = [open_on_base(gpt, config, find_adapter(config.adapter))]
-        merge = bool(adapters) and (config.merge or bool(labels) or adapters[0].needs_merge)
-        put_adapters(gpt, adapters, merge=merge)
-        asked = build_questions(
-            [item.context for item in items],
-            load_model_tokenizer(config.model),
-            end_context=True,
-            adapter_of_row=[0] * len(items) if adapters and not merge else [],
-        )
-        file = _open_file(gpt, config, adapters, asked, labels, texts_path, merge=merge)
-        if labels:
-            texts = choose_labels(gpt, asked, labels, batch_size=config.generate.batch_size, file=file)
-        else:
-            texts = generate_texts(gpt, asked, config.generate, file)
-        run_on_first(gpt.topology, partial(_finish, file, items, texts, config.adapter))
+        texts = _ask(gpt, config, items, labels, texts_path)
         tell(gpt, f"{len(texts)} outputs: {texts_path}")
         is_first = gpt.topology.global_rank == 0
     if is_first:
-        scores = score(config.task, texts, items)
-        if labels:
-            note = f"each output is the most likely of {len(labels)} labels, by the log-likelihood of all its tokens"
-            scores = replace(scores, notes=[*scores.notes, note])
+        scores = _score(config, items, labels, texts)
         write_scores(config.task, scores, str(texts_path), config.output)
         _track(config, scores)
+
+
+def _ask(
+    gpt: ShardedGpt, config: EvaluateConfig, items: Sequence[Item], labels: Sequence[str], path: Path
+) -> list[str]:
+    """What the model says to each item, in `path` too."""
+    adapters = []
+    if config.adapter is not None:
+        adapters = [open_on_base(gpt, config, find_adapter(config.adapter))]
+    merge = bool(adapters) and (config.merge or adapters[0].needs_merge)
+    put_adapters(gpt, adapters, merge=merge)
+    asked = build_questions(
+        [item.context for item in items],
+        load_model_tokenizer(config.model),
+        end_context=True,
+        adapter_of_row=[0] * len(items) if adapters and not merge else [],
+    )
+    file = _open_file(gpt, config, adapters, asked, labels, path, merge=merge)
+    if labels:
+        texts = choose_labels(gpt, asked, labels, batch_size=config.generate.batch_size, file=file)
+    else:
+        texts = generate_texts(gpt, asked, config.generate, file)
+    run_on_first(gpt.topology, partial(_finish, file, items, texts, config.adapter))
+    return texts
+
+
+def _score(config: EvaluateConfig, items: Sequence[Item], labels: Sequence[str], texts: Sequence[str]) -> Scores:
+    scores = score(config.task, texts, items)
+    if not labels:
+        return scores
+    note = f"each output is the most likely of {len(labels)} labels, by the log-likelihood of all its tokens"
+    return replace(scores, notes=[*scores.notes, note])
 
 
 def _load(config: EvaluateConfig) -> list[Item]:

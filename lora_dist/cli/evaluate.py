@@ -16,7 +16,7 @@ def check(config: EvaluateConfig) -> None:
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{key}={path} is no file; give the path of one")
     if config.adapter is not None:
-        check_adapter("adapter", find_adapter(config.adapter))
+        _check_trained(config.adapter)
     if config.reads_base and config.model.tokenizer is None and config.model.checkpoint is None:
         raise ValueError(
             f"model={config.model.name} has no tokenizer; give model.tokenizer=DIR or model.checkpoint=DIR"
@@ -24,6 +24,16 @@ def check(config: EvaluateConfig) -> None:
     if config.reads_base:
         _check_writable("texts", _find_texts(config))
     _check_writable("output", Path(config.output or f"{config.predictions or _find_texts(config)}.scores.json"))
+
+
+def _check_trained(directory: str) -> None:
+    adapter, model = find_adapter(directory), Path(directory) / "model"
+    if adapter == directory and model.is_dir():
+        raise ValueError(
+            f"adapter={directory} is a run that trained the whole model; give model.checkpoint={model} base_alone=true"
+            f" texts={directory}/texts.jsonl instead"
+        )
+    check_adapter("adapter", adapter)
 
 
 def run(config: EvaluateConfig) -> None:

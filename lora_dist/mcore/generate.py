@@ -55,7 +55,12 @@ def generate_rows(
 
 
 def choose_answers(
-    gpt: ShardedGpt, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, batch_size: int
+    gpt: ShardedGpt,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    adapter_of_row: Sequence[int | None] = (),
 ) -> list[list[int]]:
     """Each prompt's most likely one of `answers`, which end with their end token; without that token. Collective.
 
@@ -74,6 +79,7 @@ def choose_answers(
         num_new=longest,
         rows_per_prompt=len(answers),
         batch_size=batch_size,
+        adapter_of_row=adapter_of_row,
     )
     return _search(gpt, work)
 

@@ -23,6 +23,7 @@ from hf_toy import (
 from peft import PeftModel
 from peft.tuners.lora.dora import DoraLinearLayer
 from processes import run_distributed
+from test_dtypes import train as train_in
 from test_parity import TOLERANCE, TOPOLOGIES, compute_error, run_case
 from test_zero import assert_trained_alike, train, train_oracle
 from toy import ALL_TARGETS, Case, compute_gradients
@@ -204,6 +205,17 @@ def test_trains_like_plain_torch_under_zero() -> None:
         distributed = replace(case, **options)
         results = run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage))
         assert_trained_alike(results, oracle)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("options", "stage"), [({"dp_size": 2}, 3), ({"tp_size": 2, "pp_size": 2}, 1)], ids=str)
+def test_over_a_low_precision_base(dtype: torch.dtype, options: dict, stage: int) -> None:
+    case = Case(dtype=torch.float32, lora=LORA)
+    exact = run_distributed(train_in, 1, case, 0)[0][0]
+    case = replace(case, dtype=dtype, **options)
+    for losses, _, dtypes in run_distributed(train_in, case.world_size, case, stage):
+        assert losses == pytest.approx(exact, abs=0.02)
+        assert dtypes == {"torch.float32"}
 
 
 @pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "mlp.c_proj", "c_fc"]])

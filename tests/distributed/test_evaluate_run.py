@@ -52,6 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_distributed(run_train, 2, [*words, f"run_dir={place / 'run'}"])
     rows = (ASSETS / "e2e_sample" / "test.txt").read_text(encoding="utf-8").splitlines()[:60:6]
     (place / "e2e.txt").write_text("\n".join(rows), encoding="utf-8")
+    (place / "whole" / "model").mkdir(parents=True)
     pairs = [dict(zip(("context", "target"), row.split("||"), strict=True)) for row in rows]
     (place / "e2e.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     return place
@@ -189,6 +190,7 @@ def test_labels_are_chosen_by_their_likelihood(topology: str, place: Path, tmp_p
             "which one process scores; use topology=single",
         ),
         (["adapter=PLACE/none"], "adapter=PLACE/none is not a directory"),
+        (["adapter=PLACE/whole"], "is a run that trained the whole model; give model.checkpoint=PLACE/whole/model"),
         (["texts=PLACE/no/x"], "texts=PLACE/no/x cannot be written"),
         (["model=tiny", "model.checkpoint=null"], "model=tiny has no tokenizer"),
         (["generate.max_new_tokens=300"], "model.max_position_embeddings=256; shorten"),

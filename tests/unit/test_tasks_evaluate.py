@@ -14,6 +14,7 @@ from lora_dist.evaluate_config import EvaluateConfig
 from lora_dist.generation_config import GenerateConfig
 from lora_dist.task_config import TaskConfig
 from lora_dist.tasks.items import Item, load_items
+from lora_dist.tasks.labels import find_labels
 from lora_dist.tasks.paper import ROWS
 from lora_dist.tasks.predictions import load_predictions
 
@@ -146,6 +147,21 @@ def test_references_are_grouped_by_context_wherever_they_stand(write: Write) -> 
     labels = TaskConfig(name="banking77", format="banking77", metric="accuracy", references="r.csv")
     write("r.csv", "text,category\nq,a\nq,b\n")
     assert [item.references for item in load_items(labels)] == [("a",), ("b",)]
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("glue_mnli", ["contradiction", "entailment", "neutral"]),
+        ("glue_mrpc", ["different", "equivalent"]),
+        ("glue_stsb", []),
+        ("banking77", ["a", "b"]),
+        ("e2e", []),
+    ],
+)
+def test_labels_are_glues_own_or_those_of_the_references(task: str, expected: list[str]) -> None:
+    config = compose_as(EvaluateConfig, [f"task={task}", "task.references=r", "predictions=p"])
+    assert find_labels(config.task, ITEMS) == expected
 
 
 def test_table_and_record(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
