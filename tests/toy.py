@@ -47,7 +47,8 @@ class Case:
     method: str = "lora"
     recompute: str = "none"
     label_smoothing: float = 0.0
-    model: ModelConfig = field(default_factory=lambda: MODEL)
+    model: ModelConfig | None = None
+    """None is MODEL."""
     dtype: torch.dtype = torch.float64
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=3, target_modules=ALL_TARGETS, bias="all"))
 
@@ -66,14 +67,14 @@ def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topolo
         tp_size=case.tp_size, pp_size=case.pp_size, dp_size=case.dp_size, sequence_parallel=case.sequence_parallel
     )
     topology = build_topology(config, device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
-    clock = DropoutClock()
-    gpt = build_model(case.model, topology, dtype=case.dtype, recompute=case.recompute, clock=clock)
+    clock, model = DropoutClock(), case.model or MODEL
+    gpt = build_model(model, topology, dtype=case.dtype, recompute=case.recompute, clock=clock)
     gpt.label_smoothing = case.label_smoothing
-    initialize_base(gpt, case.model, seed=0)
+    initialize_base(gpt, model, seed=0)
     if case.method == "full":
         trainable = describe_base_parameters(gpt)
     else:
-        trainable = apply_lora(gpt, build_adapter_specs(case.lora, case.model), bias=case.lora.bias, seed=0)
+        trainable = apply_lora(gpt, build_adapter_specs(case.lora, model), bias=case.lora.bias, seed=0)
     for described in trainable:
         if case.dtype == torch.float64:
             described.parameter.data = described.parameter.data.double()
