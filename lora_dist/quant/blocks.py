@@ -7,6 +7,7 @@ Shapes: O rows, H columns, K = H / 64 blocks of a row; codes as bytes, two weigh
 """
 
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 def import_bitsandbytes() -> Any:
     """bitsandbytes.functional. ValueError with the remedy where it is not installed."""
-    # It warns of an optional kernel for single rows on the CPU, which is not used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if "bitsandbytes" not in sys.modules:
+        # It warns of an optional kernel for single rows on the CPU, which is not used here.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional
     except ImportError as error:

@@ -74,20 +74,23 @@ def assert_alike(results: list[Trained], expected: Trained) -> None:
     assert seen == expected[2].keys()
 
 
+EVERYTHING = {"tp_size": 2, "pp_size": 2, "sequence_parallel": True, "recompute": "full"}
 GRID = [
-    ({"tp_size": 2}, 1),
-    ({"tp_size": 2, "sequence_parallel": True}, 0),
-    ({"pp_size": 2}, 1),
-    ({"dp_size": 2}, 1),
-    ({"dp_size": 2}, 2),
-    ({"recompute": "full"}, 1),
-    ({"recompute": "selective"}, 1),
-    ({"tp_size": 2, "pp_size": 2, "sequence_parallel": True, "recompute": "full"}, 1),
+    ("all", {"tp_size": 2}, 1),
+    ("all", {"tp_size": 2, "sequence_parallel": True}, 0),
+    ("all", {"pp_size": 2}, 1),
+    ("all", {"dp_size": 2}, 2),
+    ("all", {"recompute": "full"}, 1),
+    ("all", EVERYTHING, 1),
+    ("some", {"tp_size": 2}, 1),
+    ("some", {"pp_size": 2}, 1),
+    ("some", {"dp_size": 2}, 1),
+    ("some", {"recompute": "selective"}, 1),
+    ("some", EVERYTHING, 1),
 ]
 
 
-@pytest.mark.parametrize(("options", "stage"), GRID, ids=lambda value: str(value).replace("'", ""))
-@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize(("adapters", "options", "stage"), GRID, ids=lambda value: str(value).replace("'", ""))
 def test_every_topology_trains_alike(
     adapters: str, options: dict, stage: int, oracles: dict[tuple[str, str], Trained]
 ) -> None:
