@@ -13,7 +13,9 @@ import torch
 
 from lora_dist.adapter_config import ExportConfig, LiveConfig, SwitchConfig
 from lora_dist.checkpoint.convert import export_adapter
+from lora_dist.checkpoint.method_store import StoredMethod, open_method, read_method_name
 from lora_dist.checkpoint.store import StoredAdapter, open_adapter
+from lora_dist.config import ModelConfig
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint, read_dtype
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
@@ -70,16 +72,25 @@ def open_base(config: LiveConfig) -> Iterator[ShardedGpt]:
         yield gpt.requires_grad_(False).eval()
 
 
-def open_on_base(gpt: ShardedGpt, config: LiveConfig, directory: str) -> StoredAdapter:
+Stored = StoredAdapter | StoredMethod
+
+
+def open_on_base(gpt: ShardedGpt, config: LiveConfig, directory: str) -> Stored:
     """ValueError, on every process, where the adapter is damaged or another base's. Collective."""
     fingerprint = run_on_first(gpt.topology, lambda: compute_base_fingerprint(config.model, config.seed))
-    return run_on_first(
-        gpt.topology, lambda: open_adapter(Path(directory), model=config.model, base_fingerprint=fingerprint)
-    )
+    return run_on_first(gpt.topology, lambda: _open_stored(Path(directory), config.model, fingerprint))
 
 
-def load(gpt: ShardedGpt, stored: StoredAdapter) -> LoadedAdapter:
-    """This process's shards of the adapter; each reads the file for itself."""
+def _open_stored(directory: Path, model: ModelConfig, base_fingerprint: str) -> Stored:
+    if read_method_name(directory) is not None:
+        return open_method(directory, model=model, base_fingerprint=base_fingerprint)
+    return open_adapter(directory, model=model, base_fingerprint=base_fingerprint)
+
+
+def load(gpt: ShardedGpt, stored: Stored) -> LoadedAdapter:
+    """This process's shards of the adapter; each reads the file for itself. BitFit's are biases alone."""
+    if isinstance(stored, StoredMethod):
+        return load_shards(gpt, str(stored.directory), [], stored.read())
     return load_shards(gpt, str(stored.directory), stored.specs, stored.read().values)
 
 

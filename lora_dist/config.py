@@ -345,7 +345,7 @@ class PlanConfig:
         require(0.0 < self.target_fraction <= 1.0, f"plan.target_fraction={self.target_fraction} must lie in (0, 1]")
 
 
-METHODS = ("lora", "full")
+METHODS = ("lora", "full", "bitfit")
 CONTENDERS = ("lora", "full", "peft", "peft_tuned", "hf_full")
 
 
@@ -379,7 +379,7 @@ class RunConfig:
 
     model: ModelConfig
     method: str
-    """What trains: lora or full."""
+    """What trains: lora, full, or another of the paper's baselines: bitfit."""
     lora: LoraConfig
     topology: TopologyConfig
     zero: ZeroConfig

@@ -20,6 +20,7 @@ from lora_dist.mcore.base_parameters import describe_base_parameters, initialize
 from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import build_topology
 from lora_dist.mcore.schedule import forward_backward
+from lora_dist.methods.bitfit import apply_bitfit
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
 
@@ -80,6 +81,8 @@ def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topolo
     initialize_base(gpt, MODEL, seed=0)
     if case.method == "full":
         trainable = describe_base_parameters(gpt)
+    elif case.method == "bitfit":
+        trainable = apply_bitfit(gpt)
     else:
         trainable = apply_lora(gpt, build_adapter_specs(case.lora, MODEL), bias=case.lora.bias, seed=0)
     for described in trainable:

@@ -22,7 +22,7 @@ def describe_run(
     """
     loop = config.loop
     identity: dict[str, Any] = {
-        "method": config.method,
+        **describe_method(config),
         "base_fingerprint": base_fingerprint,
         "data": dict(data_hashes),
         "data.seq_len": config.data.seq_len,
@@ -37,6 +37,11 @@ def describe_run(
             spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha, "dropout": spec.dropout} for spec in specs
         }
     return identity
+
+
+def describe_method(config: RunConfig) -> dict[str, Any]:
+    """The method and, beside LoRA's, the options that decide what its tensors mean."""
+    return {"method": config.method}
 
 
 def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], path: Path, prefix: str = "") -> None:

@@ -155,13 +155,15 @@ def open_adapter(directory: Path, *, model: ModelConfig, base_fingerprint: str) 
     if not (directory / MANIFEST).exists() and (directory / PEFT_CONFIG).exists():
         raise ValueError(f"adapter {directory} has no {MANIFEST}: a PEFT adapter from elsewhere; lora-dist import it")
     manifest = read_manifest(directory)
+    if "method" in manifest:
+        raise ValueError(f"adapter {directory} is of method={manifest['method']}; only LoRA's can be used so")
     check_same({"base_fingerprint": base_fingerprint}, manifest, directory)
     specs = parse_specs(directory, manifest, model)
     bias = manifest.get("bias")
     if bias not in ("none", "lora_only", "all"):
         raise ValueError(f"{directory / MANIFEST}: bias is {bias!r}, not one of none, lora_only, all")
     path, has_factors = _find_weights(directory, manifest)
-    dtype = _check_tensors(path, (_compute_factor_shapes if has_factors else compute_peft_shapes)(specs, model, bias))
+    dtype = check_tensors(path, (_compute_factor_shapes if has_factors else compute_peft_shapes)(specs, model, bias))
     return StoredAdapter(directory=directory, manifest=manifest, specs=specs, bias=bias, model=model, dtype=dtype)
 
 
@@ -212,7 +214,7 @@ def _compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig, bia
     return shapes | {name: hf_shapes[find_hf_tensor(name).name] for name in list_bias_names(specs, model, bias)}
 
 
-def _check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> torch.dtype:
+def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> torch.dtype:
     """The tensors' dtype; they are written in one."""
     header = read_header(path)
     found = {name: info.shape for name, info in header.items()}

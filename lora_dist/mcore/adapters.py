@@ -40,7 +40,7 @@ def apply_lora(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, bias: str, seed
             gpt.get_submodule(f"{layer_name}.{norm}").keeps_output = True
         trainable += describe_factors(shard)
         adapted_linears.add(canonical_name(gpt, local_name))
-    return trainable + _enable_biases(gpt, bias, adapted_linears)
+    return trainable + enable_biases(gpt, bias, adapted_linears)
 
 
 def build_shards(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, seed: int) -> dict[str, LoraShard]:
@@ -121,7 +121,8 @@ def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
     return described
 
 
-def _enable_biases(gpt: ShardedGpt, bias: str, adapted_linears: set[str]) -> list[TrainableParameter]:
+def enable_biases(gpt: ShardedGpt, bias: str, adapted_linears: set[str]) -> list[TrainableParameter]:
+    """Let biases of a frozen base train, in fp32: `bias` none, lora_only (of `adapted_linears`) or all."""
     if bias == "none":
         return []
     chosen = [

@@ -9,6 +9,7 @@ from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.adapters import apply_lora
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.methods.bitfit import apply_bitfit
 from lora_dist.parameters import TrainableParameter
 
 
@@ -36,5 +37,13 @@ def _apply_full(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
     return AppliedMethod(trainable=describe_base_parameters(gpt))
 
 
-_METHODS: dict[str, Callable[[ShardedGpt, RunConfig], AppliedMethod]] = {"lora": _apply_lora, "full": _apply_full}
+def _apply_bitfit(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
+    return AppliedMethod(trainable=apply_bitfit(gpt))
+
+
+_METHODS: dict[str, Callable[[ShardedGpt, RunConfig], AppliedMethod]] = {
+    "lora": _apply_lora,
+    "full": _apply_full,
+    "bitfit": _apply_bitfit,
+}
 assert tuple(_METHODS) == METHODS

@@ -13,6 +13,7 @@ from lora_dist.config import LoopConfig, RunConfig, compute_num_microbatches
 from lora_dist.files.peft_gpt2 import compute_peft_shapes
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.methods.count import count_trainable
 from lora_dist.plan.execute import compute_world_size, execute_process, require_hardware
 from lora_dist.plan.live_bytes import ADAPTERS, BASE, GRADIENTS, OPTIMIZER
 from lora_dist.plan.process_plan import ProcessPlan, list_distinct_stages
@@ -123,7 +124,7 @@ def build_job_plan(config: RunConfig, processes: list[ProcessPlan]) -> JobPlan:
     hardware, topology, model = require_hardware(config), config.topology, config.model
     dp_size = compute_world_size(config) // (topology.tp_size * topology.pp_size)
     rows = config.loop.micro_batch_size * compute_num_microbatches(config.loop, dp_size) * dp_size
-    specs = [] if config.method == "full" else build_adapter_specs(config.lora, model)
+    specs = build_adapter_specs(config.lora, model) if config.method == "lora" else []
     return JobPlan(
         method=config.method,
         recompute=config.loop.recomputation,
@@ -136,7 +137,7 @@ def build_job_plan(config: RunConfig, processes: list[ProcessPlan]) -> JobPlan:
         memory_bytes=round(hardware.memory_gib * GIB),
         tokens_per_step=rows * config.data.seq_len,
         step_seconds=compute_step_seconds(processes, topology.pp_size),
-        num_trainable=sum(spec.num_parameters for spec in specs) if specs else model.num_parameters,
+        num_trainable=count_trainable(config),
         checkpoint_bytes=compute_checkpoint_bytes(config, specs),
     )
 
@@ -157,8 +158,11 @@ def compute_step_seconds(processes: Sequence[ProcessPlan], pp_size: int) -> floa
 def compute_checkpoint_bytes(config: RunConfig, specs: Sequence[AdapterSpec]) -> dict[str, int]:
     """What a run of the job writes. The factors alone are the paper's measure of a checkpoint."""
     model_bytes = config.model.num_parameters * ITEM_BYTES[config.dtype]
-    if not specs:
+    if config.method == "full":
         return {"model": model_bytes, "resume state": 12 * config.model.num_parameters}
+    if config.method != "lora":
+        num_trainable = count_trainable(config)
+        return {"adapter fp32": 4 * num_trainable, "resume state": 12 * num_trainable, "base model": model_bytes}
     num_elements = sum(spec.num_parameters for spec in specs)
     shapes = compute_peft_shapes(specs, config.model, config.lora.bias)
     stacked = sum(torch.Size(shape).numel() for shape in shapes.values())

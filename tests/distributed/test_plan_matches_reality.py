@@ -152,6 +152,7 @@ CASES = {
     "lora-dp2-stage3": {"topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "lora-pp2": {"topology": {"pp_size": 2}, "num_microbatches": 8},
     "full-pp2-recompute": {**FULL, "topology": {"pp_size": 2}, "num_microbatches": 8, "recompute": "full"},
+    "bitfit-tp2-sp": {"method": "bitfit", "topology": {"tp_size": 2, "sequence_parallel": True}},
     "lora-tp2-pp2": {"topology": {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}, "num_microbatches": 3},
 }
 

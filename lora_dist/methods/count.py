@@ -1,0 +1,21 @@
+"""How many parameters a method trains, from the configuration alone."""
+
+import math
+
+from lora_dist.config import ModelConfig, RunConfig
+from lora_dist.files.hf_gpt2 import compute_hf_shapes
+from lora_dist.lora.targets import build_adapter_specs
+
+
+def count_trainable(config: RunConfig) -> int:
+    """Of the whole model, each parameter once."""
+    if config.method == "full":
+        return config.model.num_parameters
+    if config.method == "bitfit":
+        return count_biases(config.model)
+    return sum(spec.num_parameters for spec in build_adapter_specs(config.lora, config.model))
+
+
+def count_biases(model: ModelConfig) -> int:
+    """Elements of all biases, the norms' too: 11 hidden_size a layer and hidden_size in GPT-2's form."""
+    return sum(math.prod(shape) for name, shape in compute_hf_shapes(model).items() if name.endswith(".bias"))
