@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from lora_dist.bottleneck_config import BOTTLENECK_METHODS, BottleneckConfig
 from lora_dist.refusals import require, require_one_of
 
 
@@ -345,7 +346,7 @@ class PlanConfig:
         require(0.0 < self.target_fraction <= 1.0, f"plan.target_fraction={self.target_fraction} must lie in (0, 1]")
 
 
-METHODS = ("lora", "full", "bitfit")
+METHODS = ("lora", "full", "bitfit", *BOTTLENECK_METHODS)
 CONTENDERS = ("lora", "full", "peft", "peft_tuned", "hf_full")
 
 
@@ -379,7 +380,7 @@ class RunConfig:
 
     model: ModelConfig
     method: str
-    """What trains: lora, full, or another of the paper's baselines: bitfit."""
+    """What trains: lora, full, or another of the paper's baselines: bitfit, adapter_h, adapter_l."""
     lora: LoraConfig
     topology: TopologyConfig
     zero: ZeroConfig
@@ -400,6 +401,7 @@ class RunConfig:
     shrink: bool = False
     """No tp_size, pp_size or dp_size above two; debug=shrink sets it, with a model to match."""
     plan: PlanConfig = field(default_factory=PlanConfig)
+    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
 
     def __post_init__(self) -> None:
         require_one_of("method", self.method, METHODS)

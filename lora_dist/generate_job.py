@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_dist.adapter_jobs import load, open_base, open_on_base, tell
+from lora_dist.adapter_jobs import load, open_base, open_on_base, put_bottlenecks, tell
+from lora_dist.checkpoint.method_store import StoredMethod
 from lora_dist.data.contexts import Context, decode_texts, encode_contexts, read_contexts
 from lora_dist.data.tokenizer import load_model_tokenizer
 from lora_dist.files.directories import write_lines
@@ -65,7 +66,12 @@ def _read(options: GenerateOptions) -> list[Context]:
 
 def _put_adapters(gpt: ShardedGpt, config: GenerateConfig) -> None:
     """Beside the weights, or into them."""
-    adapters = [load(gpt, open_on_base(gpt, config, find_adapter(directory))) for directory in config.directories]
+    stored = [open_on_base(gpt, config, find_adapter(directory)) for directory in config.directories]
+    first = stored[0] if stored else None
+    if config.adapter and isinstance(first, StoredMethod) and first.bottleneck and not config.generate.merge:
+        put_bottlenecks(gpt, first)
+        return
+    adapters = [load(gpt, one) for one in stored]
     if config.generate.merge:
         LiveMerge(gpt, keep_base=False).merge(adapters[0])
     elif adapters:

@@ -23,7 +23,7 @@ class TrainableParameter:
     tp_partial_grad: bool
     """True where each TP rank computes one summand of the gradient: summed over TP once a step."""
     kind: str
-    """lora_A, lora_B, bias or base: its parameter group, and what the report counts it under."""
+    """lora_A, lora_B, bias, bottleneck or base: its parameter group, and what the report counts it under."""
     tied: bool = False
     """True for the first and last stage's copies of the tied embedding, whose gradients are summed once a step."""
     owned: bool = True

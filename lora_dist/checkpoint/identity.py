@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import RunConfig, compute_num_microbatches
 from lora_dist.lora.spec import AdapterSpec
 
@@ -41,7 +42,13 @@ def describe_run(
 
 def describe_method(config: RunConfig) -> dict[str, Any]:
     """The method and, beside LoRA's, the options that decide what its tensors mean."""
-    return {"method": config.method}
+    if config.method not in BOTTLENECK_METHODS:
+        return {"method": config.method}
+    bottleneck = config.bottleneck
+    return {
+        "method": config.method,
+        "bottleneck": {"size": bottleneck.size, "activation": bottleneck.activation},
+    }
 
 
 def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], path: Path, prefix: str = "") -> None:

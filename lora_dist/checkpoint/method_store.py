@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lora_dist.bottleneck_config import BOTTLENECK_METHODS, BottleneckConfig
 from lora_dist.checkpoint.identity import check_same
 from lora_dist.checkpoint.store import PEFT_CONFIG, PEFT_WEIGHTS, check_tensors, describe_versions, write_tensors
 from lora_dist.config import ModelConfig
@@ -83,6 +84,16 @@ class StoredMethod:
     @property
     def method(self) -> str:
         return str(self.manifest["method"])
+
+    @property
+    def bottleneck(self) -> BottleneckConfig | None:
+        """None where the method has none. ValueError where the manifest's options are not bottlenecks'."""
+        if self.method not in BOTTLENECK_METHODS:
+            return None
+        options = self.manifest.get("bottleneck")
+        if not isinstance(options, dict) or options.keys() != {"size", "activation"}:
+            raise ValueError(f"{self.directory / MANIFEST}: bottleneck is {options!r}, not a size and an activation")
+        return BottleneckConfig(**options)
 
     def read(self) -> dict[str, torch.Tensor]:
         """Whole fp32 tensors by canonical name. ValueError where a value is not finite or a bias does not fit."""

@@ -9,6 +9,8 @@ from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.adapters import apply_lora
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.methods.adapter_h import apply_adapter_h
+from lora_dist.methods.adapter_l import apply_adapter_l
 from lora_dist.methods.bitfit import apply_bitfit
 from lora_dist.parameters import TrainableParameter
 
@@ -41,9 +43,19 @@ def _apply_bitfit(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
     return AppliedMethod(trainable=apply_bitfit(gpt))
 
 
+def _apply_adapter_h(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
+    return AppliedMethod(trainable=apply_adapter_h(gpt, config))
+
+
+def _apply_adapter_l(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
+    return AppliedMethod(trainable=apply_adapter_l(gpt, config))
+
+
 _METHODS: dict[str, Callable[[ShardedGpt, RunConfig], AppliedMethod]] = {
     "lora": _apply_lora,
     "full": _apply_full,
     "bitfit": _apply_bitfit,
+    "adapter_h": _apply_adapter_h,
+    "adapter_l": _apply_adapter_l,
 }
 assert tuple(_METHODS) == METHODS

@@ -2,6 +2,8 @@
 
 import math
 
+from lora_dist.bottleneck.spec import build_bottleneck_specs
+from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import ModelConfig, RunConfig
 from lora_dist.files.hf_gpt2 import compute_hf_shapes
 from lora_dist.lora.targets import build_adapter_specs
@@ -13,6 +15,9 @@ def count_trainable(config: RunConfig) -> int:
         return config.model.num_parameters
     if config.method == "bitfit":
         return count_biases(config.model)
+    if config.method in BOTTLENECK_METHODS:
+        specs = build_bottleneck_specs(config.method, config.bottleneck, config.model)
+        return sum(spec.num_parameters for spec in specs)
     return sum(spec.num_parameters for spec in build_adapter_specs(config.lora, config.model))
 
 

@@ -10,6 +10,7 @@ import pytest
 import test_zero
 import torch
 import torch.distributed as dist
+from data_files import VOCAB_SIZE, tiny_tokenizer, tokenizer_directory
 from processes import run_distributed
 from safetensors.torch import load_file
 from test_parity import TOLERANCE, compute_error, run_case
@@ -26,7 +27,7 @@ from lora_dist.data.loader import build_loaders
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.hf_weights import fill_base
-from lora_dist.mcore.model import build_model
+from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import build_topology
 from lora_dist.mcore.schedule import evaluate_loss
 from lora_dist.measure.metrics_file import read_metrics
@@ -34,7 +35,7 @@ from lora_dist.methods import apply_method
 from lora_dist.methods.count import count_trainable
 from lora_dist.run import train
 
-METHODS = ["bitfit"]
+METHODS = ["bitfit", "adapter_h", "adapter_l"]
 TOPOLOGIES = [
     {"tp_size": 2},
     {"tp_size": 4, "sequence_parallel": True},
@@ -86,8 +87,9 @@ def test_trains_like_plain_torch(method: str, options: dict, stage: int, monkeyp
     test_zero.assert_trained_alike(results, expected)
 
 
+MODEL = ["model=tiny", f"model.vocab_size={VOCAB_SIZE}"]
 RUN = [
-    *("experiment=debug/tiny_lora", "optim.lr=1e-2", "loop.num_steps=4", "loop.save_every=2"),
+    *("experiment=debug/tiny_lora", *MODEL, "optim.lr=1e-2", "loop.num_steps=4", "loop.save_every=2"),
     *("loop.micro_batch_size=2", "loop.global_batch_size=4"),
 ]
 
@@ -124,8 +126,8 @@ def test_a_run_leaves_whole_tensors_and_a_report(method: str, run_dir: Path) -> 
     assert summary["valid_loss_after"] != summary["valid_loss_before"]
 
 
-def evaluate_loaded(config: RunConfig, directory: Path) -> float:
-    """The validation loss of the base with what `directory` holds."""
+def build_loaded(config: RunConfig, directory: Path) -> ShardedGpt:
+    """The base with what `directory` holds."""
     topology = build_topology(config.topology, device=torch.device("cpu"), local_rank=dist.get_rank(), seed=0)
     gpt = build_model(config.model, topology, dtype=torch.float32, clock=DropoutClock())
     fill_base(gpt, config.model, seed=config.loop.seed)
@@ -133,6 +135,13 @@ def evaluate_loaded(config: RunConfig, directory: Path) -> float:
     fingerprint = compute_base_fingerprint(config.model, config.loop.seed)
     stored = open_method(directory, model=config.model, base_fingerprint=fingerprint)
     load_method(stored, options=describe_method(config), trainable=applied.trainable, topology=topology)
+    return gpt
+
+
+def evaluate_loaded(config: RunConfig, directory: Path) -> float:
+    """Its validation loss."""
+    gpt = build_loaded(config, directory)
+    topology = gpt.topology
     valid = build_loaders(config, dp_size=topology.dp_size, dp_rank=topology.dp_rank).valid
     assert valid is not None
     batches = list(valid.validation_batches())
@@ -168,11 +177,17 @@ def call(words: list[str]) -> int:
     return main(words)
 
 
-@pytest.mark.parametrize("method", ["bitfit"], scope="module")
-def test_merged_biases_are_what_was_trained(method: str, run_dir: Path, tmp_path: Path) -> None:
-    """transformers' biases are the file's, and the rest is the base's."""
-    words = ["merge", "model=tiny", f"adapter={run_dir / 'adapter'}", f"output={tmp_path / 'merged'}", "topology=tp2"]
-    assert run_distributed(call, 2, words) == [0, 0]
+def test_biases_are_merged_and_bottlenecks_refused(
+    method: str, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["merge", *MODEL, f"adapter={run_dir / 'adapter'}", f"output={tmp_path / 'merged'}", "topology=tp2"]
+    exit_codes = run_distributed(call, 2, words)
+    if method != "bitfit":
+        assert exit_codes == [2, 2]
+        assert f"is of method={method}: bottlenecks cannot be merged" in capfd.readouterr().err
+        assert not (tmp_path / "merged").exists()
+        return
+    assert exit_codes == [0, 0]
     merged = GPT2LMHeadModel.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
     trained = load_file(run_dir / "adapter" / "adapter_model.safetensors")
     for key, tensor in trained.items():
@@ -184,6 +199,37 @@ def test_merged_biases_are_what_was_trained(method: str, run_dir: Path, tmp_path
 def test_export_is_refused(
     method: str, format: str, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["export", "model=tiny", f"adapter={run_dir / 'adapter'}", f"output={tmp_path / 'x'}", f"format={format}"]
+    words = ["export", *MODEL, f"adapter={run_dir / 'adapter'}", f"output={tmp_path / 'x'}", f"format={format}"]
     assert run_distributed(call, 1, words) == [2]
     assert f"is of method={method}" in capfd.readouterr().err
+
+
+PROMPT = "name : The Vaults"
+
+
+def generate_greedily(config: RunConfig, directory: Path) -> str:
+    """Each token from a whole forward pass of the model as it was trained: nothing kept, no mask."""
+    gpt, tokenizer = build_loaded(config, directory).eval(), tiny_tokenizer()
+    tokens = [*tokenizer(PROMPT)["input_ids"], tokenizer.eos_token_id]
+    num_given = len(tokens)
+    for _ in range(6):
+        with torch.no_grad():
+            logits = gpt(torch.tensor([tokens]), torch.arange(len(tokens))[None], None)
+        assert not logits.requires_grad, "evaluation keeps no graph"
+        tokens.append(int(logits[0, -1, : config.model.vocab_size].argmax()))
+    generated = [*tokens[num_given:], tokenizer.eos_token_id]
+    text: str = tokenizer.decode(generated[: generated.index(tokenizer.eos_token_id)]).strip()
+    return text
+
+
+def test_generation_is_what_was_trained(method: str, run_dir: Path, tmp_path: Path) -> None:
+    config = compose_config([*RUN, f"method={method}", "topology=single"])
+    (expected,) = run_distributed(generate_greedily, 1, config, run_dir / "adapter")
+    assert expected
+    words = ["generate", *MODEL, f"model.tokenizer={tokenizer_directory()}", f"generate.prompt={PROMPT!r}"]
+    merge = f"generate.merge={str(method == 'bitfit').lower()}"
+    for topology, world_size in (("single", 1), ("tp2_pp2", 4)):
+        output = tmp_path / f"{topology}.jsonl"
+        more = [f"adapter={run_dir}", f"topology={topology}", f"generate.output={output}", merge]
+        assert run_distributed(call, world_size, [*words, "generate.max_new_tokens=6", *more]) == [0] * world_size
+        assert json.loads(output.read_text())["text"] == expected
