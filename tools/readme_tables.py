@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_table import format_record
+from latency_table import format_latency
 from plan_table import format_paper, format_plan, format_search
 
 from lora_dist.tasks.paper import ROWS
@@ -38,6 +39,7 @@ def fill(page: str) -> str:
         "e2e_tgen": build_scores_table,
         "plan": build_plan_tables,
         "search": build_search_tables,
+        "latency": build_latency_tables,
     }
 
     def replace(found: re.Match[str]) -> str:
@@ -86,6 +88,12 @@ def build_plan_tables() -> str:
 
 def build_search_tables() -> str:
     return "\n\n".join(format_search(_read(f"plan/search_{name}")) for name in ("v100_12", "v100_16", "h200_4"))
+
+
+def build_latency_tables() -> str:
+    names = sorted(path.stem for path in (RECORDS / "latency").glob("*.json"))
+    tables = [format_latency(_read(f"latency/{name}"), f"{name}.json") for name in names]
+    return "\n\n".join(tables) or "No record yet."
 
 
 def _read(name: str) -> dict[str, Any]:
