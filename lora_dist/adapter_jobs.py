@@ -13,10 +13,14 @@ from statistics import median
 import torch
 
 from lora_dist.adapter_config import ExportConfig, LiveConfig, SwitchConfig
+from lora_dist.bottleneck.spec import build_bottleneck_specs
 from lora_dist.checkpoint.convert import export_adapter
+from lora_dist.checkpoint.method_store import StoredMethod, load_method, open_method, read_method_name
 from lora_dist.checkpoint.store import StoredAdapter, open_adapter
+from lora_dist.config import ModelConfig
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint, read_dtype
 from lora_dist.lora.dropout import DropoutClock
+from lora_dist.mcore.bottlenecks import apply_bottlenecks
 from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
 from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, load_shards
 from lora_dist.mcore.model import ShardedGpt, build_model
@@ -90,26 +94,56 @@ def open_base(config: LiveConfig) -> Iterator[ShardedGpt]:
         yield gpt.requires_grad_(False).eval()
 
 
-def open_on_base(gpt: ShardedGpt, config: LiveConfig, directory: str) -> StoredAdapter:
+Stored = StoredAdapter | StoredMethod
+
+
+def open_on_base(gpt: ShardedGpt, config: LiveConfig, directory: str) -> Stored:
     """ValueError, on every process, where the adapter is damaged or another base's. Collective."""
     fingerprint = run_on_first(gpt.topology, lambda: compute_base_fingerprint(config.model, config.seed))
-    return run_on_first(
-        gpt.topology, lambda: open_adapter(Path(directory), model=config.model, base_fingerprint=fingerprint)
-    )
+    return run_on_first(gpt.topology, lambda: _open_stored(Path(directory), config.model, fingerprint))
 
 
-def load(gpt: ShardedGpt, stored: StoredAdapter) -> LoadedAdapter:
-    """This process's shards of the adapter; each reads the file for itself."""
+def _open_stored(directory: Path, model: ModelConfig, base_fingerprint: str) -> Stored:
+    if read_method_name(directory) is not None:
+        return open_method(directory, model=model, base_fingerprint=base_fingerprint)
+    return open_adapter(directory, model=model, base_fingerprint=base_fingerprint)
+
+
+def load(gpt: ShardedGpt, stored: Stored) -> LoadedAdapter:
+    """This process's shards of the adapter; each reads the file for itself. BitFit's are biases alone.
+
+    ValueError for bottlenecks, which are layers of their own.
+    """
+    if isinstance(stored, StoredMethod):
+        if stored.bottleneck is not None:
+            raise ValueError(
+                f"adapter {stored.directory} is of method={stored.method}: bottlenecks cannot be merged, exported or"
+                " mixed in one batch; lora-dist generate adapter=DIR runs them beside the weights"
+            )
+        return load_shards(gpt, str(stored.directory), [], stored.read())
     return load_shards(gpt, str(stored.directory), stored.specs, stored.read().values)
 
 
-def put_adapters(gpt: ShardedGpt, adapters: Sequence[StoredAdapter], *, merge: bool) -> None:
-    """Beside the weights, or the one there is into them."""
+def put_adapters(gpt: ShardedGpt, adapters: Sequence[Stored], *, merge: bool, mixed: bool = False) -> None:
+    """Beside the weights, or the one there is into them; `mixed` where each row of a batch names its own."""
+    first = adapters[0] if adapters else None
+    if isinstance(first, StoredMethod) and first.bottleneck is not None and not merge and not mixed:
+        put_bottlenecks(gpt, first)
+        return
     loaded = [load(gpt, adapter) for adapter in adapters]
     if merge and loaded:
         LiveMerge(gpt, keep_base=False).merge(loaded[0])
     elif loaded:
         attach_adapters(gpt, loaded)
+
+
+def put_bottlenecks(gpt: ShardedGpt, stored: StoredMethod) -> None:
+    """Into the layers of a model that does not train; each process reads the file for itself."""
+    assert stored.bottleneck is not None
+    specs = build_bottleneck_specs(stored.method, stored.bottleneck, stored.model)
+    put = apply_bottlenecks(gpt, specs, init_std=stored.bottleneck.init_std, seed=0)
+    load_method(stored, options={"method": stored.method}, trainable=put, topology=gpt.topology)
+    gpt.requires_grad_(False)
 
 
 def tell(gpt: ShardedGpt, message: str) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lora_dist.adapter_config import AnalyseConfig
-from lora_dist.adapter_jobs import open_base, open_on_base, tell
+from lora_dist.adapter_jobs import Stored, open_base, open_on_base, tell
 from lora_dist.analysis.projections import WeightShard, draw_directions
 from lora_dist.analysis.subspaces import compute_input_directions, compute_similarity, decompose_update
 from lora_dist.checkpoint.store import Adapter, StoredAdapter
@@ -70,7 +70,7 @@ def analyse(config: AnalyseConfig) -> None:
     """Compare the adapters with one another and with the base; analysis.json, heat maps and a table."""
     layers = parse_layers("layers", config.layers, config.model.num_layers)
     with open_base(config) as gpt:
-        stored = [open_on_base(gpt, config, find_adapter(directory)) for directory in config.adapters]
+        stored = [_require_lora(open_on_base(gpt, config, find_adapter(directory))) for directory in config.adapters]
         adapters = {directory: one.read() for directory, one in zip(config.adapters, stored, strict=True)}
         for directory, adapter in adapters.items():
             _check_trained(directory, adapter)
@@ -82,6 +82,12 @@ def analyse(config: AnalyseConfig) -> None:
         run_on_first(gpt.topology, lambda: _write(config, stored, amplifications, similarities))
         tell(gpt, f"{format_amplifications(amplifications)}\n\n{format_similarities(similarities)}")
         tell(gpt, f"analysis.json and heat maps are in {config.output}")
+
+
+def _require_lora(stored: Stored) -> StoredAdapter:
+    if not isinstance(stored, StoredAdapter):
+        raise ValueError(f"{stored.directory} is of method={stored.method}, which has no low-rank update; name a LoRA")
+    return stored
 
 
 def _check_trained(directory: str, adapter: Adapter) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from lora_dist.checkpoint.method_store import StoredMethod
 from lora_dist.checkpoint.row_file import RowFile
 from lora_dist.checkpoint.store import StoredAdapter
 from lora_dist.data.contexts import decode_texts, encode_contexts
@@ -134,7 +135,7 @@ def _answer_rows(
 
 
 def describe_questions(
-    base_fingerprint: str, adapters: Sequence[StoredAdapter], asked: Questions, *, merge: bool
+    base_fingerprint: str, adapters: Sequence[StoredAdapter | StoredMethod], asked: Questions, *, merge: bool
 ) -> dict[str, Any]:
     """What the texts depend on besides how they are chosen; topology and batch size change none."""
     return {

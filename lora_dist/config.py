@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from lora_dist.base_format import check_blocks, check_frozen
+from lora_dist.bottleneck_config import BOTTLENECK_METHODS, BottleneckConfig
 from lora_dist.model_config import ModelConfig as ModelConfig  # other files take it from here
 from lora_dist.refusals import require, require_one_of
 
@@ -317,7 +318,7 @@ class PlanConfig:
         require(0.0 < self.target_fraction <= 1.0, f"plan.target_fraction={self.target_fraction} must lie in (0, 1]")
 
 
-METHODS = ("lora", "full")
+METHODS = ("lora", "full", "bitfit", *BOTTLENECK_METHODS)
 CONTENDERS = ("lora", "full", "peft", "peft_tuned", "hf_full")
 
 
@@ -351,7 +352,7 @@ class RunConfig:
 
     model: ModelConfig
     method: str
-    """What trains: lora or full."""
+    """What trains: lora, full, or another of the paper's baselines: bitfit, adapter_h, adapter_l."""
     lora: LoraConfig
     topology: TopologyConfig
     zero: ZeroConfig
@@ -372,6 +373,7 @@ class RunConfig:
     shrink: bool = False
     """No tp_size, pp_size or dp_size above two; debug=shrink sets it, with a model to match."""
     plan: PlanConfig = field(default_factory=PlanConfig)
+    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
 
     def __post_init__(self) -> None:
         require_one_of("method", self.method, METHODS)
@@ -415,6 +417,10 @@ class RunConfig:
                 f"topology.sequence_parallel needs tp_size {self.topology.tp_size}"
                 f" to divide data.seq_len {self.data.seq_len}",
             )
+        require(
+            self.method in ("lora", "full") or self.model.family == "gpt2",
+            f"method={self.method} is there on GPT-2 and GPT-3, model.family is {self.model.family}; use method=lora",
+        )
         layers, stage_layers = self.loop.recompute_layers, self.model.num_layers // self.topology.pp_size
         require(
             layers is None or 1 <= layers <= stage_layers,

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_dist.adapter_jobs import open_base, open_on_base, put_adapters, tell
+from lora_dist.adapter_jobs import Stored, open_base, open_on_base, put_adapters, tell
 from lora_dist.answers import (
     Questions,
     build_questions,
@@ -17,7 +17,6 @@ from lora_dist.answers import (
     generate_texts,
 )
 from lora_dist.checkpoint.row_file import RowFile
-from lora_dist.checkpoint.store import StoredAdapter
 from lora_dist.config import TrackConfig
 from lora_dist.data.tokenizer import load_model_tokenizer
 from lora_dist.evaluate_config import EvaluateConfig
@@ -92,7 +91,7 @@ def _load(config: EvaluateConfig) -> list[Item]:
 def _open_file(
     gpt: ShardedGpt,
     config: EvaluateConfig,
-    adapters: Sequence[StoredAdapter],
+    adapters: Sequence[Stored],
     asked: Questions,
     labels: Sequence[str],
     path: Path,

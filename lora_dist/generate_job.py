@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_dist.adapter_jobs import open_base, open_on_base, put_adapters, tell
+from lora_dist.adapter_jobs import Stored, open_base, open_on_base, put_adapters, tell
 from lora_dist.answers import Questions, build_questions, describe_generation, describe_questions, generate_texts
 from lora_dist.checkpoint.row_file import RowFile
-from lora_dist.checkpoint.store import StoredAdapter
 from lora_dist.data.contexts import Context, read_contexts
 from lora_dist.data.tokenizer import load_model_tokenizer
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
@@ -25,7 +24,7 @@ def generate(config: GenerateConfig) -> None:
         contexts = run_on_first(gpt.topology, lambda: _read(options))
         adapter_of_row = choose_adapters(contexts, config)
         adapters = [open_on_base(gpt, config, find_adapter(directory)) for directory in config.directories]
-        put_adapters(gpt, adapters, merge=options.merge)
+        put_adapters(gpt, adapters, merge=options.merge, mixed=bool(config.adapters))
         asked = build_questions(
             [context.text for context in contexts],
             load_model_tokenizer(config.model),
@@ -42,7 +41,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _open_file(
-    gpt: ShardedGpt, config: GenerateConfig, adapters: Sequence[StoredAdapter], asked: Questions, path: str
+    gpt: ShardedGpt, config: GenerateConfig, adapters: Sequence[Stored], asked: Questions, path: str
 ) -> RowFile:
     fingerprint = run_on_first(gpt.topology, lambda: compute_base_fingerprint(config.model, config.seed))
     identity = describe_questions(fingerprint, adapters, asked, merge=config.generate.merge)

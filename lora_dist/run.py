@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import torch
 
 from lora_dist.checkpoint.adapter import write_adapter
-from lora_dist.checkpoint.identity import describe_run
+from lora_dist.checkpoint.identity import describe_method, describe_run
+from lora_dist.checkpoint.method_store import write_method
 from lora_dist.checkpoint.resume import find_newest_checkpoint, load_checkpoint, save_checkpoint
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import Loaders, build_loaders
@@ -198,8 +199,8 @@ class Keeper:
 
     @property
     def model_dir(self) -> Path:
-        """What is handed on: `adapter/` in PEFT's format, or `model/` in Hugging Face's."""
-        return Path(self.config.run_dir) / ("adapter" if self.method.specs else "model")
+        """What is handed on: `adapter/` (LoRA's in PEFT's format), or `model/` in Hugging Face's."""
+        return Path(self.config.run_dir) / ("model" if self.config.method == "full" else "adapter")
 
     def save(self, num_steps: int, valid_loss_before: float | None) -> None:
         """The state after `num_steps` steps. Every process calls it."""
@@ -216,9 +217,25 @@ class Keeper:
 
     def write_model(self, num_steps: int, metrics: dict[str, float | None]) -> None:
         """Every process calls it; an older one is replaced once the new one is whole."""
-        if not self.method.specs:
-            read = self.engine.zero.read_value
+        read = self.engine.zero.read_value
+        if self.config.method == "full":
             write_hf_checkpoint(self.engine.gpt, self.model_dir, model=self.config.model, read=read)
+            return
+        if self.config.method != "lora":
+            write_method(
+                self.model_dir,
+                options=describe_method(self.config),
+                trainable=self.engine.trainable,
+                topology=self.topology,
+                model=self.config.model,
+                read=read,
+                about={
+                    "base_fingerprint": self.base_fingerprint,
+                    "task": self.config.data.name,
+                    "step": num_steps,
+                    "metrics": metrics,
+                },
+            )
             return
         write_adapter(
             self.model_dir,
@@ -229,7 +246,7 @@ class Keeper:
             topology=self.topology,
             model=self.config.model,
             bias=self.config.lora.bias,
-            read=self.engine.zero.read_value,
+            read=read,
             base_fingerprint=self.base_fingerprint,
             task=self.config.data.name,
             step=num_steps,

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from lora_dist.batch import Batch
+from lora_dist.bottleneck.spec import PLACES, build_bottleneck_specs
+from lora_dist.bottleneck_config import BottleneckConfig
 from lora_dist.config import LoraConfig, ModelConfig, TopologyConfig
 from lora_dist.gradients import sum_tied_embedding_gradients, sum_tp_partial_gradients
 from lora_dist.lora.dropout import DropoutClock
@@ -17,9 +19,11 @@ from lora_dist.lora.factors import derive_seed
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.adapters import apply_lora
 from lora_dist.mcore.base_parameters import describe_base_parameters, initialize_base
+from lora_dist.mcore.bottlenecks import apply_bottlenecks
 from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import build_topology
 from lora_dist.mcore.schedule import forward_backward
+from lora_dist.methods.bitfit import apply_bitfit
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
 
@@ -85,13 +89,18 @@ def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topolo
     initialize_base(gpt, model, seed=0)
     if case.method == "full":
         trainable = describe_base_parameters(gpt)
+    elif case.method == "bitfit":
+        trainable = apply_bitfit(gpt)
+    elif case.method in PLACES:
+        specs = build_bottleneck_specs(case.method, BottleneckConfig(size=3), MODEL)
+        trainable = apply_bottlenecks(gpt, specs, init_std=0.3, seed=0)
     else:
         specs = build_adapter_specs(case.lora, model)
         trainable = apply_lora(gpt, specs, bias=case.lora.bias, seed=0, modules=case.lora.modules_to_save)
     for described in trainable:
         if case.dtype == torch.float64:
             described.parameter.data = described.parameter.data.double()
-        if described.kind in ("lora_B", "bias"):
+        if described.kind in ("lora_B", "bias") or described.name.endswith(("down_bias", "up_bias", "norm_bias")):
             fill(described, topology, std=0.1)
         if described.kind == "magnitude":
             fill(described, topology, std=0.03)

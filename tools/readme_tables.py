@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_table import format_record
+from latency_table import format_latency
 from plan_table import format_base_formats, format_paper, format_plan, format_search
 
 from lora_dist.tasks.paper import ROWS
@@ -40,6 +41,7 @@ def fill(page: str) -> str:
         "search": build_search_tables,
         "kernels": build_kernel_table,
         "base_format": build_base_format_table,
+        "latency": build_latency_tables,
     }
 
     def replace(found: re.Match[str]) -> str:
@@ -113,6 +115,12 @@ def build_kernel_table() -> str:
         f" tp {case['topology']['tp_size']}, {rows} x {case['seq_len']} tokens ({share['num_steps']} steps, wall time)."
     )
     return "\n".join([*lines, "", note])
+
+
+def build_latency_tables() -> str:
+    names = sorted(path.stem for path in (RECORDS / "latency").glob("*.json"))
+    tables = [format_latency(_read(f"latency/{name}"), f"{name}.json") for name in names]
+    return "\n\n".join(tables) or "No record yet."
 
 
 def _read(name: str) -> dict[str, Any]:

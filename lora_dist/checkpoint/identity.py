@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import RunConfig, compute_num_microbatches
 from lora_dist.lora.spec import AdapterSpec
 
@@ -22,7 +23,7 @@ def describe_run(
     """
     loop = config.loop
     identity: dict[str, Any] = {
-        "method": config.method,
+        **describe_method(config),
         "base_fingerprint": base_fingerprint,
         "model.base_format": config.model.base_format,
         "data": dict(data_hashes),
@@ -41,6 +42,17 @@ def describe_run(
             spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha, "dropout": spec.dropout} for spec in specs
         }
     return identity
+
+
+def describe_method(config: RunConfig) -> dict[str, Any]:
+    """The method and, beside LoRA's, the options that decide what its tensors mean."""
+    if config.method not in BOTTLENECK_METHODS:
+        return {"method": config.method}
+    bottleneck = config.bottleneck
+    return {
+        "method": config.method,
+        "bottleneck": {"size": bottleneck.size, "activation": bottleneck.activation},
+    }
 
 
 def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], path: Path, prefix: str = "") -> None:

@@ -5,6 +5,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lora_dist.checkpoint.method_store import METHOD_KIND
 from lora_dist.checkpoint.store import FACTORS, PEFT_CONFIG, PEFT_WEIGHTS
 from lora_dist.files.directories import MANIFEST, read_json, read_manifest
 
@@ -18,6 +19,7 @@ class AdapterRow:
     task: str
     rank: str
     targets: str
+    """Or the method, where that is not LoRA."""
     size: str
     base: str
     date: str
@@ -56,7 +58,7 @@ def _describe(path: Path) -> AdapterRow | None:
         adapter=str(path),
         task=str(manifest.get("task", "")),
         rank=_describe_ranks(adapters),
-        targets=_describe_targets(adapters),
+        targets=_describe_targets(adapters) or str(manifest.get("method", "")),
         size=_describe_size(path),
         base=_describe_base(manifest),
         date=str(manifest.get("created", ""))[:16].replace("T", " "),
@@ -72,7 +74,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
     manifest: dict[str, Any] = {}
     try:
         manifest = read_json(path / MANIFEST)
-        if "adapters" not in manifest:
+        if "adapters" not in manifest and manifest.get("kind") != METHOD_KIND:
             return None, ""
         read_manifest(path)
     except ValueError as error:

@@ -166,6 +166,8 @@ def open_adapter(directory: Path, *, model: ModelConfig, base_fingerprint: str) 
     if not (directory / MANIFEST).exists() and (directory / PEFT_CONFIG).exists():
         raise ValueError(f"adapter {directory} has no {MANIFEST}: a PEFT adapter from elsewhere; lora-dist import it")
     manifest = read_manifest(directory)
+    if "method" in manifest:
+        raise ValueError(f"adapter {directory} is of method={manifest['method']}; only LoRA's can be used so")
     check_same({"base_fingerprint": base_fingerprint}, manifest, directory)
     specs = parse_specs(directory, manifest, model)
     bias = manifest.get("bias")
@@ -176,7 +178,7 @@ def open_adapter(directory: Path, *, model: ModelConfig, base_fingerprint: str) 
         raise ValueError(f"{directory / MANIFEST}: modules_to_save is {modules!r}, not of {', '.join(MODULES_TO_SAVE)}")
     path, has_factors = _find_weights(directory, manifest)
     compute_shapes = _compute_factor_shapes if has_factors else compute_peft_shapes
-    dtype = _check_tensors(path, compute_shapes(specs, model, bias, modules))
+    dtype = check_tensors(path, compute_shapes(specs, model, bias, modules))
     return StoredAdapter(
         directory=directory, manifest=manifest, specs=specs, bias=bias, modules=modules, model=model, dtype=dtype
     )
@@ -229,7 +231,7 @@ def _compute_factor_shapes(
     return compute_factor_shapes(specs, model) | {name: hf_shapes[find_hf_tensor(name).name] for name in names}
 
 
-def _check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> torch.dtype:
+def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> torch.dtype:
     """The tensors' dtype; they are written in one."""
     header = read_header(path)
     found = {name: info.shape for name, info in header.items()}

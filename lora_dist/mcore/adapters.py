@@ -46,7 +46,7 @@ def apply_lora(
             gpt.get_submodule(f"{layer_name}.{norm}").keeps_output = True
         trainable += describe_factors(shard)
         adapted_linears.add(canonical_name(gpt, local_name))
-    return trainable + _enable_base(gpt, bias, modules, adapted_linears)
+    return trainable + enable_base(gpt, bias, modules, adapted_linears)
 
 
 def build_shards(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, seed: int) -> dict[str, LoraShard]:
@@ -157,10 +157,13 @@ def describe_untrained_lengths(gpt: ShardedGpt) -> list[TrainableParameter]:
     return described
 
 
-def _enable_base(
+def enable_base(
     gpt: ShardedGpt, bias: str, modules: Sequence[str], adapted_linears: set[str]
 ) -> list[TrainableParameter]:
-    """Let the base's own parameters train that `bias` and `modules` name."""
+    """Let parameters of a frozen base train, in fp32: whole `modules`, and biases.
+
+    `bias` none, lora_only (those of `adapted_linears`) or all.
+    """
     chosen = [
         described
         for described in describe_base_parameters(gpt)

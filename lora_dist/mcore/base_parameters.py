@@ -35,7 +35,7 @@ def describe_base_parameters(gpt: ShardedGpt) -> list[TrainableParameter]:
     """Every parameter of this rank's base shard, adapters left out, in the module's order."""
     described = []
     for local_name, parameter in gpt.named_parameters():
-        if "lora_" in local_name:
+        if "lora_" in local_name or "_bottleneck." in local_name:
             continue
         described.append(_describe(gpt, canonical_name(gpt, local_name), parameter))
     return described + _describe_quantized(gpt)

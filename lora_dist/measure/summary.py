@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import RunConfig, compute_num_microbatches
 from lora_dist.measure.collectives import Collective, compute_count_per_layer
 from lora_dist.measure.first_step import FirstStep
@@ -44,7 +45,7 @@ class Setup:
     num_microbatches: int
     lr: float
     adapters: str | None
-    """Ranks and targets in words; None where the method has no adapters."""
+    """Ranks and targets, or sizes, in words; None where the method has no adapters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +228,6 @@ def _combine(config: RunConfig, topology: Topology, records: Sequence[_ProcessRe
 
 
 def _describe_setup(config: RunConfig, topology: Topology) -> Setup:
-    adapters = f"lora_rank {config.lora.rank}, alpha {config.lora.alpha:g} on {', '.join(config.lora.target_modules)}"
     return Setup(
         world_size=topology.world_size,
         tp_size=topology.tp_size,
@@ -242,8 +242,17 @@ def _describe_setup(config: RunConfig, topology: Topology) -> Setup:
         micro_batch_size=config.loop.micro_batch_size,
         num_microbatches=compute_num_microbatches(config.loop, topology.dp_size),
         lr=config.optim.lr,
-        adapters=adapters if config.method == "lora" else None,
+        adapters=_describe_adapters(config),
     )
+
+
+def _describe_adapters(config: RunConfig) -> str | None:
+    lora, bottleneck = config.lora, config.bottleneck
+    if config.method in BOTTLENECK_METHODS:
+        return f"bottlenecks of {bottleneck.size} features, {bottleneck.activation}"
+    if config.method == "lora":
+        return f"lora_rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.target_modules)}"
+    return None
 
 
 def _take_largest(kind: type[T], ledgers: Sequence[T]) -> T:

@@ -10,6 +10,9 @@ from lora_dist.mcore.adapters import apply_lora, describe_untrained_lengths
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.mcore.pissa import split_base
+from lora_dist.methods.adapter_h import apply_adapter_h
+from lora_dist.methods.adapter_l import apply_adapter_l
+from lora_dist.methods.bitfit import apply_bitfit
 from lora_dist.parameters import TrainableParameter
 
 
@@ -48,5 +51,23 @@ def _apply_full(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
     return AppliedMethod(trainable=describe_base_parameters(gpt))
 
 
-_METHODS: dict[str, Callable[[ShardedGpt, RunConfig], AppliedMethod]] = {"lora": _apply_lora, "full": _apply_full}
+def _apply_bitfit(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
+    return AppliedMethod(trainable=apply_bitfit(gpt))
+
+
+def _apply_adapter_h(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
+    return AppliedMethod(trainable=apply_adapter_h(gpt, config))
+
+
+def _apply_adapter_l(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
+    return AppliedMethod(trainable=apply_adapter_l(gpt, config))
+
+
+_METHODS: dict[str, Callable[[ShardedGpt, RunConfig], AppliedMethod]] = {
+    "lora": _apply_lora,
+    "full": _apply_full,
+    "bitfit": _apply_bitfit,
+    "adapter_h": _apply_adapter_h,
+    "adapter_l": _apply_adapter_l,
+}
 assert tuple(_METHODS) == METHODS

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from lora_dist.config import LoopConfig, RunConfig, compute_num_microbatches
-from lora_dist.files.hf_gpt2 import compute_hf_shapes, find_hf_tensor
-from lora_dist.files.peft_gpt2 import list_bias_names, list_module_names
 from lora_dist.files.peft_layout import compute_peft_shapes
 from lora_dist.lora.pissa import double_ranks
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.methods.count import count_lora, count_trainable
 from lora_dist.plan.execute import compute_world_size, execute_process, require_hardware
 from lora_dist.plan.live_bytes import ADAPTERS, BASE, GRADIENTS, OPTIMIZER
 from lora_dist.plan.process_plan import ProcessPlan, list_distinct_stages
@@ -126,7 +125,7 @@ def build_job_plan(config: RunConfig, processes: list[ProcessPlan]) -> JobPlan:
     hardware, topology, model = require_hardware(config), config.topology, config.model
     dp_size = compute_world_size(config) // (topology.tp_size * topology.pp_size)
     rows = config.loop.micro_batch_size * compute_num_microbatches(config.loop, dp_size) * dp_size
-    specs = [] if config.method == "full" else build_adapter_specs(config.lora, model)
+    specs = build_adapter_specs(config.lora, model) if config.method == "lora" else []
     return JobPlan(
         method=config.method,
         recompute=config.loop.recomputation,
@@ -139,7 +138,7 @@ def build_job_plan(config: RunConfig, processes: list[ProcessPlan]) -> JobPlan:
         memory_bytes=round(hardware.memory_gib * GIB),
         tokens_per_step=rows * config.data.seq_len,
         step_seconds=compute_step_seconds(processes, topology.pp_size),
-        num_trainable=_count_trained(config, specs) if specs else model.num_parameters,
+        num_trainable=count_trainable(config),
         checkpoint_bytes=compute_checkpoint_bytes(config, specs),
     )
 
@@ -160,11 +159,14 @@ def compute_step_seconds(processes: Sequence[ProcessPlan], pp_size: int) -> floa
 def compute_checkpoint_bytes(config: RunConfig, specs: Sequence[AdapterSpec]) -> dict[str, int]:
     """What a run of the job writes. The factors alone are the paper's measure of a checkpoint."""
     model_bytes = config.model.num_parameters * ITEM_BYTES[config.dtype]
-    if not specs:
+    if config.method == "full":
         return {"model": model_bytes, "resume state": 12 * config.model.num_parameters}
-    num_trained = _count_trained(config, specs)
+    if config.method != "lora":
+        num_trainable = count_trainable(config)
+        return {"adapter fp32": 4 * num_trainable, "resume state": 12 * num_trainable, "base model": model_bytes}
+    num_trained = count_lora(config, specs)
     written = double_ranks(specs) if config.lora.init == "pissa" else specs
-    num_elements = _count_trained(config, written)
+    num_elements = count_lora(config, written)
     shapes = compute_peft_shapes(written, config.model, config.lora.bias, config.lora.modules_to_save)
     stacked = sum(torch.Size(shape).numel() for shape in shapes.values())
     return {
@@ -174,14 +176,6 @@ def compute_checkpoint_bytes(config: RunConfig, specs: Sequence[AdapterSpec]) ->
         "resume state": 12 * num_trained,
         "base model": model_bytes,
     }
-
-
-def _count_trained(config: RunConfig, specs: Sequence[AdapterSpec]) -> int:
-    """Elements of the adapters and of what trains of the base beside them."""
-    lora, model, shapes = config.lora, config.model, compute_hf_shapes(config.model)
-    names = [*list_bias_names(specs, model, lora.bias), *list_module_names(model, lora.modules_to_save)]
-    base = sum(torch.Size(shapes[find_hf_tensor(name).name]).numel() for name in names)
-    return base + sum(spec.num_parameters for spec in specs)
 
 
 def list_variants(config: RunConfig) -> list[RunConfig]:

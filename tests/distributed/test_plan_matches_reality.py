@@ -188,6 +188,13 @@ CASES = {
         "topology": {"pp_size": 2},
         "num_microbatches": 4,
     },
+    "bitfit-tp2-sp": {"method": "bitfit", "topology": {"tp_size": 2, "sequence_parallel": True}},
+    "adapter_h-tp2-sp": {"method": "adapter_h", "topology": {"tp_size": 2, "sequence_parallel": True}},
+    "adapter_h-pp2-recompute": {
+        **{"method": "adapter_h", "topology": {"pp_size": 2}, "num_microbatches": 8, "recompute": "full"},
+    },
+    "adapter_l": {"method": "adapter_l"},
+    "adapter_l-dp2-stage2": {"method": "adapter_l", "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=2)},
     "lora-tp2-pp2": {"topology": {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}, "num_microbatches": 3},
 }
 

@@ -1,0 +1,1 @@
+"""Adapters that are layers of their own, in plain torch: what they are, how many parameters, what they compute."""
