@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lora_dist.bottleneck.spec import build_bottleneck_specs
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS, BottleneckConfig
 from lora_dist.checkpoint.identity import check_same
 from lora_dist.checkpoint.store import PEFT_CONFIG, PEFT_WEIGHTS, check_tensors, describe_versions, write_tensors
@@ -28,6 +29,7 @@ from lora_dist.files.directories import (
 )
 from lora_dist.files.peft_gpt2 import compute_peft_shapes, from_peft_tensors, to_peft_tensors
 from lora_dist.parameters import TrainableParameter
+from lora_dist.refusals import require_one_of
 from lora_dist.topology import Topology
 from lora_dist.whole import ReadState, cut_shard, iterate_model, list_whole, write_together
 
@@ -75,7 +77,7 @@ def write_method(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredMethod:
-    """A directory whose files are whole and of this base."""
+    """A directory whose files are whole and fit the model; nothing but headers is read yet."""
 
     directory: Path
     manifest: dict[str, Any]
@@ -91,9 +93,18 @@ class StoredMethod:
         if self.method not in BOTTLENECK_METHODS:
             return None
         options = self.manifest.get("bottleneck")
-        if not isinstance(options, dict) or options.keys() != {"size", "activation"}:
+        size, activation = (options.get(key) if isinstance(options, dict) else None for key in ("size", "activation"))
+        if not (isinstance(size, int) and isinstance(activation, str)):
             raise ValueError(f"{self.directory / MANIFEST}: bottleneck is {options!r}, not a size and an activation")
-        return BottleneckConfig(**options)
+        return BottleneckConfig(size=size, activation=activation)
+
+    def compute_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the file's tensors. ValueError for a method that this version does not know."""
+        if (bottleneck := self.bottleneck) is not None:
+            specs = build_bottleneck_specs(self.method, bottleneck, self.model)
+            return {f"{spec.name}.{key}": shape for spec in specs for key, shape in spec.shapes.items()}
+        require_one_of("method", self.method, ("bitfit", *BOTTLENECK_METHODS))
+        return compute_peft_shapes([], self.model, "all")
 
     @property
     def needs_merge(self) -> bool:
@@ -101,10 +112,8 @@ class StoredMethod:
         return self.method not in BOTTLENECK_METHODS
 
     def read(self) -> dict[str, torch.Tensor]:
-        """Whole fp32 tensors by canonical name. ValueError where a value is not finite or a bias does not fit."""
+        """Whole fp32 tensors by canonical name. ValueError where a value is not finite."""
         path = self.directory / PEFT_WEIGHTS
-        if self.method == "bitfit":
-            check_tensors(path, compute_peft_shapes([], self.model, "all"))
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
@@ -120,25 +129,23 @@ def read_method_name(directory: Path) -> str | None:
 
 
 def open_method(directory: Path, *, model: ModelConfig, base_fingerprint: str) -> StoredMethod:
-    """ValueError, naming key and both values, for a damaged file or another base."""
+    """ValueError, naming key and both values, for a damaged file, another base, or tensors that do not fit."""
     manifest = read_manifest(directory)
     check_same({"base_fingerprint": base_fingerprint}, manifest, directory)
-    return StoredMethod(directory=directory, manifest=manifest, model=model)
+    stored = StoredMethod(directory=directory, manifest=manifest, model=model)
+    if PEFT_WEIGHTS not in manifest["sha256"]:
+        raise ValueError(f"{directory / MANIFEST} does not list {PEFT_WEIGHTS}")
+    check_tensors(directory / PEFT_WEIGHTS, stored.compute_shapes())
+    return stored
 
 
 @torch.no_grad()
 def load_method(
     stored: StoredMethod, *, options: Mapping[str, Any], trainable: Sequence[TrainableParameter], topology: Topology
 ) -> None:
-    """Fill this process's trained parameters, before an optimizer is built over them.
-
-    Nothing is changed unless the whole file fits: ValueError for other options or tensors.
-    """
+    """Fill this process's trained parameters, before an optimizer is built over them. ValueError for other options."""
     check_same(options, stored.manifest, stored.directory)
     values = stored.read()
     for one in trainable:
-        found = tuple(values[one.name].shape) if one.name in values else "none"
-        if found != one.full_shape:
-            raise ValueError(f"{stored.directory}: {one.name} has shape {found}, the model needs {one.full_shape}")
-    for one in trainable:
+        assert tuple(values[one.name].shape) == one.full_shape
         one.parameter.copy_(cut_shard(values[one.name], one, topology))

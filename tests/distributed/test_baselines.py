@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 from data_files import VOCAB_SIZE, tiny_tokenizer, tokenizer_directory
 from processes import run_distributed
-from safetensors.torch import load_file
-from test_parity import TOLERANCE, compute_error, run_case
+from safetensors.torch import load_file, save_file
+from test_measure_collectives import count_by_kind, count_step
+from test_parity import TOLERANCE, compute_error, compute_unsummed_gradients, run_case
 from toy import Case
 from transformers import GPT2LMHeadModel
 
@@ -24,6 +26,7 @@ from lora_dist.cli.compose import compose_config
 from lora_dist.cli.main import main
 from lora_dist.config import RunConfig, ZeroConfig
 from lora_dist.data.loader import build_loaders
+from lora_dist.files.directories import compute_sha256, read_json, write_manifest
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.hf_weights import fill_base
@@ -33,6 +36,7 @@ from lora_dist.mcore.schedule import evaluate_loss
 from lora_dist.measure.metrics_file import read_metrics
 from lora_dist.methods import apply_method
 from lora_dist.methods.count import count_trainable
+from lora_dist.plan.job import list_variants
 from lora_dist.run import train
 
 METHODS = ["bitfit", "adapter_h", "adapter_l"]
@@ -186,6 +190,9 @@ def test_biases_are_merged_and_bottlenecks_refused(
         assert exit_codes == [2, 2]
         assert f"is of method={method}: bottlenecks cannot be merged" in capfd.readouterr().err
         assert not (tmp_path / "merged").exists()
+        words = ["generate", *MODEL, f"model.tokenizer={tokenizer_directory()}", "generate.prompt=a"]
+        assert run_distributed(call, 1, [*words, f"adapter={run_dir}", "generate.merge=true"]) == [2]
+        assert "bottlenecks cannot be merged" in capfd.readouterr().err
         return
     assert exit_codes == [0, 0]
     merged = GPT2LMHeadModel.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
@@ -195,11 +202,8 @@ def test_biases_are_merged_and_bottlenecks_refused(
     assert {key for key in merged if key.endswith(".bias")} == {k.removeprefix("base_model.model.") for k in trained}
 
 
-@pytest.mark.parametrize("format", ["peft", "loralib", "bridge"])
-def test_export_is_refused(
-    method: str, format: str, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    words = ["export", *MODEL, f"adapter={run_dir / 'adapter'}", f"output={tmp_path / 'x'}", f"format={format}"]
+def test_export_is_refused(method: str, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["export", *MODEL, f"adapter={run_dir / 'adapter'}", f"output={tmp_path / 'x'}", "format=peft"]
     assert run_distributed(call, 1, words) == [2]
     assert f"is of method={method}" in capfd.readouterr().err
 
@@ -233,3 +237,50 @@ def test_generation_is_what_was_trained(method: str, run_dir: Path, tmp_path: Pa
         more = [f"adapter={run_dir}", f"topology={topology}", f"generate.output={output}", merge]
         assert run_distributed(call, world_size, [*words, "generate.max_new_tokens=6", *more]) == [0] * world_size
         assert json.loads(output.read_text())["text"] == expected
+
+
+def open_again(directory: Path, seed: int = 0) -> None:
+    model = compose_config(RUN).model
+    open_method(directory, model=model, base_fingerprint=compute_base_fingerprint(model, seed))
+
+
+def test_what_does_not_fit_is_refused_by_name(method: str, run_dir: Path, tmp_path: Path) -> None:
+    open_again(run_dir / "adapter")
+    with pytest.raises(ValueError, match="base_fingerprint is 'seed:0:"):
+        open_again(run_dir / "adapter", seed=1)
+    copy = tmp_path / "adapter"
+    shutil.copytree(run_dir / "adapter", copy)
+    tensors = load_file(copy / "adapter_model.safetensors")
+    missing = sorted(tensors)[0]
+    save_file({name: tensor for name, tensor in tensors.items() if name != missing}, copy / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
+        open_again(copy)
+    manifest = read_json(copy / "manifest.json")
+    hashes = {name: compute_sha256(copy / name) for name in manifest.pop("sha256")}
+    write_manifest(copy, hashes, manifest)
+    with pytest.raises(ValueError, match=f"{re.escape(missing)} has shape none, the model needs"):
+        open_again(copy)
+    write_manifest(copy, hashes, {**manifest, "method": "adapter_h", "bottleneck": {"size": "many"}})
+    with pytest.raises(ValueError, match="not a size and an activation"):
+        open_again(copy)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sp"])
+def test_no_collective_is_added(method: str, sequence_parallel: bool) -> None:
+    options = {"tp_size": 2, "sequence_parallel": sequence_parallel}
+    base, _ = run_distributed(count_step, 2, Case(**options), [], True)[0]
+    ours, after = run_distributed(count_step, 2, Case(method=method, **options), ["q_proj"], True)[0]
+    assert count_by_kind(ours) == count_by_kind(base)
+    assert [(one.op, one.group, one.count) for one in after] == [("all_reduce", "tp", 1)] * sequence_parallel
+
+
+def test_an_unsummed_partial_gradient_is_seen(method: str, gradients: tuple[float, dict[str, torch.Tensor]]) -> None:
+    """Without the one sum a step that sequence parallelism needs, the oracle comparison must fail."""
+    case = Case(method=method, tp_size=2, sequence_parallel=True)
+    results = run_distributed(compute_unsummed_gradients, 2, case)
+    assert compute_error(results[0][1], gradients[1]) > 1e-2
+
+
+def test_the_plan_is_of_the_method(method: str) -> None:
+    variants = list_variants(compose_config([f"method={method}", "plan.recompute=[none]"]))
+    assert [variant.method for variant in variants] == [method, "lora", "full"]
