@@ -9,6 +9,7 @@ from toy import MODEL, Case, build_batches, build_case, gather_whole
 
 from lora_dist.config import LoraConfig, OptimConfig, ZeroConfig
 from lora_dist.engine import Engine
+from lora_dist.lora.layer import LoraShard
 from lora_dist.mcore.rounded import apply_rounding
 from lora_dist.mcore.schedule import forward_backward
 from lora_dist.measure.collectives import Collective, count_collectives
@@ -20,13 +21,16 @@ WIDE = replace(MODEL, num_layers=2, hidden_size=128, ffn_hidden_size=256)
 ADAPTERS = {
     "all": LoraConfig(rank=3, target_modules=["all"], dropout=0.2, bias="all"),
     "some": LoraConfig(rank=3, target_modules=["q_proj", "down_proj"], layers=["1"]),
+    "dora": LoraConfig(rank=3, target_modules=["v_proj", "o_proj", "up_proj"], use_dora=True),
+    "llama": LoraConfig(rank=3, target_modules=["k_proj", "gate_proj", "down_proj"], layers=["1"]),
 }
 FORMATS = ["nf4", "nf4_double", "fp8"]
 Trained = tuple[list[float], list[float], dict[str, torch.Tensor]]
 
 
 def build(adapters: str, base_format: str, **options: object) -> Case:
-    model = replace(WIDE, base_format=base_format)
+    family = {"family": "llama", "num_kv_heads": 2} if adapters == "llama" else {}
+    model = replace(WIDE, base_format=base_format, **family)
     return Case(model=model, lora=ADAPTERS[adapters], dtype=torch.float32, **options)
 
 
@@ -35,6 +39,9 @@ def train(case: Case, stage: int = 1, rounded_to: str | None = None) -> Trained:
     gpt, trainable, topology = build_case(case)
     if rounded_to is not None:
         apply_rounding(gpt, rounded_to)
+        for linear in gpt.modules():
+            if isinstance(shard := getattr(linear, "lora", None), LoraShard) and shard.use_dora:
+                measure_rows_again(shard, linear.weight)
     zero = build_zero_engine(
         gpt,
         trainable,
@@ -51,6 +58,15 @@ def train(case: Case, stage: int = 1, rounded_to: str | None = None) -> Trained:
     engine.check_replicas()
     values = {one.name: gather_whole(zero.read_state(one)["value"], one, topology) for one in trainable}
     return [one.loss for one in results], [one.grad_norm for one in results], values
+
+
+@torch.no_grad()
+def measure_rows_again(shard: LoraShard, weight_OH: torch.Tensor) -> None:
+    """DoRA has measured the base's rows before they were rounded; the trained lengths stay as they are."""
+    kept = [shard.magnitude(spec).clone() for spec in shard.specs]
+    shard.start_magnitudes(weight_OH)
+    for spec, length in zip(shard.specs, kept, strict=True):
+        shard.magnitude(spec).copy_(length)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +103,9 @@ GRID = [
     ("some", {"dp_size": 2}, 1),
     ("some", {"recompute": "selective"}, 1),
     ("some", EVERYTHING, 1),
+    ("dora", {}, 1),
+    ("dora", EVERYTHING, 1),
+    ("llama", EVERYTHING, 1),
 ]
 
 

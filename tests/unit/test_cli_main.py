@@ -42,7 +42,7 @@ def test_help_lists_verbs_groups_and_keys(capsys: pytest.CaptureFixture[str]) ->
     assert re.search(r"^  train +Train one method", capsys.readouterr().out, flags=re.MULTILINE)
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"^  method= +dora, full, lora, pissa$", text, flags=re.MULTILINE)
+    assert re.search(r"^  method= +adapter_h, adapter_l, bitfit, dora, full, lora, pissa$", text, flags=re.MULTILINE)
     assert "Inner dimension of the two factors" in text
 
 
