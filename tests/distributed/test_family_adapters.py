@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ LORA = LoraConfig(rank=3, alpha=4, target_modules=["all-linear"], rank_pattern={
 
 
 def list_specs(model: ModelConfig) -> list[AdapterSpec]:
-    specs = build_adapter_specs(LORA, model)
+    """Mistral, whose layers are Llama's, has DoRA."""
+    specs = build_adapter_specs(replace(LORA, use_dora=model.family == "mistral"), model)
     assert len(specs) == model.num_layers * (7 if model.architecture.gated else 6)
     return specs
 
