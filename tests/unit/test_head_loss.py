@@ -49,3 +49,14 @@ def test_rows_without_any_target() -> None:
     assert (hidden.grad == 0).all()
     assert weight.grad is not None
     assert (weight.grad == 0).all()
+
+
+def test_no_target_token_is_no_loss() -> None:
+    """As in a validation row that only fills up a replica's batch."""
+    hidden, weight = torch.randn(0, H, requires_grad=True), torch.randn(24, H)
+    loss = head_loss.compute_target_loss(
+        hidden, weight, torch.zeros(0, dtype=torch.long), vocab_size=V, label_smoothing=0.1, tp_rank=0, group=None
+    )
+    loss.backward()
+    assert loss.item() == 0.0
+    assert hidden.grad is not None
