@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,17 @@ def test_gradients_equal_one_process(
     assert compute_error(actual, expected) < TOLERANCE
 
 
+TRAINED = {"dtype": torch.float32}
+
+
+@pytest.fixture(scope="module")
+def trained(method: str) -> Iterator[test_zero.Trained]:
+    """By plain torch in one process, clipped like everything that runs while this fixture lives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_zero, "OPTIM", replace(test_zero.OPTIM, clip_grad_norm=0.05))  # gradients are small
+        yield run_distributed(test_zero.train_oracle, 1, Case(method=method, **TRAINED))[0]
+
+
 @pytest.mark.parametrize(
     ("options", "stage"),
     [
@@ -82,13 +94,10 @@ def test_gradients_equal_one_process(
     ],
     ids=lambda value: str(value).replace("'", ""),
 )
-def test_trains_like_plain_torch(method: str, options: dict, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_zero, "OPTIM", replace(test_zero.OPTIM, clip_grad_norm=0.05))  # gradients are small
-    case = Case(method=method, dtype=torch.float32)
-    expected = run_distributed(test_zero.train_oracle, 1, case)[0]
-    distributed = replace(case, **options)
-    results = run_distributed(test_zero.train, distributed.world_size, distributed, ZeroConfig(stage=stage))
-    test_zero.assert_trained_alike(results, expected)
+def test_trains_like_plain_torch(method: str, options: dict, stage: int, trained: test_zero.Trained) -> None:
+    case = Case(method=method, **TRAINED, **options)
+    results = run_distributed(test_zero.train, case.world_size, case, ZeroConfig(stage=stage))
+    test_zero.assert_trained_alike(results, trained)
 
 
 MODEL = ["model=tiny", f"model.vocab_size={VOCAB_SIZE}"]
