@@ -45,7 +45,8 @@ def _describe_quantized(gpt: ShardedGpt) -> list[TrainableParameter]:
     described = []
     for local_name, module in gpt.named_modules():
         if isinstance(module, QuantizedWeight):
-            shape_only = torch.empty(module.shape, dtype=gpt.config.params_dtype, device="meta")
+            # One element shown in every place: on the planner's tensors, which are all meta, it takes no memory either.
+            shape_only = torch.empty((), dtype=gpt.config.params_dtype, device="meta").expand(module.shape)
             one = _describe(gpt, canonical_name(gpt, local_name), nn.Parameter(shape_only, requires_grad=False))
             one.quantized = module
             described.append(one)

@@ -67,11 +67,11 @@ def test_layer_outside_the_model() -> None:
 
 
 def test_layer_ranges() -> None:
-    assert parse_layers(["0-2", "5"], 6) == {0, 1, 2, 5}
-    assert parse_layers(None, 2) == {0, 1}
+    assert parse_layers("layers", ["0-2", "5"], 6) == {0, 1, 2, 5}
+    assert parse_layers("layers", None, 2) == {0, 1}
     for wrong in ("2-1", "1-6", "x", "-1", "1-"):
         with pytest.raises(ValueError, match=f"lora.layers: .?{wrong}.? (does not exist|is neither)"):
-            parse_layers([wrong], 6)
+            parse_layers("lora.layers", [wrong], 6)
 
 
 def test_patterns_set_lora_rank_and_alpha() -> None:
