@@ -1,12 +1,12 @@
 """What `lora-dist analyse` does, from adapters and a sharded base to tables and heat maps; every process runs it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from lora_dist.measure.plots import save_heat_map
 from lora_dist.run_dir import find_adapter
 from lora_dist.topology import run_on_first
 
+_Row = TypeVar("_Row")
+_Key = TypeVar("_Key", bound=Hashable)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Amplification:
@@ -37,6 +40,7 @@ class Amplification:
     adapter: str
     name: str
     """layers.N.TARGET"""
+    target: str
     lora_rank: int
     weight_norm: float
     """||W||_F"""
@@ -61,6 +65,7 @@ class Similarity:
     first: str
     second: str
     name: str
+    target: str
     in_features: int
     phi: list[list[float]]
     """phi[i - 1][j - 1]"""
@@ -120,6 +125,7 @@ def _amplify_one(gpt: ShardedGpt, directory: str, adapter: Adapter, spec: Adapte
     return Amplification(
         adapter=directory,
         name=spec.name,
+        target=spec.target,
         lora_rank=k,
         weight_norm=weight.compute_norm(),
         update_norm=update.norm,
@@ -151,8 +157,16 @@ def compare_pairs(adapters: dict[str, Adapter], layers: set[int]) -> list[Simila
         shared = [spec for spec in one.specs if spec.layer in layers and f"{spec.name}.lora_A" in other.values]
         for spec in shared:
             directions = (compute_input_directions(each.values[f"{spec.name}.lora_A"]) for each in (one, other))
-            phi = compute_similarity(*directions).tolist()
-            found.append(Similarity(first=first, second=second, name=spec.name, in_features=spec.in_features, phi=phi))
+            found.append(
+                Similarity(
+                    first=first,
+                    second=second,
+                    name=spec.name,
+                    target=spec.target,
+                    in_features=spec.in_features,
+                    phi=compute_similarity(*directions).tolist(),
+                )
+            )
     return found
 
 
@@ -165,24 +179,22 @@ def _gather(gpt: ShardedGpt, rows: list[Amplification]) -> list[Amplification]:
     return [row for part in gathered for row in part]
 
 
+_NORMS = ("weight_norm", "update_norm", "in_update_directions", "in_weight_directions", "in_random_directions")
+
+
 def format_amplifications(rows: Sequence[Amplification]) -> str:
     """Means over the layers of each target, as the paper's table 7 has them for one layer."""
     lines = [
         f"{'adapter':<24} {'target':<10} {'rank':>4} {'|W|':>9} {'|dW|':>9} {'W in dW':>9} {'W in W':>9}"
         f" {'random':>9} {'amplified':>9}"
     ]
-    groups = dict.fromkeys((row.adapter, row.name.rpartition(".")[2], row.lora_rank) for row in rows)
-    for adapter, target, lora_rank in groups:
-        group = [
-            row for row in rows if (row.adapter, row.lora_rank) == (adapter, lora_rank) and row.name.endswith(target)
-        ]
+    for (adapter, target, lora_rank), group in _group(
+        rows, lambda row: (row.adapter, row.target, row.lora_rank)
+    ).items():
         norms = [fmean(getattr(row, key) for row in group) for key in _NORMS]
         cells = " ".join(f"{norm:>9.3f}" for norm in norms)
         lines.append(f"{adapter[-24:]:<24} {target:<10} {lora_rank:>4} {cells} {fmean(r.factor for r in group):>9.2f}")
     return "\n".join(lines)
-
-
-_NORMS = ("weight_norm", "update_norm", "in_update_directions", "in_weight_directions", "in_random_directions")
 
 
 def format_similarities(rows: Sequence[Similarity]) -> str:
@@ -190,18 +202,22 @@ def format_similarities(rows: Sequence[Similarity]) -> str:
     if not rows:
         return "no two adapters adapt the same weight: no similarity to show"
     lines = [f"{'pair':<44} {'target':<10} {'phi(1, 1)':>9} {'phi(1, R)':>9} {'phi(R, R)':>9} {'by chance':>9}"]
-    for (first, second, target), group in _group_by_target(rows).items():
+    for (first, second, target, *ranks), group in _group(rows, _describe_pair).items():
         firsts = [fmean(row.phi[i][j] for row in group) for i, j in ((0, 0), (0, -1), (-1, -1))]
-        chance = max(len(group[0].phi), len(group[0].phi[0])) / group[0].in_features
-        cells = " ".join(f"{value:>9.3f}" for value in (*firsts, chance))
+        cells = " ".join(f"{value:>9.3f}" for value in (*firsts, max(ranks) / group[0].in_features))
         lines.append(f"{first[-20:] + ' / ' + second[-20:]:<44} {target:<10} {cells}")
     return "\n".join(lines)
 
 
-def _group_by_target(rows: Sequence[Similarity]) -> dict[tuple[str, str, str], list[Similarity]]:
-    groups: dict[tuple[str, str, str], list[Similarity]] = {}
+def _describe_pair(row: Similarity) -> tuple[str, str, str, int, int]:
+    """Rows that agree in it have matrices of one shape: ranks may differ from layer to layer."""
+    return row.first, row.second, row.target, len(row.phi), len(row.phi[0])
+
+
+def _group(rows: Sequence[_Row], describe: Callable[[_Row], _Key]) -> dict[_Key, list[_Row]]:
+    groups: dict[_Key, list[_Row]] = {}
     for row in rows:
-        groups.setdefault((row.first, row.second, row.name.rpartition(".")[2]), []).append(row)
+        groups.setdefault(describe(row), []).append(row)
     return groups
 
 
@@ -221,7 +237,7 @@ def _write(
         "environment": describe_environment(),
     }
     (output / "analysis.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for number, ((first, second, target), group) in enumerate(_group_by_target(similarities).items()):
+    for number, ((first, second, target, *_), group) in enumerate(_group(similarities, _describe_pair).items()):
         mean = torch.tensor([row.phi for row in group]).mean(0).tolist()
         save_heat_map(
             output / f"similarity-{number:02d}-{target}.png",

@@ -1,63 +1,21 @@
-"""Every configuration dataclass and the rules between them; standard library only."""
+"""A run's whole configuration and the rules between its parts; standard library only.
+
+The larger parts have files of their own beside this one, `NAME_config.py`; everything is imported from here.
+"""
 
 from dataclasses import dataclass, field
 
 from lora_dist.base_format import check_blocks, check_frozen
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS, BottleneckConfig
-from lora_dist.model_config import ModelConfig as ModelConfig  # other files take it from here
+from lora_dist.data_config import FILE_FORMATS as FILE_FORMATS
+from lora_dist.data_config import DataConfig as DataConfig
+from lora_dist.lora_config import MODULES_TO_SAVE as MODULES_TO_SAVE
+from lora_dist.lora_config import LoraConfig as LoraConfig
+from lora_dist.model_config import ModelConfig as ModelConfig
+from lora_dist.plan_config import RECOMPUTE as RECOMPUTE
+from lora_dist.plan_config import HardwareConfig as HardwareConfig
+from lora_dist.plan_config import PlanConfig as PlanConfig
 from lora_dist.refusals import require, require_one_of
-
-MODULES_TO_SAVE = ("wte", "wpe", "ln_1", "ln_2", "ln_f")
-
-
-@dataclass(kw_only=True, slots=True)
-class LoraConfig:
-    """Low-rank adapters (arXiv:2106.09685, section 4): W = W0 + (alpha / rank) B A."""
-
-    rank: int = 4
-    """Inner dimension of the two factors (`lora_rank` in code)."""
-    alpha: float = 32.0
-    """The adapter's output is scaled by alpha / rank."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead."""
-    dropout: float = 0.0
-    """Probability of zeroing an element of the adapter's input."""
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    """Canonical names, aliases, or regular expressions over `layers.N.target`."""
-    layers: list[str] | None = None
-    """Zero-based layers that get adapters, each a number or a range with both ends: [0-11,23]; null means all."""
-    bias: str = "none"
-    """Biases that train too: none, lora_only (those of adapted linears) or all."""
-    init: str = "gaussian"
-    """gaussian (A Gaussian, B zero), or pissa (the weight's principal part; the frozen base becomes the rest)."""
-    use_dora: bool = False
-    """Train the length of each output row besides (DoRA, arXiv:2402.09353)."""
-    modules_to_save: list[str] = field(default_factory=list)
-    """Whole modules that train too: wte (embedding and tied output layer), wpe, ln_1, ln_2 (all layers'), ln_f."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Rank of the targets a name, alias or expression matches, instead of `rank`."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        require(self.rank >= 1, f"lora.rank={self.rank} must be at least 1")
-        require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
-        require(0.0 <= self.dropout < 1.0, f"lora.dropout={self.dropout} must lie in [0, 1)")
-        require_one_of("lora.bias", self.bias, ("none", "lora_only", "all"))
-        require_one_of("lora.init", self.init, ("gaussian", "pissa"))
-        require(
-            not (self.use_dora and self.init == "pissa"),
-            "lora.use_dora=true starts from the base's own rows, lora.init=pissa changes them; use one of them",
-        )
-        for module in self.modules_to_save:
-            require_one_of("lora.modules_to_save", module, MODULES_TO_SAVE)
-        require(
-            not (self.bias == "all" and any(module.startswith("ln_") for module in self.modules_to_save)),
-            f"lora.bias=all trains the norms' biases, lora.modules_to_save={self.modules_to_save} the norms whole;"
-            " use lora.bias=lora_only or none",
-        )
-        require(bool(self.target_modules), "lora.target_modules is empty; name at least one, e.g. [q_proj,v_proj]")
-        for pattern, rank in self.rank_pattern.items():
-            require(rank >= 1, f"lora.rank_pattern.{pattern}={rank} must be at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,57 +56,6 @@ class ZeroConfig:
         )
 
 
-FILE_FORMATS = (
-    *("e2e_text", "e2e_csv", "jsonl", "webnlg", "dart", "wikisql", "samsum", "dialogsum", "banking77", "clinc150"),
-    *(f"glue_{task}" for task in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")),
-)
-
-
-@dataclass(kw_only=True, slots=True)
-class DataConfig:
-    """Pairs of (context, target); the loss is on the target's tokens (eq. 1 of the paper)."""
-
-    name: str
-    format: str
-    """e2e_text (`context||target`), e2e_csv (`mr,ref`), jsonl (`context`, `target`), webnlg, dart, wikisql, samsum,
-    dialogsum, banking77, clinc150, glue_cola ... glue_wnli (their own files), or fake (random tokens)."""
-    train: str | None = None
-    """Path of the training file."""
-    valid: str | None = None
-    """Path of the validation file; null means no validation."""
-    train_split: str | None = None
-    """Part of data.train to use, where one file holds several (clinc150)."""
-    valid_split: str | None = None
-    seq_len: int = 512
-    """Positions of a row, and the most an example may take up."""
-    collate: str = "pack"
-    """pack: several examples a row, attention kept apart; pad: one example a row, padded to the longest."""
-    on_bad_row: str = "error"
-    """error stops at the first bad row and names it; skip counts it."""
-    max_train_examples: int | None = None
-    """Use only the file's first good rows, so many of them; null means all."""
-    max_valid_examples: int | None = None
-    num_fake_examples: int = 1024
-    """Training examples of format fake; validation gets an eighth of it."""
-
-    def __post_init__(self) -> None:
-        require_one_of("data.format", self.format, (*FILE_FORMATS, "fake"))
-        require_one_of("data.collate", self.collate, ("pack", "pad"))
-        require_one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
-        require(self.seq_len >= 2, f"data.seq_len={self.seq_len} must be at least 2")
-        require(
-            self.format == "fake" or self.train is not None,
-            f"data.train is not set; give the path of a {self.format} file",
-        )
-        require(
-            self.format != "fake" or (self.train is None and self.valid is None),
-            f"data.format=fake reads no file; set data.train={self.train} and data.valid={self.valid} to null",
-        )
-        for key in ("max_train_examples", "max_valid_examples", "num_fake_examples"):
-            count = getattr(self, key)
-            require(count is None or count >= 1, f"data.{key}={count} must be at least 1")
-
-
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     """AdamW and the schedule of its learning rate."""
@@ -173,9 +80,6 @@ class OptimConfig:
         require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio={self.lora_plus_ratio} must be positive")
         require(self.clip_grad_norm >= 0, f"optim.clip_grad_norm={self.clip_grad_norm} must not be negative")
         require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing={self.label_smoothing} must lie in [0, 1)")
-
-
-RECOMPUTE = ("none", "selective", "full", "auto")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -248,76 +152,6 @@ class CompareConfig:
     """Learning rate of a method in place of optim.lr."""
 
 
-@dataclass(kw_only=True, slots=True)
-class HardwareConfig:
-    """One kind of processor and how many of them are joined, for `lora-dist plan`. Per GPU, in the maker's units."""
-
-    name: str
-    kind: str
-    """gpu or cpu: which attention kernel runs and how memory is handed out."""
-    memory_gib: float
-    """What a process can allocate on an empty device."""
-    reserved_gib: float
-    """Taken before the first tensor: CUDA context, NCCL's channels, cuBLAS's workspace."""
-    peak_tflops: dict[str, float]
-    """Dense matrix products, by dtype; a dtype that is not named cannot run there."""
-    achievable_fraction: float
-    """Of the peak, by large matrix products."""
-    memory_gb_s: float
-    memory_fraction: float
-    """Of the memory's bandwidth, by a copy."""
-    gpus_per_node: int
-    link_gb_s: float
-    """Between GPUs of a node, one direction, as a large all-reduce gets it."""
-    network_gb_s: float
-    """Between nodes, one GPU's share, one direction."""
-    link_latency_us: float
-    network_latency_us: float
-    launch_us: float
-    """Shortest time of one kernel, however small."""
-    compute_capability: float = 0.0
-    """8.0 and above have flash attention; 0 where kind is cpu."""
-
-    def __post_init__(self) -> None:
-        require_one_of("hardware.kind", self.kind, ("gpu", "cpu"))
-        for key in ("memory_gib", "memory_gb_s", "link_gb_s", "network_gb_s"):
-            require(getattr(self, key) > 0, f"hardware.{key}={getattr(self, key)} must be positive")
-        for key in ("achievable_fraction", "memory_fraction"):
-            require(0 < getattr(self, key) <= 1, f"hardware.{key}={getattr(self, key)} must lie in (0, 1]")
-        require(self.gpus_per_node >= 1, f"hardware.gpus_per_node={self.gpus_per_node} must be at least 1")
-
-    @property
-    def available_gib(self) -> float:
-        """For tensors."""
-        return self.memory_gib - self.reserved_gib
-
-
-@dataclass(kw_only=True, slots=True)
-class PlanConfig:
-    """What `lora-dist plan` works out."""
-
-    search: bool = False
-    """Look for the topologies that fit instead of planning the one of `topology`."""
-    num_gpus: int | None = None
-    """GPUs to plan for; null takes tp_size x pp_size x dp_size."""
-    recompute: list[str] = field(default_factory=lambda: ["none", "full"])
-    """Values of loop.recompute to show side by side."""
-    target_fraction: float = 1.0
-    """Share of the tokens that are target tokens: what the output layer has to see. 1 is the most it can be."""
-    num_processes: int = 2
-    """Local processes that work on the plan at once."""
-    file: str | None = None
-    """plan.json of this job, from an earlier `lora-dist plan`: the pre-flight check holds free memory against it."""
-
-    def __post_init__(self) -> None:
-        require(self.num_gpus is None or self.num_gpus >= 1, f"plan.num_gpus={self.num_gpus} must be at least 1")
-        require(self.num_processes >= 1, f"plan.num_processes={self.num_processes} must be at least 1")
-        require(bool(self.recompute), "plan.recompute is empty; name at least one, e.g. [none,full]")
-        for recompute in self.recompute:
-            require_one_of("plan.recompute", recompute, RECOMPUTE)
-        require(0.0 < self.target_fraction <= 1.0, f"plan.target_fraction={self.target_fraction} must lie in (0, 1]")
-
-
 METHODS = ("lora", "full", "bitfit", *BOTTLENECK_METHODS)
 CONTENDERS = ("lora", "full", "peft", "peft_tuned", "hf_full")
 
@@ -381,6 +215,7 @@ class RunConfig:
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
         _validate_model_shards(self.model, self.topology)
+        _validate_method(self.method, self.lora, self.model)
         check_frozen(self.model.base_format, method=self.method, zero_stage=self.zero.stage)
         require(
             not (self.zero.stage == 3 and self.topology.pp_size > 1),
@@ -396,31 +231,12 @@ class RunConfig:
             f"data.seq_len={self.data.seq_len} exceeds"
             f" model.max_position_embeddings={self.model.max_position_embeddings}",
         )
-        require(
-            self.lora.bias == "none" or self.method != "lora" or self.model.family == "gpt2",
-            f"lora.bias={self.lora.bias}: biases train beside adapters on GPT-2 alone, model.family is"
-            f" {self.model.family}; set lora.bias=none",
-        )
-        require(
-            self.lora.init != "pissa" or self.method != "lora" or self.model.base_format == "native",
-            f"lora.init=pissa takes its part out of the base's own weights; model.base_format={self.model.base_format}"
-            " has rounded them, use native",
-        )
-        require(
-            not self.lora.modules_to_save or self.method != "lora" or self.model.family == "gpt2",
-            f"lora.modules_to_save={self.lora.modules_to_save} names modules of GPT-2, model.family is"
-            f" {self.model.family}; leave it empty",
-        )
         if self.topology.sequence_parallel:
             require(
                 self.data.seq_len % self.topology.tp_size == 0,
                 f"topology.sequence_parallel needs tp_size {self.topology.tp_size}"
                 f" to divide data.seq_len {self.data.seq_len}",
             )
-        require(
-            self.method in ("lora", "full") or self.model.family == "gpt2",
-            f"method={self.method} is there on GPT-2 and GPT-3, model.family is {self.model.family}; use method=lora",
-        )
         layers, stage_layers = self.loop.recompute_layers, self.model.num_layers // self.topology.pp_size
         require(
             layers is None or 1 <= layers <= stage_layers,
@@ -428,6 +244,32 @@ class RunConfig:
         )
         for method in [*self.compare.methods, *self.compare.lr]:
             require_one_of("compare.methods", method, METHODS)
+
+
+def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
+    """What a method can do on a base of this family and format."""
+    is_gpt2 = model.family == "gpt2"
+    require(
+        method in ("lora", "full") or is_gpt2,
+        f"method={method} is there on GPT-2 and GPT-3, model.family is {model.family}; use method=lora",
+    )
+    if method != "lora":
+        return
+    require(
+        lora.bias == "none" or is_gpt2,
+        f"lora.bias={lora.bias}: biases train beside adapters on GPT-2 alone, model.family is {model.family};"
+        " set lora.bias=none",
+    )
+    require(
+        not lora.modules_to_save or is_gpt2,
+        f"lora.modules_to_save={lora.modules_to_save} names modules of GPT-2, model.family is {model.family};"
+        " leave it empty",
+    )
+    require(
+        lora.init != "pissa" or model.base_format == "native",
+        f"lora.init=pissa takes its part out of the base's own weights; model.base_format={model.base_format} has"
+        " rounded them, use native",
+    )
 
 
 def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None:

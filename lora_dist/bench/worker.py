@@ -51,7 +51,7 @@ def build_contender(name: str, config: RunConfig, device: torch.device) -> Conte
     if name in ("lora", "full"):
         from lora_dist.bench.ours import OurContender
 
-        return OurContender(replace(config, method=name), device, dtype)
+        return OurContender(replace(config, method=name), device)
     from lora_dist.bench.peers import PeerContender
 
     return PeerContender(config, device, dtype, lora=name != "hf_full", tuned=name != "peft")

@@ -8,7 +8,8 @@ from lora_dist.bottleneck_config import BottleneckConfig
 from lora_dist.config import ModelConfig
 
 PLACES: Mapping[str, tuple[str, ...]] = {"adapter_h": ("attention", "mlp"), "adapter_l": ("block",)}
-"""attention, mlp: on what that sublayer is about to add to the residual; block: on the layer's output."""
+"""attention, mlp: on what that sublayer is about to add to the residual (AdapterH, Houlsby et al., arXiv:1902.00751);
+block: on the layer's output, behind a LayerNorm of its own (AdapterL, Lin et al., arXiv:2004.03829)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

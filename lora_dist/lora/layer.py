@@ -176,11 +176,6 @@ class LoraShard(nn.Module):
             merged_OH *= (self.magnitude(spec).to(dtype) / norms_O)[:, None]
         return merged_OH
 
-    def compute_update(self) -> torch.Tensor:
-        """(alpha / lora_rank) B A of this shard, fp32 [O, H]: exact without any gather at every tp_size."""
-        a_RH, b_OR = self.stack_factors(torch.float32)
-        return b_OR @ a_RH
-
 
 def compute_qkv_rows(num_groups: int, num_query_heads_per_group: int, head_dim: int) -> dict[str, torch.Tensor]:
     """Rows of q, k and v in Megatron's fused projection of `num_groups` local query groups.

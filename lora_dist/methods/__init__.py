@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lora_dist.bottleneck.spec import build_bottleneck_specs
+from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import METHODS, RunConfig
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.adapters import apply_lora, describe_untrained_lengths
 from lora_dist.mcore.base_parameters import describe_base_parameters
+from lora_dist.mcore.bottlenecks import apply_bottlenecks
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.mcore.pissa import split_base
-from lora_dist.methods.adapter_h import apply_adapter_h
-from lora_dist.methods.adapter_l import apply_adapter_l
 from lora_dist.methods.bitfit import apply_bitfit
 from lora_dist.parameters import TrainableParameter
 
@@ -55,19 +56,17 @@ def _apply_bitfit(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
     return AppliedMethod(trainable=apply_bitfit(gpt))
 
 
-def _apply_adapter_h(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
-    return AppliedMethod(trainable=apply_adapter_h(gpt, config))
-
-
-def _apply_adapter_l(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
-    return AppliedMethod(trainable=apply_adapter_l(gpt, config))
+def _apply_bottlenecks(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
+    """AdapterH keeps the base's norms frozen, as the paper's comparison does: its counts have no term for them."""
+    specs = build_bottleneck_specs(config.method, config.bottleneck, config.model)
+    init_std, seed = config.bottleneck.init_std, config.loop.seed
+    return AppliedMethod(trainable=apply_bottlenecks(gpt, specs, init_std=init_std, seed=seed))
 
 
 _METHODS: dict[str, Callable[[ShardedGpt, RunConfig], AppliedMethod]] = {
     "lora": _apply_lora,
     "full": _apply_full,
     "bitfit": _apply_bitfit,
-    "adapter_h": _apply_adapter_h,
-    "adapter_l": _apply_adapter_l,
+    **dict.fromkeys(BOTTLENECK_METHODS, _apply_bottlenecks),
 }
 assert tuple(_METHODS) == METHODS

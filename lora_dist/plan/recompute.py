@@ -1,26 +1,10 @@
 """loop.recompute=auto: the least recomputation that fits the GPU, found layer by layer on the plan's own account."""
 
 import math
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 from lora_dist.config import RunConfig
 from lora_dist.plan.job import GIB, JobPlan, plan_jobs
-
-
-def settle_recompute(config: RunConfig) -> RunConfig:
-    """What `choose_recompute` finds, in a process of its own: planning patches much of what training needs whole."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        settled = pool.submit(_choose_on_cpu, config).result()
-    print(f"loop.recompute=auto: {settled.loop.recomputation} for method={config.method}", flush=True)
-    return settled
-
-
-def _choose_on_cpu(config: RunConfig) -> RunConfig:
-    os.environ["DS_ACCELERATOR"] = "cpu"  # fake tensors, whatever this machine has
-    return choose_recompute(config)
 
 
 def choose_recompute(config: RunConfig) -> RunConfig:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from adapter_files import read_in, write_with_peft
 from family_toy import ONE_EACH, build_family_model, compute_family_logits, read_family_config, write_family_checkpoint
 from hf_toy import build_shard, compute_logits, count_processes, draw_adapter_values, draw_tokens
+from lora_updates import compute_update
 from processes import run_distributed
 from transformers import AutoModelForCausalLM
 
@@ -147,7 +148,7 @@ def compute_updates(base: Path) -> dict[str, torch.Tensor]:
     names = [
         local_name.removesuffix(".lora") for local_name, module in gpt.named_modules() if module in find_shards(gpt)
     ]
-    return dict(zip(names, (shard.compute_update().detach() for shard in find_shards(gpt)), strict=True))
+    return dict(zip(names, (compute_update(shard).detach() for shard in find_shards(gpt)), strict=True))
 
 
 def test_bridges_rows_are_megatrons(tmp_path: Path) -> None:
