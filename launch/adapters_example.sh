@@ -75,11 +75,21 @@ import lora_dist
 
 run, base = Path(sys.argv[1]), Path(lora_dist.__file__).parent / "assets" / "demo_base"
 tokens = torch.arange(40).view(2, 20)
-adapted = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), run / "describe_peft").eval()
-merged = GPT2LMHeadModel.from_pretrained(run / "describe_merged").eval()
-with torch.no_grad():
-    error = (adapted(tokens).logits - merged(tokens).logits).abs().max().item()
-print(f"PEFT's adapter and the merged checkpoint: logits differ by {error:.1e} at most")
-assert error < 1e-3, "the adapter and the merged checkpoint are not the same model"
+
+
+def compute_logits(directory, adapter=None):
+    """In fp32, whatever the files hold."""
+    model = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32)
+    model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(tokens).logits
+
+
+adapted = compute_logits(base, run / "describe_peft")
+change = (adapted - compute_logits(base)).abs().max().item()
+error = (adapted - compute_logits(run / "describe_merged")).abs().max().item()
+print(f"PEFT's adapter changes the base's logits by {change:.1e}; those of the merged checkpoint, whose weights are")
+print(f"rounded to the base's fp16 once, differ from PEFT's by {error:.1e}")
+assert error < 1e-2 * change, "the adapter and the merged checkpoint are not the same model"
 PYTHON
 say "all of it is in $DIR"

@@ -25,4 +25,4 @@ def test_the_example_goes_through(tmp_path: Path) -> None:
         "parse",
         None,
     ]
-    assert "PEFT's adapter and the merged checkpoint: logits differ by" in done.stdout
+    assert "PEFT's adapter changes the base's logits by" in done.stdout
