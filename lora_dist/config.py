@@ -153,7 +153,8 @@ class CompareConfig:
 
 
 METHODS = ("lora", "full", "bitfit", *BOTTLENECK_METHODS)
-CONTENDERS = ("lora", "full", "peft", "peft_tuned", "hf_full")
+OUR_CONTENDERS = ("lora", "full", "lora_recompute", "full_recompute")
+CONTENDERS = (*OUR_CONTENDERS, "peft", "peft_tuned", "hf_full")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -161,7 +162,8 @@ class BenchConfig:
     """What `lora-dist bench` times side by side, on random tokens of data.seq_len."""
 
     contenders: list[str] = field(default_factory=lambda: ["lora", "full", "peft", "peft_tuned"])
-    """lora and full are this project's; peft, peft_tuned and hf_full are transformers with PEFT or whole."""
+    """lora and full are this project's under loop.recompute, lora_recompute and full_recompute with full recomputation;
+    peft, peft_tuned and hf_full are transformers with PEFT or whole."""
     num_rounds: int = 10
     """Timed rounds; a round is one step of every contender."""
     num_warmup_rounds: int = 3

@@ -24,7 +24,5 @@ record cpu_demo model=demo model.checkpoint=null loop.micro_batch_size=8 bench.n
 record cpu_gpt2_small "${GPT2[@]}" bench.num_rounds=10 bench.num_warmup_rounds=2
 record cpu_gpt2_small_half_targets "${GPT2[@]}" bench.num_rounds=8 bench.num_warmup_rounds=2 \
     bench.target_fraction=0.5 'bench.contenders=[lora,peft,peft_tuned]'
-record cpu_gpt2_small_recompute "${GPT2[@]}" loop.recompute=full bench.num_rounds=5 bench.num_warmup_rounds=1 \
-    'bench.contenders=[lora,full,peft]'
-record cpu_gpt2_small_8k "${GPT2[@]}" loop.global_batch_size=32 bench.num_rounds=3 bench.num_warmup_rounds=1 \
-    'bench.contenders=[lora,full]'
+record cpu_gpt2_small_8k "${GPT2[@]}" loop.global_batch_size=32 bench.num_rounds=5 bench.num_warmup_rounds=1 \
+    'bench.contenders=[lora,full,lora_recompute,full_recompute]'

@@ -9,10 +9,13 @@ from typing import Any
 NAMES = {
     "lora": "lora_dist LoRA",
     "full": "lora_dist full fine-tuning",
+    "lora_recompute": "lora_dist LoRA, full recompute",
+    "full_recompute": "lora_dist full fine-tuning, full recompute",
     "peft": "HF PEFT",
     "peft_tuned": "HF PEFT, tuned",
     "hf_full": "HF full fine-tuning",
 }
+WORK_PAIRS = (("lora", "full"), ("lora_recompute", "full_recompute"), ("lora", "full_recompute"))
 MB = 1e6
 
 
@@ -25,7 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def format_record(record: dict[str, Any], file_name: str) -> str:
     """A heading that says what was run where, and one row a contender."""
-    return "\n".join([describe_case(record), "", *format_table(record), "", describe_conditions(record, file_name)])
+    parts = [
+        [describe_case(record)],
+        format_table(record),
+        describe_work(record),
+        [describe_conditions(record, file_name)],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def describe_case(record: dict[str, Any]) -> str:
@@ -71,6 +80,21 @@ def format_row(record: dict[str, Any], name: str) -> list[str]:
         f"{one['flops_per_step'] / 1e9:.4g}",
         f"{one['share_of_gemm_ceiling']:.0%}",
     ]
+
+
+def describe_work(record: dict[str, Any]) -> list[str]:
+    """LoRA against full fine-tuning beside what their FLOPs alone would give; a list, and empty, without both."""
+    contenders, lines = record["contenders"], []
+    for name, other in WORK_PAIRS:
+        if not {name, other} <= contenders.keys():
+            continue
+        ratio = record["ratios"][f"{name}/{other}"]
+        work = contenders[other]["flops_per_step"] / contenders[name]["flops_per_step"]
+        lines.append(
+            f"- {NAMES[name]} : {NAMES[other]} {_format_spread(ratio, '.2f', 'x')}; by their FLOPs alone {work:.2f}x"
+            f" ({ratio['median'] / work:.2f} of it)"
+        )
+    return lines
 
 
 def describe_conditions(record: dict[str, Any], file_name: str) -> str:

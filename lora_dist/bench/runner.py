@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lora_dist.bench.ceilings import Ceilings, CeilingSample
 from lora_dist.bench.record import build_record
 from lora_dist.bench.worker import DTYPES, Account, Sample, serve
-from lora_dist.config import RunConfig
+from lora_dist.config import OUR_CONTENDERS, RunConfig
 from lora_dist.measure.environment import describe_environment
 from lora_dist.run_dir import prepare_run_dir
 from lora_dist.topology import choose_device
@@ -62,13 +62,13 @@ def check_bench(config: RunConfig) -> None:
             f"bench compares with peers on one process, got tp {topology.tp_size} pp {topology.pp_size}"
             f" dp {topology.dp_size}; use topology=single"
         )
-    loop, ours_alone = config.loop, {"lora", "full"} >= set(config.bench.contenders)
+    loop, ours_alone = config.loop, set(OUR_CONTENDERS) >= set(config.bench.contenders)
     if loop.recompute == "auto":
         raise ValueError("loop.recompute=auto depends on the contender; bench none, selective or full")
     if (loop.recompute == "selective" or loop.recompute_layers is not None) and not ours_alone:
         raise ValueError(
             f"loop.recompute={loop.recomputation} has no like in transformers; bench none or full in all layers, or"
-            " lora and full alone"
+            f" {', '.join(OUR_CONTENDERS)} alone"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from lora_dist.batch import Batch
 from lora_dist.bench.batches import build_batches
 from lora_dist.bench.contender import Contender
-from lora_dist.config import RunConfig
+from lora_dist.config import OUR_CONTENDERS, RunConfig
 from lora_dist.measure.flops import count_flops
 from lora_dist.measure.ledger import open_activation_ledger
 from lora_dist.measure.memory import PeakMemory, PeakMemoryMeter
@@ -48,13 +48,20 @@ class Account:
 def build_contender(name: str, config: RunConfig, device: torch.device) -> Contender:
     """Imports late: no contender's process holds another's libraries."""
     dtype = DTYPES[config.dtype]
-    if name in ("lora", "full"):
+    if name in OUR_CONTENDERS:
         from lora_dist.bench.ours import OurContender
 
-        return OurContender(replace(config, method=name), device)
+        return OurContender(_choose_method(config, name), device)
     from lora_dist.bench.peers import PeerContender
 
     return PeerContender(config, device, dtype, lora=name != "hf_full", tuned=name != "peft")
+
+
+def _choose_method(config: RunConfig, name: str) -> RunConfig:
+    method, _, recompute = name.partition("_")
+    if recompute:
+        config = replace(config, loop=replace(config.loop, recompute="full", recompute_layers=None))
+    return replace(config, method=method)
 
 
 def serve(connection: Connection, name: str, config: RunConfig) -> None:

@@ -29,7 +29,7 @@ MODEL = ModelConfig(
     max_position_embeddings=16,
 )
 LLAMA = replace(MODEL, family="llama", num_kv_heads=2, tied_output=False)
-ALL = ["lora", "full", "peft", "peft_tuned", "hf_full"]
+ALL = ["lora", "full", "lora_recompute", "full_recompute", "peft", "peft_tuned", "hf_full"]
 
 
 def build_config(model: ModelConfig = MODEL, **options: object) -> RunConfig:
@@ -70,9 +70,14 @@ def test_bench_end_to_end(started_config: RunConfig) -> None:
     contenders = record["contenders"]
     assert list(contenders) == ALL
     losses = {name: [sample["loss"] for sample in one["samples"]] for name, one in contenders.items()}
-    for same in (["lora", "peft", "peft_tuned"], ["full", "hf_full"]):  # one step apart at the first timed round
+    for same in (
+        ["lora", "lora_recompute", "peft", "peft_tuned"],
+        ["full", "full_recompute", "hf_full"],
+    ):  # one step apart at the first timed round
         assert losses[same[0]][0] == pytest.approx(losses[same[1]][0], abs=2e-3)
         assert losses[same[0]][0] == pytest.approx(losses[same[-1]][0], abs=2e-3)
+        assert losses[same[0]] == losses[f"{same[0]}_recompute"]
+        assert contenders[same[0]]["flops_per_step"] < contenders[f"{same[0]}_recompute"]["flops_per_step"]
     assert contenders["lora"]["num_trainable"] == contenders["peft"]["num_trainable"] == 2 * 2 * 2 * 4 * 32
     shape = StepShape(num_tokens=64, num_loss_tokens=32, seq_len=16, num_vocab_rows=104)
     assert contenders["full"]["flops_per_step"] == compute_full_flops(MODEL, shape)
