@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def fill(page: str) -> str:
     builders = {
         "e2e_demo": build_demo_table,
         "performance": build_performance_tables,
+        "gpu": build_gpu_tables,
         "quality": build_quality_table,
         "e2e_tgen": build_scores_table,
         "plan": build_plan_tables,
@@ -61,6 +63,18 @@ def build_demo_table() -> str:
 def build_performance_tables() -> str:
     names = sorted(path.stem for path in (RECORDS / "bench").glob("cpu_*.json"))
     return "\n\n".join(format_record(_read(f"bench/{name}"), f"{name}.json") for name in names)
+
+
+def build_gpu_tables() -> str:
+    """The records of tools/gpu_suite.sh, and which of its benches have none yet."""
+    listed = subprocess.run(
+        ["bash", ROOT / "tools" / "gpu_suite.sh", "--list"], capture_output=True, text=True, check=True
+    )
+    names = [line.partition("\t")[0] for line in listed.stdout.splitlines()]
+    there = [name for name in names if (RECORDS / "bench" / f"{name}.json").is_file()]
+    tables = [format_record(_read(f"bench/{name}"), f"{name}.json") for name in there]
+    missing = [f"`{name}`" for name in names if name not in there]
+    return "\n\n".join([*tables, *([f"Not yet measured: {', '.join(missing)}."] if missing else [])])
 
 
 def build_quality_table() -> str:

@@ -12,15 +12,14 @@ from lora_dist.mcore.base_parameters import initialize_base
 from lora_dist.mcore.hf_weights import write_hf_checkpoint
 from lora_dist.mcore.model import build_model
 from lora_dist.mcore.parallel import build_topology
-from lora_dist.run import build_engine
+from lora_dist.run import DTYPES, build_engine
 from lora_dist.topology import Topology
 
 
 class OurContender:
-    """`config.method` on the weights of `config.model.checkpoint`."""
+    """`config.method` on the weights of `config.model.checkpoint`, drawn from the seed where that is None."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        assert config.model.checkpoint is not None
         self._engine, _ = build_engine(config, open_single_topology(config, device))
         self._lr = config.optim.lr
 
@@ -41,8 +40,8 @@ def open_single_topology(config: RunConfig, device: torch.device) -> Topology:
 
 
 def write_start_weights(config: RunConfig, directory: str) -> None:
-    """Weights drawn from the run's seed as a Hugging Face directory, which every contender can load."""
+    """Weights drawn from the run's seed, in its dtype, as a Hugging Face directory, which every contender can load."""
     topology = open_single_topology(config, torch.device("cpu"))
-    gpt = build_model(config.model, topology, dtype=torch.float32, clock=DropoutClock())
+    gpt = build_model(config.model, topology, dtype=DTYPES[config.dtype], clock=DropoutClock())
     initialize_base(gpt, config.model, config.loop.seed)
     write_hf_checkpoint(gpt, directory, model=config.model)

@@ -63,6 +63,11 @@ def check_bench(config: RunConfig) -> None:
             f" dp {topology.dp_size}; use topology=single"
         )
     loop, ours_alone = config.loop, set(OUR_CONTENDERS) >= set(config.bench.contenders)
+    if config.model.base_format != "native" and not ours_alone:
+        raise ValueError(
+            f"model.base_format={config.model.base_format} is not set up for PEFT here; bench"
+            f" {', '.join(OUR_CONTENDERS)} alone"
+        )
     if loop.recompute == "auto":
         raise ValueError("loop.recompute=auto depends on the contender; bench none, selective or full")
     if (loop.recompute == "selective" or loop.recompute_layers is not None) and not ours_alone:
@@ -138,9 +143,12 @@ def _ask(connection: Connection, order: tuple[str, int] | None, kind: type[_Answ
 
 
 @contextmanager
-def _open_start_weights(config: RunConfig) -> Iterator[str]:
-    """The checkpoint of the configuration, or weights drawn from the seed in a directory that goes away."""
-    if config.model.checkpoint is not None:
+def _open_start_weights(config: RunConfig) -> Iterator[str | None]:
+    """The checkpoint of the configuration, or weights drawn from the seed in a directory that goes away.
+
+    None where all contenders draw them for themselves, being this project's own.
+    """
+    if config.model.checkpoint is not None or set(OUR_CONTENDERS) >= set(config.bench.contenders):
         yield config.model.checkpoint
         return
     with tempfile.TemporaryDirectory() as directory:

@@ -46,9 +46,13 @@ def describe_environment() -> dict[str, Any]:
 
 
 def describe_checkout(directory: Path) -> dict[str, Any] | None:
-    """Commit of the source and whether it was changed since; None where the source is not a git checkout."""
+    """Commit of the source and whether it was changed since; None where the source is not a git checkout.
+
+    A copy of a checkout is told its commit in LORA_DIST_COMMIT; whether it was changed, nobody knows.
+    """
     if not (directory / ".git").exists():
-        return None
+        told = os.environ.get("LORA_DIST_COMMIT")
+        return None if told is None else {"commit": told, "dirty": None}
     commit = _run_git(directory, "rev-parse", "HEAD")
     # Records change no code: the first of several must not make the others look changed.
     changes = _run_git(directory, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!tools/records")

@@ -112,11 +112,12 @@ def test_peft_gets_the_same_adapters() -> None:
     [
         ({"topology": TopologyConfig(tp_size=2)}, "got tp 2 pp 1"),
         ({"loop": LoopConfig(recompute="selective")}, "no like in transformers"),
+        ({"model": replace(MODEL, hidden_size=64, base_format="fp8")}, "base_format=fp8 is not set up for PEFT"),
     ],
 )
 def test_what_bench_does_not_measure_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_bench(build_config(**options))
+        check_bench(replace(build_config(), **options))
 
 
 @pytest.mark.parametrize(

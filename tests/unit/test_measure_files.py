@@ -66,8 +66,10 @@ def test_environment_is_json_and_names_no_host_or_user() -> None:
     assert f'"{getpass.getuser()}"' not in text
 
 
-def test_checkout_tells_commit_and_changes(tmp_path: Path) -> None:
+def test_checkout_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_checkout(tmp_path) is None
+    monkeypatch.setenv("LORA_DIST_COMMIT", "0123456789")
+    assert describe_checkout(tmp_path) == {"commit": "0123456789", "dirty": None}
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     (tmp_path / "file").write_text("1")

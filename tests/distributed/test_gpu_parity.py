@@ -1,0 +1,79 @@
+"""A GPU trains what a CPU trains: losses and trained parameters of a few steps; skipped without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_dist.bench.batches import build_batches
+from lora_dist.cli.compose import compose_config
+from lora_dist.run import build_engine, open_job
+
+NUM_STEPS = 3
+OVERRIDES = [
+    *("model=tiny", "data=fake", "data.seq_len=64", "track=none", "loop.micro_batch_size=4"),
+    *("loop.global_batch_size=8", "lora.rank=4", "lora.target_modules=[all]", "optim.lr=1e-2", "optim.eps=1e-3"),
+]
+CASES = {
+    "lora": ([], 1e-5),
+    "lora-recompute": (["loop.recompute=full"], 1e-5),
+    "lora-dropout": (["lora.dropout=0.1"], 1e-5),
+    "full": (["method=full", "optim.lr=1e-3"], 1e-5),
+    "bitfit": (["method=bitfit"], 1e-5),
+    "adapter_h": (["method=adapter_h"], 1e-5),
+    "dora": (["method=dora"], 1e-5),
+    "nf4": (["model.base_format=nf4"], 1e-5),
+    "fp8": (["model.base_format=fp8"], 1e-5),
+    "lora-bf16": (["dtype=bf16"], 2e-2),
+    "lora-fp16": (["dtype=fp16"], 5e-3),
+}
+"""Overrides, and the error of the losses that rounding excuses. A CPU's half of a case is always fp32."""
+
+
+def train(name: str, device: str, directory: Path) -> list[float]:
+    """Losses of the steps; the trained parameters are written to `directory`."""
+    overrides = CASES[name][0] if device == "cuda" else [one for one in CASES[name][0] if not one.startswith("dtype=")]
+    config = compose_config([*OVERRIDES, *overrides, f"device={device}"])
+    with open_job(config) as topology:
+        engine, _ = build_engine(config, topology)
+        losses = [
+            engine.train_step(build_batches(config, step), step=step, lr=config.optim.lr).loss
+            for step in range(NUM_STEPS)
+        ]
+        trained = {one.name: one.parameter.detach().float().cpu().contiguous() for one in engine.trainable}
+    save_file(trained, directory / f"{device}.safetensors")
+    return losses
+
+
+def train_alone(name: str, device: str, directory: Path) -> list[float]:
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": "29512", "DS_ACCELERATOR": device}
+    done = subprocess.run(
+        [sys.executable, __file__, name, device, str(directory)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    losses: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return losses
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_trains_as_cpu_does(name: str, tmp_path: Path) -> None:
+    expected, actual = (train_alone(name, device, tmp_path) for device in ("cpu", "cuda"))
+    tolerance = CASES[name][1]
+    assert actual == pytest.approx(expected, rel=tolerance)
+    if tolerance <= 1e-5:  # Adam's steps are as long for a gradient of rounding alone, so half types compare losses
+        on_cpu, on_gpu = (load_file(tmp_path / f"{device}.safetensors") for device in ("cpu", "cuda"))
+        for key, value in on_cpu.items():
+            torch.testing.assert_close(on_gpu[key], value, rtol=1e-3, atol=1e-4)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    print(json.dumps(train(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
