@@ -6,6 +6,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from lora_dist.measure.environment import describe_checkout, describe_environment
