@@ -11,19 +11,20 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lr_sweep import run_once
+from study_latency import measure_latency
+from study_table import plot
 
 from lora_dist.cli import evaluate
-from lora_dist.cli.compose import compose_as
+from lora_dist.cli.compose import compose_as, compose_config
 from lora_dist.cli.ranks import become_single_process
 from lora_dist.evaluate_config import EvaluateConfig
 from lora_dist.measure.environment import describe_environment
-from lora_dist.measure.meter import compute_spread
 from lora_dist.measure.summary import Summary
 
 RECORD = Path(__file__).resolve().parent / "records" / "study_demo.json"
@@ -47,11 +48,8 @@ VARIANTS = {
     "bitfit": VariantSpec(method="bitfit", lr=1e-2),
     "lora_8k": VariantSpec(method="lora", overrides=("lora.rank=2", "lora.alpha=4", TARGETS_QV), lr=1e-2),
     "lora_37k": VariantSpec(method="lora", overrides=("lora.rank=2", "lora.alpha=4", TARGETS_ALL), lr=1e-2),
-    "lora_37k_qv": VariantSpec(method="lora", overrides=("lora.rank=9", "lora.alpha=18", TARGETS_QV), lr=1e-2),
     "lora_295k": VariantSpec(method="lora", overrides=("lora.rank=16", "lora.alpha=32", TARGETS_ALL), lr=1e-2),
-    "adapter_h_9k": VariantSpec(method="adapter_h", overrides=("bottleneck.size=2",), lr=1e-2),
     "adapter_h_35k": VariantSpec(method="adapter_h", overrides=("bottleneck.size=8",), lr=1e-2),
-    "adapter_h_297k": VariantSpec(method="adapter_h", overrides=("bottleneck.size=72",), lr=5e-3),
     "adapter_l_9k": VariantSpec(method="adapter_l", overrides=("bottleneck.size=3",), lr=1e-2),
     "adapter_l_36k": VariantSpec(method="adapter_l", overrides=("bottleneck.size=16",), lr=1e-2),
     "adapter_l_294k": VariantSpec(method="adapter_l", overrides=("bottleneck.size=142",), lr=5e-3),
@@ -86,8 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     common = [*COMMON, *overrides]
     rows = {name: study(name, VARIANTS[name], common, options.work_dir, options.seeds) for name in names}
     if options.only is None:
+        runs = {name: name_run(options.work_dir / name, VARIANTS[name], row["lr"], 0) for name, row in rows.items()}
+        for name, ratio in measure_latency(compose_config(common).model, runs).items():
+            rows[name]["latency_over_base"] = ratio
         record = {"overrides": common, "num_seeds": options.seeds, "environment": describe_environment(), "rows": rows}
         options.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        plot(record, options.record.with_suffix(".png"))
         print(f"wrote {options.record.name}")
     return 0
 
@@ -106,7 +108,6 @@ def study(name: str, variant: VariantSpec, common: Sequence[str], work_dir: Path
         "num_trainable_parameters": best.summary.num_trainable_parameters,
         "adapters": best.summary.setup.adapters,
         "seeds": [describe_run(run, one) for run, one in zip(seeds, scores, strict=True)],
-        "valid_loss": asdict(compute_spread([run.valid_loss for run in seeds])),
     }
 
 
@@ -128,7 +129,12 @@ def train_once(name: str, variant: VariantSpec, lr: float, seed: int, common: Se
     directory = work_dir / name
     summary = run_once(variant.method, lr, seed, [*common, *variant.overrides], directory)
     print(f"{name:16} lr {lr:<8g} seed {seed}  valid loss {summary.valid_loss_after:.4f}", flush=True)
-    return Trained(lr=lr, seed=seed, directory=directory / f"{variant.method}-lr{lr:g}-seed{seed}", summary=summary)
+    return Trained(lr=lr, seed=seed, directory=name_run(directory, variant, lr, seed), summary=summary)
+
+
+def name_run(directory: Path, variant: VariantSpec, lr: float, seed: int) -> Path:
+    """As `lr_sweep.run_once` names it."""
+    return directory / f"{variant.method}-lr{lr:g}-seed{seed}"
 
 
 def evaluate_once(variant: VariantSpec, run: Trained) -> dict[str, float | None]:
