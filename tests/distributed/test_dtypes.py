@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from processes import run_distributed
 from toy import Case, build_batches, build_case
 
@@ -66,6 +67,14 @@ def test_full_fine_tuning_in_low_precision(dtype: torch.dtype, options: dict, st
     for losses, _, dtypes in run_distributed(train, case.world_size, case, stage):
         assert losses == pytest.approx(exact, abs=0.03)
         assert dtypes == {str(dtype)}
+
+
+def test_a_cpu_without_instructions_for_fp16_trains_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's own answer there is to refuse, and with it to plan a job in fp16."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False, raising=False)
+    case = Case(method="full", dtype=torch.float16)
+    ((_, _, dtypes),) = run_distributed(train, 1, case, 1)
+    assert dtypes == {"torch.float16"}
 
 
 def poisoned_step(case: Case, stage: int) -> tuple[list[bool], list[float], bool, int]:
