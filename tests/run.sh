@@ -16,5 +16,6 @@ step "$BIN/ruff" check .
 step "$BIN/ruff" format --check .
 step "$BIN/mypy"
 step "$BIN/lint-imports"
-step "$BIN/python" -m pytest "$@"
+# Two files of tests at a time: most of a test's seconds are one process's, so two cores would not be busy with one.
+step "$BIN/python" -m pytest -n 2 --dist loadfile "$@"
 printf '[tests] all passed\n'
