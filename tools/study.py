@@ -30,7 +30,6 @@ from lora_dist.measure.summary import Summary
 RECORD = Path(__file__).resolve().parent / "records" / "study_demo.json"
 COMMON = ["experiment=e2e_demo", "topology=single", "device=cpu", "loop.micro_batch_size=8"]
 LADDER = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1)
-TARGETS_ALL, TARGETS_QV = "lora.target_modules=[all]", "lora.target_modules=[q_proj,v_proj]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,16 +42,30 @@ class VariantSpec:
     """Where the search begins; of LADDER."""
 
 
+def lora(lora_rank: int, targets: str = "[all]") -> tuple[str, ...]:
+    """With the demo's scaling of 2."""
+    return f"lora.rank={lora_rank}", f"lora.alpha={2 * lora_rank}", f"lora.target_modules={targets}"
+
+
+def slots(num_prefix: int, num_infix: int) -> tuple[str, ...]:
+    return f"prefix.num_prefix={num_prefix}", f"prefix.num_infix={num_infix}"
+
+
 VARIANTS = {
     "full": VariantSpec(method="full", lr=2e-3),
     "bitfit": VariantSpec(method="bitfit", lr=1e-2),
-    "lora_8k": VariantSpec(method="lora", overrides=("lora.rank=2", "lora.alpha=4", TARGETS_QV), lr=1e-2),
-    "lora_37k": VariantSpec(method="lora", overrides=("lora.rank=2", "lora.alpha=4", TARGETS_ALL), lr=1e-2),
-    "lora_295k": VariantSpec(method="lora", overrides=("lora.rank=16", "lora.alpha=32", TARGETS_ALL), lr=1e-2),
+    "lora_8k": VariantSpec(method="lora", overrides=lora(2, targets="[q_proj,v_proj]"), lr=1e-2),
+    "lora_37k": VariantSpec(method="lora", overrides=lora(2), lr=1e-2),
+    "lora_295k": VariantSpec(method="lora", overrides=lora(16), lr=1e-2),
     "adapter_h_35k": VariantSpec(method="adapter_h", overrides=("bottleneck.size=8",), lr=1e-2),
     "adapter_l_9k": VariantSpec(method="adapter_l", overrides=("bottleneck.size=3",), lr=1e-2),
     "adapter_l_36k": VariantSpec(method="adapter_l", overrides=("bottleneck.size=16",), lr=1e-2),
     "adapter_l_294k": VariantSpec(method="adapter_l", overrides=("bottleneck.size=142",), lr=5e-3),
+    "prefix_embed_10k": VariantSpec(method="prefix_embed", overrides=slots(32, 8), lr=5e-2),
+    "prefix_layer_8k": VariantSpec(method="prefix_layer", overrides=slots(4, 4), lr=5e-2),
+    "prefix_layer_37k": VariantSpec(method="prefix_layer", overrides=slots(32, 4), lr=5e-2),
+    "lora_prefix_embed_40k": VariantSpec(method="lora_prefix_embed", overrides=(*lora(2), *slots(8, 4)), lr=1e-2),
+    "lora_prefix_layer_35k": VariantSpec(method="lora_prefix_layer", overrides=(*lora(1), *slots(8, 8)), lr=1e-2),
 }
 
 
