@@ -1,17 +1,45 @@
 """The training loop: steps, validation, checkpoints. Measuring is called here, not written here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from lora_dist.config import LoopConfig, OptimConfig
-from lora_dist.data.loader import Loader
-from lora_dist.engine import Engine, StepResult
+from lora_dist.engine import StepResult
 from lora_dist.measure.meter import Meter
 from lora_dist.optim import compute_lr
 
 Observe = Callable[[dict[str, float | int | bool | None]], None]
 """Takes one step's metrics; called on every process, acts where it has something to write."""
+
+
+class AnyBatch(Protocol):
+    """What the meter counts of a microbatch: its whole global batch's."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_loss_tokens(self) -> int: ...
+
+
+_Batch = TypeVar("_Batch", bound=AnyBatch)
+_Taken = TypeVar("_Taken", bound=AnyBatch, contravariant=True)
+
+
+class Trained(Protocol[_Taken]):
+    """What the loop asks of a model that trains: `engine.Engine`, or an encoder's."""
+
+    def train_step(self, batches: Sequence[_Taken], *, step: int, lr: float) -> StepResult: ...
+    def evaluate(self, global_batches: Iterable[Sequence[_Taken]]) -> float: ...
+    def check_replicas(self) -> None: ...
+
+
+class Source(Protocol[_Batch]):
+    """Where batches come from, each a pure function of the step."""
+
+    def batches_at(self, step: int) -> list[_Batch]: ...
+    def validation_batches(self) -> Iterator[list[_Batch]]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,9 +53,9 @@ class TrainResult:
 
 
 def train_loop(
-    engine: Engine,
-    train_loader: Loader,
-    valid_loader: Loader | None,
+    engine: Trained[_Batch],
+    train_loader: Source[_Batch],
+    valid_loader: Source[_Batch] | None,
     *,
     loop: LoopConfig,
     optim: OptimConfig,
@@ -69,7 +97,7 @@ def train_loop(
     return TrainResult(valid_loss_before=valid_loss_before, valid_loss_after=valid_loss, num_steps_done=done)
 
 
-def validate(engine: Engine, loader: Loader | None) -> float | None:
+def validate(engine: Trained[_Batch], loader: Source[_Batch] | None) -> float | None:
     """Mean validation loss a target token; None without a validation split."""
     return None if loader is None else engine.evaluate(loader.validation_batches())
 

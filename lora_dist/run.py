@@ -159,7 +159,8 @@ def _run_loop(
     config: RunConfig, topology: Topology, engine: Engine, loaders: Loaders, keeper: "Keeper", meter: Meter
 ) -> tuple[TrainResult, FirstStep]:
     first_step = FirstStep()
-    observers = open_observers(config, topology, meter, num_steps_done=keeper.num_steps_done)
+    name = f"{config.method}-{config.model.name}"
+    observers = open_observers(config, topology, meter, name=name, num_steps_done=keeper.num_steps_done)
     with observers as observe, note_terminations():
         result = train_loop(
             engine,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lora_dist.classify_config import ClassifyConfig
 from lora_dist.config import RunConfig
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def check_run_dir(run_dir: Path, resume: str) -> None:
         raise ValueError(f"resume=must, but run_dir={run_dir} holds no checkpoint; start fresh with resume=none")
 
 
-def prepare_run_dir(config: RunConfig) -> Path:
+def prepare_run_dir(config: RunConfig | ClassifyConfig) -> Path:
     """Check and make config.run_dir and write config.yaml. Global rank 0 alone calls it; the others wait for it."""
     run_dir = Path(config.run_dir)
     check_run_dir(run_dir, config.resume)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from lora_dist.adapter_config import BaseConfig, LiveConfig
-from lora_dist.cli import adapters, analyse, evaluate, export, generate, import_, merge, switch
+from lora_dist.classify_config import ClassifyConfig
+from lora_dist.cli import adapters, analyse, classify, evaluate, export, generate, import_, merge, switch
 from lora_dist.cli.inputs import check_checkpoint
 from lora_dist.cli.launch import launch_local
 from lora_dist.cli.ranks import adopt_ranks, become_single_process
@@ -32,6 +33,7 @@ ADAPTER_VERBS: dict[str, AdapterVerb] = {
     "analyse": analyse,
     "generate": generate,
     "evaluate": evaluate,
+    "classify": classify,
 }
 
 
@@ -47,7 +49,7 @@ def run_adapter_verb(verb: str, overrides: Sequence[str]) -> int:
         module.check(config)
         if isinstance(config, BaseConfig) and config.reads_base:
             check_checkpoint(config.model)
-    if not isinstance(config, LiveConfig):
+    if not isinstance(config, LiveConfig | ClassifyConfig):
         if is_first:
             module.run(config)
         return 0

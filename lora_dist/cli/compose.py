@@ -18,7 +18,10 @@ from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups, list_keys
 from lora_dist.config import ModelConfig, RunConfig
 
 _Config = TypeVar("_Config")
-_DEFAULT_OPTIONS = {"model": "demo", "topology": "single", "generate": "greedy", "task": "???"}
+_DEFAULT_OPTIONS = {
+    **{"model": "demo", "topology": "single", "zero": "stage1", "track": "wandb"},
+    **{"generate": "greedy", "encoder": "hf", "task": "???"},
+}
 """Of the verbs that have no file in conf/; ??? has to be given. A task may choose how to generate, so it comes last."""
 
 

@@ -1,6 +1,6 @@
 """GLUE's nine tasks in the TSV files that GLUE hands out: sentences -> the label, in words. https://gluebenchmark.com"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from lora_dist.data.rows import BadRow, BadRows, Pair, Texts, check_pair
@@ -42,13 +42,26 @@ TASKS: dict[str, GlueTask] = {
 }
 
 
+SENTENCE_END = "\t"
+"""Between the sentences of `read_sentences`: no cell of a TSV file holds one."""
+
+
 def read_glue(name: str, text: str, bad: BadRows) -> Iterator[Pair]:
     """`premise : ... | hypothesis : ...` -> `entailment`. A row without a known label is a bad row."""
+    return _read(name, text, bad, lambda parts: " | ".join(f"{role} : {part}" for role, part in parts.items()))
+
+
+def read_sentences(name: str, text: str, bad: BadRows) -> Iterator[Pair]:
+    """The same rows with the one or two sentences as they stand, as an encoder reads them."""
+    return _read(name, text, bad, lambda parts: SENTENCE_END.join(parts.values()))
+
+
+def _read(name: str, text: str, bad: BadRows, join: Callable[[Mapping[str, str]], str]) -> Iterator[Pair]:
     task = TASKS[name]
 
     def parse(cells: Mapping[str, str]) -> Texts:
-        context = " | ".join(f"{role} : {cells[column].strip()}" for role, column in task.columns.items())
-        return check_pair(context, _read_label(task, cells[task.label].strip()))
+        parts = {role: cells[column].strip() for role, column in task.columns.items()}
+        return check_pair(join(parts), _read_label(task, cells[task.label].strip()))
 
     columns = [*task.columns.values(), task.label]
     return read_table(text, columns, parse, bad, quoted=False, header=task.header)

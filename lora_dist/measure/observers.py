@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from lora_dist.classify_config import ClassifyConfig
 from lora_dist.config import RunConfig
 from lora_dist.measure.environment import describe_environment
 from lora_dist.measure.meter import Meter
@@ -18,7 +19,9 @@ Observe = Callable[[dict[str, float | int | bool | None]], None]
 
 
 @contextmanager
-def open_observers(config: RunConfig, topology: Topology, meter: Meter, *, num_steps_done: int) -> Iterator[Observe]:
+def open_observers(
+    config: RunConfig | ClassifyConfig, topology: Topology, meter: Meter, *, name: str, num_steps_done: int
+) -> Iterator[Observe]:
     """The function that takes each step's metrics, every process's; the meter's numbers are those of this process."""
     if topology.global_rank != 0:
         yield lambda metrics: None
@@ -26,7 +29,6 @@ def open_observers(config: RunConfig, topology: Topology, meter: Meter, *, num_s
     run_dir = Path(config.run_dir)
     environment = json.dumps(describe_environment(), indent=1)
     (run_dir / "environment.json").write_text(environment + "\n", encoding="utf-8")
-    name = f"{config.method}-{config.model.name}"
     with (
         MetricsFile(run_dir / "metrics.jsonl", num_steps_done=num_steps_done) as file,
         open_wandb(config.track, run_dir, asdict(config), name=name, global_rank=0) as tracker,

@@ -1,0 +1,109 @@
+"""What `lora-dist classify` is told: an encoder, a task with labels, and how to train; standard library only."""
+
+from dataclasses import dataclass, field
+
+from lora_dist.config import LoopConfig, LoraConfig, OptimConfig, TopologyConfig, TrackConfig, ZeroConfig
+from lora_dist.refusals import require, require_one_of
+from lora_dist.task_config import TaskConfig
+
+ENCODER_METHODS = ("lora", "full", "bitfit")
+ENCODER_METRICS = ("accuracy", "accuracy_f1", "matthews", "correlation")
+
+
+@dataclass(kw_only=True, slots=True)
+class EncoderConfig:
+    """The base: a RoBERTa, DeBERTa or DeBERTa-v2 as Hugging Face stores it."""
+
+    name: str
+    """Shown in reports."""
+    checkpoint: str
+    """Directory with config.json, safetensors and the tokenizer's files."""
+    seq_len: int = 512
+    """Tokens of an input at most; the longer of two sentences is cut first."""
+    classifier_dropout: float | None = None
+    """Of the head; null leaves what the checkpoint says."""
+    method: str = "lora"
+    """What trains besides the head: lora, full, or bitfit (every bias)."""
+
+    def __post_init__(self) -> None:
+        require_one_of("encoder.method", self.method, ENCODER_METHODS)
+        require(self.seq_len >= 4, f"encoder.seq_len={self.seq_len} must be at least 4")
+
+
+@dataclass(kw_only=True, slots=True)
+class ClassifyConfig:
+    """`lora-dist classify`: train a head and what `method` trains, then score; without `train`, score alone."""
+
+    encoder: EncoderConfig
+    task: TaskConfig
+    """task.references is scored, and validated on while training."""
+    run_dir: str
+    """Directory to write to."""
+    train: str | None = None
+    """Training file, in the format of task.references; null scores what `adapter` holds."""
+    train_split: str | None = None
+    """Part of `train`, where it holds several (clinc150)."""
+    adapter: str | None = None
+    """What training starts from, or what is scored: a run of this verb, a directory that PEFT loads, or a state dict
+    of loralib, whose scaling lora.alpha and lora.rank say."""
+    adapter_head: bool = True
+    """Take the head of `adapter` too; false where it is of another task."""
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=8, alpha=8.0))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    warmup_ratio: float | None = None
+    """Share of the steps that warm up, in place of optim.num_warmup_steps."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    num_epochs: float | None = None
+    """Times through the training file, in place of loop.num_steps."""
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    resume: str = "none"
+    """none starts fresh, auto continues where there is a checkpoint, must refuses to start without one."""
+    device: str = "auto"
+    dtype: str = "fp32"
+    """Of the base weights and activations; adapters and the head are always fp32."""
+
+    @property
+    def method(self) -> str:
+        return self.encoder.method
+
+    def __post_init__(self) -> None:
+        require_one_of("task.metric", self.task.metric, ENCODER_METRICS)
+        require_one_of("resume", self.resume, ("none", "auto", "must"))
+        require_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
+        require(
+            self.train is not None or self.adapter is not None,
+            "train and adapter are null; give train=FILE to train, or adapter=RUN to score what a run has learnt",
+        )
+        require(
+            self.warmup_ratio is None or 0.0 <= self.warmup_ratio <= 1.0,
+            f"warmup_ratio={self.warmup_ratio} must lie in [0, 1]",
+        )
+        require(self.num_epochs is None or self.num_epochs > 0, f"num_epochs={self.num_epochs} must be positive")
+        self._check_topology()
+        self._check_lora()
+        require(
+            self.method == "lora" or self.dtype == "fp32",
+            f"encoder.method={self.method} trains weights of the base in their own dtype; set dtype=fp32,"
+            f" got {self.dtype}",
+        )
+
+    def _check_topology(self) -> None:
+        tp_size, pp_size = self.topology.tp_size, self.topology.pp_size
+        require(
+            (tp_size, pp_size) == (1, 1),
+            f"topology: an encoder is whole on every process, got tp {tp_size} pp {pp_size}; use topology.dp_size and"
+            " zero.stage=3, which partitions its weights",
+        )
+        require(self.loop.recompute == "none", f"loop.recompute={self.loop.recompute}: an encoder keeps activations")
+
+    def _check_lora(self) -> None:
+        lora = self.lora
+        plain = lora.dropout == 0 and lora.bias == "none" and lora.init == "gaussian"
+        require(
+            plain and not lora.use_dora and not lora.modules_to_save,
+            "lora.dropout, lora.bias, lora.init, lora.use_dora and lora.modules_to_save are for decoders; an encoder"
+            " takes factors alone, and its head trains whole",
+        )

@@ -1,0 +1,43 @@
+"""Train an encoder (RoBERTa, DeBERTa) with a classification head on a task with labels, and score it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from lora_dist.classify_config import ClassifyConfig
+from lora_dist.cli.inputs import check_new
+from lora_dist.config import LoraConfig
+from lora_dist.run_dir import CONFIG_FILE, check_run_dir, find_adapter, read_run
+
+CONFIG = ClassifyConfig
+
+
+def check(config: ClassifyConfig) -> None:
+    """ValueError where a file is missing, or where nothing can be written."""
+    for key, path in (("train", config.train), ("task.references", config.task.references)):
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"{key}={path} is no file; give the path of one")
+    if config.adapter is not None and not Path(config.adapter).exists():
+        raise ValueError(f"adapter={config.adapter} does not exist; give a run, a directory or a file")
+    if config.train is None:
+        check_new("run_dir", config.run_dir)
+    else:
+        check_run_dir(Path(config.run_dir), config.resume)
+
+
+def run(config: ClassifyConfig) -> None:
+    """Every process calls it; lora_dist.encoders is imported late because it brings torch and transformers."""
+    from lora_dist.encoders.job import classify
+
+    classify(adopt_trained(config))
+
+
+def adopt_trained(config: ClassifyConfig) -> ClassifyConfig:
+    """`config.adapter` as the adapter's own directory; what only scores a run has the method and factors of it."""
+    if config.adapter is None:
+        return config
+    trained = read_run(Path(config.adapter)) if (Path(config.adapter) / CONFIG_FILE).is_file() else None
+    config = replace(config, adapter=find_adapter(config.adapter))
+    if trained is None or config.train is not None:
+        return config
+    encoder = replace(config.encoder, method=trained["encoder"]["method"])
+    return replace(config, encoder=encoder, lora=LoraConfig(**trained["lora"]))

@@ -1,0 +1,92 @@
+"""A classification file as an encoder reads it: one or two sentences tokenised as a pair, and the label's number."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lora_dist.classify_config import EncoderConfig
+from lora_dist.data.glue import SENTENCE_END, TASKS, read_sentences
+from lora_dist.data.readers import read_pairs
+from lora_dist.data.rows import BadRows, Pair, read_file
+from lora_dist.task_config import TaskConfig
+
+_GLUE = "glue_"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labels:
+    """What the head's outputs mean: a word each, or one number."""
+
+    words: tuple[str, ...]
+    """Empty where the label is a number (STS-B)."""
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.words) or 1
+
+    def encode(self, target: str) -> float:
+        return self.words.index(target) if self.words else float(target)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One input as the tokenizer made it, without padding."""
+
+    inputs: dict[str, list[int]]
+    label: float
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.inputs["input_ids"])
+
+
+def load_pairs(key: str, path: str, task: TaskConfig, split: str | None) -> list[Pair]:
+    """Every row; GLUE's with its sentences apart. ValueError with file and line for a bad one."""
+    content, bad = read_file(key, path), BadRows(path, "error", remedy="correct the row")
+    if task.format.startswith(_GLUE):
+        text = content.decode("utf-8-sig", errors="surrogateescape")
+        pairs = list(read_sentences(task.format.removeprefix(_GLUE), text, bad))
+    else:
+        pairs = list(islice(read_pairs(content, task.format, bad, split=split), None))
+    if not pairs:
+        raise ValueError(f"{key}={path} has no rows; give a file that has some")
+    return pairs
+
+
+def find_label_words(task: TaskConfig, pairs: Sequence[Pair]) -> Labels:
+    """GLUE's own labels in GLUE's order; elsewhere those of the training file, sorted."""
+    if task.format.startswith(_GLUE):
+        return Labels(words=tuple(TASKS[task.format.removeprefix(_GLUE)].words.values()))
+    return Labels(words=tuple(sorted({pair.target for pair in pairs})))
+
+
+def encode_examples(
+    key: str, path: str, pairs: Sequence[Pair], labels: Labels, tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> list[Example]:
+    """ValueError with file and line for a label that is none of `labels`."""
+    for pair in pairs:
+        if labels.words and pair.target not in labels.words:
+            raise ValueError(
+                f"{key}={path}:{pair.line}: label {pair.target!r} is none of the {len(labels.words)} that are known"
+                f" ({', '.join(labels.words[:3])}, ...)"
+            )
+    sentences = [pair.context.split(SENTENCE_END) for pair in pairs]
+    firsts = [parts[0] for parts in sentences]
+    seconds = [parts[1] for parts in sentences] if all(len(parts) == 2 for parts in sentences) else None
+    encoded = tokenizer(firsts, seconds, truncation=True, max_length=seq_len)
+    return [
+        Example(inputs={name: rows[row] for name, rows in encoded.items()}, label=labels.encode(pair.target))
+        for row, pair in enumerate(pairs)
+    ]
+
+
+def open_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
+    """ValueError where the directory has none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.checkpoint, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"encoder.checkpoint={config.checkpoint} has no tokenizer ({reason})") from None
+    return tokenizer

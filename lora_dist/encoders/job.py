@@ -1,0 +1,280 @@
+"""What `lora-dist classify` does, from configuration to scores; every process of the job runs it."""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lora_dist.checkpoint.resume import find_newest_checkpoint, load_checkpoint, save_checkpoint
+from lora_dist.classify_config import ClassifyConfig
+from lora_dist.config import compute_num_microbatches
+from lora_dist.encoders.adapt import apply_encoder_method
+from lora_dist.encoders.batches import EncoderLoader
+from lora_dist.encoders.engine import EncoderEngine
+from lora_dist.encoders.examples import (
+    Example,
+    Labels,
+    encode_examples,
+    find_label_words,
+    load_pairs,
+    open_tokenizer,
+)
+from lora_dist.encoders.model import Encoder, open_encoder
+from lora_dist.encoders.store import load_trained, write_trained
+from lora_dist.files.directories import write_json, write_lines
+from lora_dist.files.hf_checkpoint import compute_base_fingerprint
+from lora_dist.loop import TrainResult, train_loop
+from lora_dist.mcore.parallel import open_topology
+from lora_dist.measure.memory import PeakMemoryMeter
+from lora_dist.measure.meter import Meter
+from lora_dist.measure.observers import open_observers
+from lora_dist.run_dir import prepare_run_dir
+from lora_dist.stopping import note_terminations, raise_stopped
+from lora_dist.tasks.items import load_items
+from lora_dist.tasks.scores import Scores
+from lora_dist.tasks.scoring import score, write_scores
+from lora_dist.topology import Topology, check_device, choose_device, run_on_first
+from lora_dist.whole import iterate_model, list_whole, write_together
+from lora_dist.zero.engine import build_zero_engine
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Both files as examples."""
+
+    train: list[Example]
+    """Empty where nothing trains."""
+    scored: list[Example]
+    labels: Labels
+    tokenizer: PreTrainedTokenizerBase
+    train_sha256: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """One encoder in training, and what its checkpoints have to know."""
+
+    config: ClassifyConfig
+    topology: Topology
+    encoder: Encoder
+    engine: EncoderEngine
+    data: Data
+    base_fingerprint: str
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with the run that goes on from it."""
+        config, loop = self.config, self.config.loop
+        return {
+            "base_fingerprint": self.base_fingerprint,
+            "method": config.method,
+            "lora": asdict(config.lora) if config.method == "lora" else None,
+            "labels": list(self.data.labels.words),
+            "train": self.data.train_sha256,
+            "optim": asdict(config.optim),
+            "loop.num_steps": loop.num_steps,
+            "loop.seed": loop.seed,
+            "global_batch_size": self.loader(self.data.train).global_batch_size,
+        }
+
+    def loader(self, examples: Sequence[Example]) -> EncoderLoader:
+        loop, topology = self.config.loop, self.topology
+        return EncoderLoader(
+            examples,
+            self.data.tokenizer,
+            micro_batch_size=loop.micro_batch_size,
+            num_microbatches=compute_num_microbatches(loop, topology.dp_size),
+            dp_size=topology.dp_size,
+            dp_rank=topology.dp_rank,
+            seed=loop.seed,
+        )
+
+
+def classify(config: ClassifyConfig) -> None:
+    """Train where there is a training file, then score. ValueError for what the user can mend, on every process."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = choose_device(config.device, local_rank)
+    check_device(device, config.dtype)
+    with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.loop.seed) as topology:
+        if config.train is not None:
+            run_on_first(topology, lambda: prepare_run_dir(config))
+        data = load_data(config)
+        config = settle_steps(config, len(data.train), topology.dp_size)
+        memory = PeakMemoryMeter(device)
+        job = open_job(config, topology, data)
+        summary: dict[str, Any] = {}
+        if data.train:
+            summary = train(job, memory)
+        score_job(job, summary)
+
+
+def load_data(config: ClassifyConfig) -> Data:
+    """The same on every process. ValueError with file and line for a bad row or an unknown label."""
+    tokenizer, task, seq_len = open_tokenizer(config.encoder), config.task, config.encoder.seq_len
+    scored = load_pairs("task.references", task.references, task, task.split)
+    training = [] if config.train is None else load_pairs("train", config.train, task, config.train_split)
+    labels = find_label_words(task, training or scored)
+    train = encode_examples("train", config.train, training, labels, tokenizer, seq_len) if config.train else []
+    content = json.dumps([[pair.context, pair.target] for pair in training])
+    return Data(
+        train=train,
+        scored=encode_examples("task.references", task.references, scored, labels, tokenizer, seq_len),
+        labels=labels,
+        tokenizer=tokenizer,
+        train_sha256=hashlib.sha256(content.encode()).hexdigest(),
+    )
+
+
+def settle_steps(config: ClassifyConfig, num_examples: int, dp_size: int) -> ClassifyConfig:
+    """num_epochs and warmup_ratio as numbers of steps."""
+    loop, optim = config.loop, config.optim
+    if config.num_epochs is not None and num_examples:
+        batch = loop.micro_batch_size * dp_size * compute_num_microbatches(loop, dp_size)
+        loop = replace(loop, num_steps=max(1, math.ceil(config.num_epochs * num_examples / batch)))
+    if config.warmup_ratio is not None:
+        optim = replace(optim, num_warmup_steps=round(config.warmup_ratio * loop.num_steps))
+    return replace(config, loop=loop, optim=optim)
+
+
+def open_job(config: ClassifyConfig, topology: Topology, data: Data) -> Job:
+    """The encoder with what trains on it inside ZeRO; begun from config.adapter where that is given."""
+    dtype, seed = DTYPES[config.dtype], config.loop.seed
+    encoder = open_encoder(config.encoder, num_labels=data.labels.num_outputs, dtype=dtype, seed=seed)
+    encoder.model.to(topology.device)
+    trainable, _ = apply_encoder_method(encoder, config)
+    fingerprint = run_on_first(topology, lambda: compute_base_fingerprint(encoder.shape, seed))
+    if config.adapter is not None:
+        load_trained(encoder, config, data.labels.words, fingerprint)
+    zero = build_zero_engine(
+        encoder.model,
+        trainable,
+        zero=config.zero,
+        optim=config.optim,
+        micro_batch_size=config.loop.micro_batch_size,
+        dtype=dtype,
+        topology=topology,
+    )
+    engine = EncoderEngine(encoder.model, zero, trainable, topology, seed=seed)
+    return Job(
+        config=config, topology=topology, encoder=encoder, engine=engine, data=data, base_fingerprint=fingerprint
+    )
+
+
+def train(job: Job, memory: PeakMemoryMeter) -> dict[str, Any]:
+    """The loop, its checkpoints, and the adapter (or model) at the end; what the summary says of it."""
+    config, topology = job.config, job.topology
+    num_steps_done, valid_loss_before = resume(job)
+    meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
+    name = f"{config.method}-{config.encoder.name}"
+    observers = open_observers(config, topology, meter, name=name, num_steps_done=num_steps_done)
+    with observers as observe, note_terminations():
+        result = train_loop(
+            job.engine,
+            job.loader(job.data.train),
+            job.loader(job.data.scored),
+            loop=config.loop,
+            optim=config.optim,
+            first_step=num_steps_done,
+            meter=meter,
+            open_probe=nullcontext,
+            observe=observe,
+            save=lambda step, before: save(job, step, before),
+            valid_loss_before=valid_loss_before,
+        )
+    if result.num_steps_done < config.loop.num_steps:
+        message = f"stopped after step {result.num_steps_done} of {config.loop.num_steps}, as asked, and saved"
+        run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
+        raise_stopped(message)
+    throughput = meter.summarize()
+    return {
+        **asdict(result),
+        "num_trainable_parameters": sum(math.prod(one.full_shape) for one in job.engine.trainable),
+        "num_trained_of_head": sum(
+            math.prod(one.full_shape)
+            for one in job.engine.trainable
+            if one.name.split(".")[0] in job.encoder.family.head
+        ),
+        "throughput": None if throughput is None else asdict(throughput),
+        "peak_memory": asdict(memory.read()),
+    } | {"checkpoint": write(job, result)}
+
+
+def resume(job: Job) -> tuple[int, float | None]:
+    """Steps done and the validation loss before them, from the newest checkpoint where config.resume asks for it."""
+    config, topology = job.config, job.topology
+    if config.resume == "none":
+        return 0, None
+    newest = run_on_first(topology, lambda: find_newest_checkpoint(config.run_dir))
+    if newest is None:
+        if config.resume == "must":
+            raise ValueError(f"resume=must but {config.run_dir} holds no checkpoint; use resume=auto")
+        return 0, None
+    engine = job.engine
+    content = load_checkpoint(
+        newest, engine=engine.zero, trainable=engine.trainable, topology=topology, identity=job.describe()
+    )
+    return content["step"], content["state"]["valid_loss_before"]
+
+
+def save(job: Job, step: int, valid_loss_before: float | None) -> None:
+    save_checkpoint(
+        job.config.run_dir,
+        engine=job.engine.zero,
+        trainable=job.engine.trainable,
+        topology=job.topology,
+        step=step,
+        identity=job.describe(),
+        state={"valid_loss_before": valid_loss_before},
+        keep=job.config.loop.keep_checkpoints,
+    )
+
+
+def write(job: Job, result: TrainResult) -> str:
+    """`adapter/` or `model/` in the run's directory; its name. Every process calls it."""
+    config, topology, trainable = job.config, job.topology, job.engine.trainable
+    name = "model" if config.method == "full" else "adapter"
+    entries = list_whole(trainable, topology)
+    stream = iterate_model(entries, trainable, topology, job.engine.zero.read_value, torch.float32)
+    about = {
+        "base_fingerprint": job.base_fingerprint,
+        "labels": list(job.data.labels.words),
+        "task": config.task.name,
+        "step": result.num_steps_done,
+        "metrics": {"valid_loss": result.valid_loss_after},
+    }
+
+    def write_here() -> None:
+        values = {key: whole for key, whole in stream if whole is not None}
+        write_trained(Path(config.run_dir) / name, job.encoder, config, values, about)
+
+    write_together(write_here if topology.global_rank == 0 else None, stream)
+    return name
+
+
+def score_job(job: Job, summary: dict[str, Any]) -> None:
+    """Predictions as JSON lines that `lora-dist evaluate predictions=FILE` takes, their scores, and summary.json."""
+    config, words = job.config, job.data.labels.words
+    outputs = job.engine.predict(job.loader(job.data.scored).validation_batches())
+    if job.topology.global_rank != 0:
+        return
+    texts = [words[int(row.argmax())] if words else f"{row.item():.4f}" for row in outputs]
+    items = load_items(config.task)
+    path = Path(config.run_dir) / f"classify-{config.task.name}.jsonl"
+    write_lines(path, ({"context": item.context, "text": text} for item, text in zip(items, texts, strict=True)))
+    scores = score(config.task, texts, items)
+    write_scores(config.task, scores, str(path), None)
+    write_json(path.parent / "summary.json", {"method": config.method, **summary, "scores": _list_scores(scores)})
+
+
+def _list_scores(scores: Scores) -> dict[str, float | None]:
+    return {metric: value for row in scores.rows for metric, value in row.values.items()}
