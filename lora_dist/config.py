@@ -15,6 +15,8 @@ from lora_dist.model_config import ModelConfig as ModelConfig
 from lora_dist.plan_config import RECOMPUTE as RECOMPUTE
 from lora_dist.plan_config import HardwareConfig as HardwareConfig
 from lora_dist.plan_config import PlanConfig as PlanConfig
+from lora_dist.prefix_config import LORA_PREFIX_METHODS, PREFIX_METHODS
+from lora_dist.prefix_config import PrefixConfig as PrefixConfig
 from lora_dist.refusals import require, require_one_of
 
 
@@ -152,7 +154,8 @@ class CompareConfig:
     """Learning rate of a method in place of optim.lr."""
 
 
-METHODS = ("lora", "full", "bitfit", *BOTTLENECK_METHODS)
+METHODS = ("lora", "full", "bitfit", *BOTTLENECK_METHODS, *PREFIX_METHODS)
+LORA_METHODS = ("lora", *LORA_PREFIX_METHODS)
 CONTENDERS = ("lora", "full", "peft", "peft_tuned", "hf_full")
 
 
@@ -186,7 +189,8 @@ class RunConfig:
 
     model: ModelConfig
     method: str
-    """What trains: lora, full, or another of the paper's baselines: bitfit, adapter_h, adapter_l."""
+    """What trains: lora, full, or another of the paper's baselines: bitfit, adapter_h, adapter_l, prefix_embed,
+    prefix_layer, and LoRA beside the last two, lora_prefix_embed and lora_prefix_layer."""
     lora: LoraConfig
     topology: TopologyConfig
     zero: ZeroConfig
@@ -208,6 +212,7 @@ class RunConfig:
     """No tp_size, pp_size or dp_size above two; debug=shrink sets it, with a model to match."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
 
     def __post_init__(self) -> None:
         require_one_of("method", self.method, METHODS)
@@ -242,8 +247,24 @@ class RunConfig:
             layers is None or 1 <= layers <= stage_layers,
             f"loop.recompute_layers={layers} must lie between 1 and the {stage_layers} layers of a pipeline stage",
         )
+        if self.slots is not None:
+            _validate_slots(self.slots, self.data.seq_len)
         for method in [*self.compare.methods, *self.compare.lr]:
             require_one_of("compare.methods", method, METHODS)
+
+    @property
+    def slots(self) -> PrefixConfig | None:
+        """The positions that the method adds to every example; None where it adds none."""
+        return self.prefix if self.method in PREFIX_METHODS else None
+
+
+def _validate_slots(slots: PrefixConfig, seq_len: int) -> None:
+    """The shortest example is an end token that asks and a token of the answer."""
+    require(
+        slots.num_slots + 2 <= seq_len,
+        f"prefix.num_prefix={slots.num_prefix} and prefix.num_infix={slots.num_infix} leave no room for an example in"
+        f" data.seq_len={seq_len}; use fewer, or a longer seq_len",
+    )
 
 
 def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
@@ -253,8 +274,13 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
         method in ("lora", "full") or is_gpt2,
         f"method={method} is there on GPT-2 and GPT-3, model.family is {model.family}; use method=lora",
     )
-    if method != "lora":
+    if method not in LORA_METHODS:
         return
+    require(
+        method == "lora" or _has_factors_alone(lora),
+        f"method={method} trains LoRA's factors and prefix vectors alone; leave lora.bias, modules_to_save, init and"
+        " use_dora as they are",
+    )
     require(
         lora.bias == "none" or is_gpt2,
         f"lora.bias={lora.bias}: biases train beside adapters on GPT-2 alone, model.family is {model.family};"
@@ -270,6 +296,10 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
         f"lora.init=pissa takes its part out of the base's own weights; model.base_format={model.base_format} has"
         " rounded them, use native",
     )
+
+
+def _has_factors_alone(lora: LoraConfig) -> bool:
+    return lora.bias == "none" and not lora.modules_to_save and lora.init == "gaussian" and not lora.use_dora
 
 
 def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None:
