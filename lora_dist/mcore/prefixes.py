@@ -1,8 +1,8 @@
 """Trained vectors written over a shard's activations at the slots, whole on every tensor-parallel process.
 
-Word embeddings are written before the sequence is split, so their gradients are the same on every TP rank. What enters
-a layer is of this rank's positions alone under sequence parallelism; there gradients are summed once a step, as the
-norms' are. Either way nothing is communicated.
+Under sequence parallelism what enters a layer is of this rank's positions alone, and its gradients are summed once a
+step, as the norms' are. Word embeddings are written before the sequence is split: their gradient is gathered once a
+microbatch, and is the same on every TP rank. Nothing else is communicated.
 """
 
 from collections.abc import Sequence

@@ -32,7 +32,7 @@ def _count_prefixes(config: RunConfig) -> int:
     """Vectors, and the factors beside them where there are some."""
     vectors = build_prefix_specs(config.method, config.prefix, config.model)
     factors = build_adapter_specs(config.lora, config.model) if config.method in LORA_PREFIX_METHODS else []
-    return sum(spec.num_parameters for spec in (*vectors, *factors))
+    return sum(spec.num_parameters for spec in vectors) + sum(spec.num_parameters for spec in factors)
 
 
 def count_lora(config: RunConfig, specs: Sequence[AdapterSpec]) -> int:
