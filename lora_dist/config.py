@@ -248,7 +248,7 @@ class RunConfig:
             f"loop.recompute_layers={layers} must lie between 1 and the {stage_layers} layers of a pipeline stage",
         )
         if self.slots is not None:
-            _validate_slots(self.slots, self.data.seq_len)
+            self.slots.check_fits(self.data.seq_len)
         for method in [*self.compare.methods, *self.compare.lr]:
             require_one_of("compare.methods", method, METHODS)
 
@@ -256,15 +256,6 @@ class RunConfig:
     def slots(self) -> PrefixConfig | None:
         """The positions that the method adds to every example; None where it adds none."""
         return self.prefix if self.method in PREFIX_METHODS else None
-
-
-def _validate_slots(slots: PrefixConfig, seq_len: int) -> None:
-    """The shortest example is an end token that asks and a token of the answer."""
-    require(
-        slots.num_slots + 2 <= seq_len,
-        f"prefix.num_prefix={slots.num_prefix} and prefix.num_infix={slots.num_infix} leave no room for an example in"
-        f" data.seq_len={seq_len}; use fewer, or a longer seq_len",
-    )
 
 
 def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
@@ -277,7 +268,7 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
     if method not in LORA_METHODS:
         return
     require(
-        method == "lora" or _has_factors_alone(lora),
+        method == "lora" or lora.has_factors_alone,
         f"method={method} trains LoRA's factors and prefix vectors alone; leave lora.bias, modules_to_save, init and"
         " use_dora as they are",
     )
@@ -296,10 +287,6 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
         f"lora.init=pissa takes its part out of the base's own weights; model.base_format={model.base_format} has"
         " rounded them, use native",
     )
-
-
-def _has_factors_alone(lora: LoraConfig) -> bool:
-    return lora.bias == "none" and not lora.modules_to_save and lora.init == "gaussian" and not lora.use_dora
 
 
 def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None:

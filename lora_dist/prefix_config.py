@@ -30,3 +30,11 @@ class PrefixConfig:
     def num_slots(self) -> int:
         """Positions that an example gets."""
         return self.num_prefix + self.num_infix
+
+    def check_fits(self, seq_len: int) -> None:
+        """ValueError where a row has no room for the shortest example: an end token and one token of the target."""
+        require(
+            self.num_slots + 2 <= seq_len,
+            f"prefix.num_prefix={self.num_prefix} and prefix.num_infix={self.num_infix} leave no room for an example in"
+            f" data.seq_len={seq_len}; use fewer, or a longer seq_len",
+        )
