@@ -156,6 +156,21 @@ def test_gradients_equal_one_process(
     assert compute_error(actual, expected) < TOLERANCE
 
 
+def test_a_stage_without_vectors_passes_their_gradient_on() -> None:
+    """prefix_embed trains on the first stage alone, one engine a stage all the same."""
+    case, split = Case(method="prefix_embed"), Case(method="prefix_embed", pp_size=2, tp_size=2, sequence_parallel=True)
+    (expected_loss, expected), (loss, actual) = run_case(case), run_case(split)
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    assert compute_error(actual, expected) < TOLERANCE
+    (oracle,) = run_distributed(test_zero.train_oracle, 1, replace(case, dtype=torch.float32))
+    results = run_distributed(test_zero.train, 4, replace(split, dtype=torch.float32), ZeroConfig(stage=1))
+    for losses, norms, values in results:
+        assert losses == pytest.approx(oracle[0], abs=1e-5)
+        assert norms == pytest.approx(oracle[1], rel=1e-4)
+        for name, value in values.items():
+            torch.testing.assert_close(value, oracle[2][name], atol=1e-5, rtol=0)
+
+
 TRAINED = {"dtype": torch.float32, "lora": LORA}
 
 
