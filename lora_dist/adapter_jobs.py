@@ -20,12 +20,17 @@ from lora_dist.checkpoint.store import StoredAdapter, open_adapter
 from lora_dist.config import ModelConfig
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint, read_dtype
 from lora_dist.lora.dropout import DropoutClock
+from lora_dist.mcore.adapters import apply_lora
 from lora_dist.mcore.bottlenecks import apply_bottlenecks
 from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
 from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, load_shards
 from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import open_topology
+from lora_dist.mcore.prefixes import put_prefixes
 from lora_dist.mcore.rounded import apply_rounding
+from lora_dist.parameters import TrainableParameter
+from lora_dist.prefix.spec import build_prefix_specs
+from lora_dist.prefix_config import PrefixConfig
 from lora_dist.topology import check_device, choose_device, run_on_first
 
 
@@ -112,12 +117,13 @@ def _open_stored(directory: Path, model: ModelConfig, base_fingerprint: str) -> 
 def load(gpt: ShardedGpt, stored: Stored) -> LoadedAdapter:
     """This process's shards of the adapter; each reads the file for itself. BitFit's are biases alone.
 
-    ValueError for bottlenecks, which are layers of their own.
+    ValueError for bottlenecks and prefix vectors, which are in no weight of the base.
     """
     if isinstance(stored, StoredMethod):
-        if stored.bottleneck is not None:
+        if not stored.needs_merge:
+            what = "bottlenecks" if stored.prefix is None else "prefix vectors"
             raise ValueError(
-                f"adapter {stored.directory} is of method={stored.method}: bottlenecks cannot be merged, exported or"
+                f"adapter {stored.directory} is of method={stored.method}: {what} cannot be merged, exported or"
                 " mixed in one batch; lora-dist generate adapter=DIR runs them beside the weights"
             )
         return load_shards(gpt, str(stored.directory), [], stored.read())
@@ -127,8 +133,8 @@ def load(gpt: ShardedGpt, stored: Stored) -> LoadedAdapter:
 def put_adapters(gpt: ShardedGpt, adapters: Sequence[Stored], *, merge: bool, mixed: bool = False) -> None:
     """Beside the weights, or the one there is into them; `mixed` where each row of a batch names its own."""
     first = adapters[0] if adapters else None
-    if isinstance(first, StoredMethod) and first.bottleneck is not None and not merge and not mixed:
-        put_bottlenecks(gpt, first)
+    if isinstance(first, StoredMethod) and not (first.needs_merge or merge or mixed):
+        put_beside(gpt, first)
         return
     loaded = [load(gpt, adapter) for adapter in adapters]
     if merge and loaded:
@@ -137,13 +143,30 @@ def put_adapters(gpt: ShardedGpt, adapters: Sequence[Stored], *, merge: bool, mi
         attach_adapters(gpt, loaded)
 
 
-def put_bottlenecks(gpt: ShardedGpt, stored: StoredMethod) -> None:
-    """Into the layers of a model that does not train; each process reads the file for itself."""
-    assert stored.bottleneck is not None
-    specs = build_bottleneck_specs(stored.method, stored.bottleneck, stored.model)
-    put = apply_bottlenecks(gpt, specs, init_std=stored.bottleneck.init_std, seed=0)
+def find_slots(adapters: Sequence[Stored]) -> PrefixConfig | None:
+    """The positions that the one adapter's method adds to every prompt; None where it adds none."""
+    first = adapters[0] if adapters else None
+    return first.prefix if isinstance(first, StoredMethod) else None
+
+
+def put_beside(gpt: ShardedGpt, stored: StoredMethod) -> None:
+    """Into a model that does not train, what is in no weight of it; each process reads the file for itself."""
+    put = _put_bottlenecks(gpt, stored) if stored.prefix is None else _put_prefixes(gpt, stored, stored.prefix)
     load_method(stored, options={"method": stored.method}, trainable=put, topology=gpt.topology)
     gpt.requires_grad_(False)
+
+
+def _put_bottlenecks(gpt: ShardedGpt, stored: StoredMethod) -> list[TrainableParameter]:
+    assert stored.bottleneck is not None
+    specs = build_bottleneck_specs(stored.method, stored.bottleneck, stored.model)
+    return apply_bottlenecks(gpt, specs, init_std=stored.bottleneck.init_std, seed=0)
+
+
+def _put_prefixes(gpt: ShardedGpt, stored: StoredMethod, prefix: PrefixConfig) -> list[TrainableParameter]:
+    """With LoRA's factors where the method has them."""
+    specs = build_prefix_specs(stored.method, prefix, stored.model)
+    vectors = put_prefixes(gpt, specs, init_std=prefix.init_std, seed=0)
+    return vectors + apply_lora(gpt, stored.specs, bias="none", seed=0)
 
 
 def tell(gpt: ShardedGpt, message: str) -> None:

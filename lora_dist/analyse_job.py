@@ -91,7 +91,7 @@ def analyse(config: AnalyseConfig) -> None:
 
 def _require_lora(stored: Stored) -> StoredAdapter:
     if not isinstance(stored, StoredAdapter):
-        raise ValueError(f"{stored.directory} is of method={stored.method}, which has no low-rank update; name a LoRA")
+        raise ValueError(f"{stored.directory} is of method={stored.method}; name a LoRA, nothing beside it")
     return stored
 
 

@@ -21,6 +21,7 @@ from lora_dist.data.tokenizer import find_target_prefix
 from lora_dist.generation_config import GenerationConfig, check_room
 from lora_dist.mcore.generate import choose_answers, generate_rows
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.prefix_config import PrefixConfig
 from lora_dist.topology import run_on_first
 
 _CHANGES_NO_TEXT = ("batch_size",)
@@ -52,9 +53,10 @@ def build_questions(
     *,
     end_context: bool,
     adapter_of_row: Sequence[int | None] = (),
+    slots: PrefixConfig | None = None,
 ) -> Questions:
-    """Tokens of each context, in their order."""
-    prompts, end_tokens = encode_contexts(contexts, tokenizer, end_context=end_context)
+    """Tokens of each context, in their order, with the slots of the method that was trained."""
+    prompts, end_tokens = encode_contexts(contexts, tokenizer, end_context=end_context, slots=slots)
     return Questions(
         prompts=prompts,
         end_tokens=end_tokens,

@@ -11,7 +11,7 @@ class Batch:
     """Token rows with next-token labels; equal on every TP and PP rank of a replica."""
 
     input_ids_BS: torch.Tensor
-    """int64."""
+    """int64; 0 at slots."""
     labels_BS: torch.Tensor
     """int64; the token that follows each input token, 0 where loss_mask is False."""
     loss_mask_BS: torch.Tensor
@@ -28,6 +28,8 @@ class Batch:
     """Tokens of the whole global batch that are not padding."""
     adapter_of_row: tuple[int | None, ...] = ()
     """Where several adapters are attached: each row's, None for the base alone."""
+    slots_BS: torch.Tensor | None = None
+    """int64; at the positions of trained vectors their number, from 1, and 0 elsewhere. None where there are none."""
 
     @property
     def seq_len(self) -> int:

@@ -15,6 +15,8 @@ from lora_dist.model_config import ModelConfig as ModelConfig
 from lora_dist.plan_config import RECOMPUTE as RECOMPUTE
 from lora_dist.plan_config import HardwareConfig as HardwareConfig
 from lora_dist.plan_config import PlanConfig as PlanConfig
+from lora_dist.prefix_config import LORA_PREFIX_METHODS, PREFIX_METHODS
+from lora_dist.prefix_config import PrefixConfig as PrefixConfig
 from lora_dist.refusals import require, require_one_of
 
 
@@ -152,7 +154,8 @@ class CompareConfig:
     """Learning rate of a method in place of optim.lr."""
 
 
-METHODS = ("lora", "full", "bitfit", *BOTTLENECK_METHODS)
+METHODS = ("lora", "full", "bitfit", *BOTTLENECK_METHODS, *PREFIX_METHODS)
+LORA_METHODS = ("lora", *LORA_PREFIX_METHODS)
 OUR_CONTENDERS = ("lora", "full", "lora_recompute", "full_recompute")
 CONTENDERS = (*OUR_CONTENDERS, "peft", "peft_tuned", "hf_full")
 
@@ -188,7 +191,8 @@ class RunConfig:
 
     model: ModelConfig
     method: str
-    """What trains: lora, full, or another of the paper's baselines: bitfit, adapter_h, adapter_l."""
+    """What trains: lora, full, or another of the paper's baselines: bitfit, adapter_h, adapter_l, prefix_embed,
+    prefix_layer, and LoRA beside the last two, lora_prefix_embed and lora_prefix_layer."""
     lora: LoraConfig
     topology: TopologyConfig
     zero: ZeroConfig
@@ -210,6 +214,7 @@ class RunConfig:
     """No tp_size, pp_size or dp_size above two; debug=shrink sets it, with a model to match."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
 
     def __post_init__(self) -> None:
         require_one_of("method", self.method, METHODS)
@@ -244,8 +249,15 @@ class RunConfig:
             layers is None or 1 <= layers <= stage_layers,
             f"loop.recompute_layers={layers} must lie between 1 and the {stage_layers} layers of a pipeline stage",
         )
+        if self.slots is not None:
+            self.slots.check_fits(self.data.seq_len)
         for method in [*self.compare.methods, *self.compare.lr]:
             require_one_of("compare.methods", method, METHODS)
+
+    @property
+    def slots(self) -> PrefixConfig | None:
+        """The positions that the method adds to every example; None where it adds none."""
+        return self.prefix if self.method in PREFIX_METHODS else None
 
 
 def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
@@ -255,8 +267,13 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
         method in ("lora", "full") or is_gpt2,
         f"method={method} is there on GPT-2 and GPT-3, model.family is {model.family}; use method=lora",
     )
-    if method != "lora":
+    if method not in LORA_METHODS:
         return
+    require(
+        method == "lora" or lora.has_factors_alone,
+        f"method={method} trains LoRA's factors and prefix vectors alone; leave lora.bias, modules_to_save, init and"
+        " use_dora as they are",
+    )
     require(
         lora.bias == "none" or is_gpt2,
         f"lora.bias={lora.bias}: biases train beside adapters on GPT-2 alone, model.family is {model.family};"

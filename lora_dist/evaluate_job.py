@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_dist.adapter_jobs import Stored, open_base, open_on_base, put_adapters, tell
+from lora_dist.adapter_jobs import Stored, find_slots, open_base, open_on_base, put_adapters, tell
 from lora_dist.answers import (
     Questions,
     build_questions,
@@ -62,6 +62,7 @@ def _ask(
         load_model_tokenizer(config.model),
         end_context=True,
         adapter_of_row=[0] * len(items) if adapters and not merge else [],
+        slots=find_slots(adapters),
     )
     file = _open_file(gpt, config, adapters, asked, labels, path, merge=merge)
     if labels:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_dist.adapter_jobs import Stored, open_base, open_on_base, put_adapters, tell
+from lora_dist.adapter_jobs import Stored, find_slots, open_base, open_on_base, put_adapters, tell
 from lora_dist.answers import Questions, build_questions, describe_generation, describe_questions, generate_texts
 from lora_dist.checkpoint.row_file import RowFile
 from lora_dist.data.contexts import Context, read_contexts
@@ -30,6 +30,7 @@ def generate(config: GenerateConfig) -> None:
             load_model_tokenizer(config.model),
             end_context=options.end_context,
             adapter_of_row=[] if options.merge else adapter_of_row,
+            slots=find_slots(adapters),
         )
         file = None if options.output is None else _open_file(gpt, config, adapters, asked, options.output)
         start = time.perf_counter()

@@ -55,3 +55,8 @@ class LoraConfig:
         require(bool(self.target_modules), "lora.target_modules is empty; name at least one, e.g. [q_proj,v_proj]")
         for pattern, rank in self.rank_pattern.items():
             require(rank >= 1, f"lora.rank_pattern.{pattern}={rank} must be at least 1")
+
+    @property
+    def has_factors_alone(self) -> bool:
+        """True where nothing trains, or changes, but A and B."""
+        return self.bias == "none" and not self.modules_to_save and self.init == "gaussian" and not self.use_dora

@@ -25,7 +25,8 @@ class TrainableParameter:
     tp_partial_grad: bool
     """True where each TP rank computes one summand of the gradient: summed over TP once a step."""
     kind: str
-    """lora_A, lora_B, magnitude, bias, bottleneck or base: its parameter group, and what the report counts it under."""
+    """lora_A, lora_B, magnitude, bias, bottleneck, prefix or base: its parameter group, and what the report counts it
+    under."""
     num_blocks: int = 1
     """Parts of equal length along `shard_dim` that are split over TP one by one: [gate | up] of a gated MLP has two."""
     tied: bool = False

@@ -22,9 +22,12 @@ from lora_dist.mcore.base_parameters import describe_base_parameters, initialize
 from lora_dist.mcore.bottlenecks import apply_bottlenecks
 from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import build_topology
+from lora_dist.mcore.prefixes import put_prefixes
 from lora_dist.mcore.schedule import forward_backward
 from lora_dist.methods.bitfit import apply_bitfit
 from lora_dist.parameters import TrainableParameter
+from lora_dist.prefix.spec import build_prefix_specs
+from lora_dist.prefix_config import PREFIX_METHODS, PrefixConfig
 from lora_dist.topology import Topology
 
 MODEL = ModelConfig(
@@ -39,6 +42,9 @@ MODEL = ModelConfig(
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 SEVEN_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NUM_ROWS, SEQ_LEN = 4, 16
+PREFIX = PrefixConfig(num_prefix=2, num_infix=2)
+SLOTS = [1, 2, 0, 3, 4, 0, 0, 0, 0, 1, 2, 0, 3, 4, 0, 0]
+"""Of the two packed examples of a row; no method but those with prefixes looks at them."""
 
 
 @dataclass(kw_only=True)
@@ -94,9 +100,14 @@ def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topolo
     elif case.method in PLACES:
         specs = build_bottleneck_specs(case.method, BottleneckConfig(size=3), MODEL)
         trainable = apply_bottlenecks(gpt, specs, init_std=0.3, seed=0)
+    elif case.method in ("prefix_embed", "prefix_layer"):
+        gpt.requires_grad_(False)
+        trainable = []
     else:
         specs = build_adapter_specs(case.lora, model)
         trainable = apply_lora(gpt, specs, bias=case.lora.bias, seed=0, modules=case.lora.modules_to_save)
+    if case.method in PREFIX_METHODS:
+        trainable += put_prefixes(gpt, build_prefix_specs(case.method, PREFIX, model), init_std=0.3, seed=0)
     for described in trainable:
         if case.dtype == torch.float64:
             described.parameter.data = described.parameter.data.double()
@@ -139,6 +150,7 @@ def build_batches(topology: Topology, *, seed: int = 5, packed: bool = True) -> 
                 row_ids_B=torch.arange(NUM_ROWS)[rows],
                 num_loss_tokens=int(loss_mask.sum()),
                 num_tokens=NUM_ROWS * SEQ_LEN,
+                slots_BS=torch.tensor(SLOTS).expand(rows_per_pass, -1),
             )
         )
     return batches

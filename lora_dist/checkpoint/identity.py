@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS
-from lora_dist.config import RunConfig, compute_num_microbatches
+from lora_dist.config import LORA_METHODS, RunConfig, compute_num_microbatches
 from lora_dist.lora.spec import AdapterSpec
+from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.prefix_config import LORA_PREFIX_METHODS, PREFIX_METHODS
 
 
 def describe_run(
@@ -32,7 +34,7 @@ def describe_run(
         "loop.seed": loop.seed,
         "loop.global_batch_size": loop.micro_batch_size * dp_size * compute_num_microbatches(loop, dp_size),
     }
-    if config.method == "lora":
+    if config.method in LORA_METHODS:
         identity["lora.bias"] = config.lora.bias
         identity["lora.use_rslora"] = config.lora.use_rslora
         identity["lora.init"] = config.lora.init
@@ -45,13 +47,22 @@ def describe_run(
 
 
 def describe_method(config: RunConfig) -> dict[str, Any]:
-    """The method and, beside LoRA's, the options that decide what its tensors mean."""
-    if config.method not in BOTTLENECK_METHODS:
-        return {"method": config.method}
-    bottleneck = config.bottleneck
+    """The method and, unless that is LoRA alone, the options that decide what its tensors mean."""
+    described: dict[str, Any] = {"method": config.method}
+    if config.method in BOTTLENECK_METHODS:
+        described["bottleneck"] = {"size": config.bottleneck.size, "activation": config.bottleneck.activation}
+    if config.method in PREFIX_METHODS:
+        described["prefix"] = {"num_prefix": config.prefix.num_prefix, "num_infix": config.prefix.num_infix}
+    if config.method in LORA_PREFIX_METHODS:
+        described |= _describe_factors(build_adapter_specs(config.lora, config.model))
+    return described
+
+
+def _describe_factors(specs: Sequence[AdapterSpec]) -> dict[str, Any]:
+    """As in a LoRA's own manifest."""
     return {
-        "method": config.method,
-        "bottleneck": {"size": bottleneck.size, "activation": bottleneck.activation},
+        "use_rslora": specs[0].rank_stabilized,
+        "adapters": {spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha} for spec in specs},
     }
 
 

@@ -19,7 +19,7 @@ class AdapterRow:
     task: str
     rank: str
     targets: str
-    """Or the method, where that is not LoRA."""
+    """And before them the method, where that is not LoRA alone."""
     size: str
     base: str
     date: str
@@ -58,7 +58,7 @@ def _describe(path: Path) -> AdapterRow | None:
         adapter=str(path),
         task=str(manifest.get("task", "")),
         rank=_describe_ranks(adapters),
-        targets=_describe_targets(adapters) or str(manifest.get("method", "")),
+        targets=f"{manifest.get('method', '')} {_describe_targets(adapters)}".strip(),
         size=_describe_size(path),
         base=_describe_base(manifest),
         date=str(manifest.get("created", ""))[:16].replace("T", " "),

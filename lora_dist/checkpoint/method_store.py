@@ -17,7 +17,14 @@ from safetensors.torch import load_file
 from lora_dist.bottleneck.spec import build_bottleneck_specs
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS, BottleneckConfig
 from lora_dist.checkpoint.identity import check_same
-from lora_dist.checkpoint.store import PEFT_CONFIG, PEFT_WEIGHTS, check_tensors, describe_versions, write_tensors
+from lora_dist.checkpoint.store import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    check_tensors,
+    describe_versions,
+    parse_specs,
+    write_tensors,
+)
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import (
     MANIFEST,
@@ -28,7 +35,11 @@ from lora_dist.files.directories import (
     write_manifest,
 )
 from lora_dist.files.peft_gpt2 import compute_peft_shapes, from_peft_tensors, to_peft_tensors
+from lora_dist.files.peft_layout import compute_factor_shapes
+from lora_dist.lora.spec import AdapterSpec
 from lora_dist.parameters import TrainableParameter
+from lora_dist.prefix.spec import build_prefix_specs
+from lora_dist.prefix_config import LORA_PREFIX_METHODS, PREFIX_METHODS, PrefixConfig
 from lora_dist.refusals import require_one_of
 from lora_dist.topology import Topology
 from lora_dist.whole import ReadState, cut_shard, iterate_model, list_whole, write_together
@@ -98,18 +109,40 @@ class StoredMethod:
             raise ValueError(f"{self.directory / MANIFEST}: bottleneck is {options!r}, not a size and an activation")
         return BottleneckConfig(size=size, activation=activation)
 
+    @property
+    def prefix(self) -> PrefixConfig | None:
+        """The positions that the method adds; None where it adds none. ValueError where they are no two numbers."""
+        if self.method not in PREFIX_METHODS:
+            return None
+        options = self.manifest.get("prefix")
+        counts = [options.get(key) if isinstance(options, dict) else None for key in ("num_prefix", "num_infix")]
+        num_prefix, num_infix = counts
+        if not (isinstance(num_prefix, int) and isinstance(num_infix, int)):
+            raise ValueError(f"{self.directory / MANIFEST}: prefix is {options!r}, not a num_prefix and a num_infix")
+        return PrefixConfig(num_prefix=num_prefix, num_infix=num_infix)
+
+    @property
+    def specs(self) -> list[AdapterSpec]:
+        """LoRA's factors beside what else trains."""
+        is_lora = self.method in LORA_PREFIX_METHODS
+        return parse_specs(self.directory, self.manifest, self.model) if is_lora else []
+
     def compute_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the file's tensors. ValueError for a method that this version does not know."""
+        if (prefix := self.prefix) is not None:
+            vectors = build_prefix_specs(self.method, prefix, self.model)
+            shapes: dict[str, tuple[int, ...]] = {spec.name: spec.shape for spec in vectors}
+            return shapes | compute_factor_shapes(self.specs, self.model)
         if (bottleneck := self.bottleneck) is not None:
             specs = build_bottleneck_specs(self.method, bottleneck, self.model)
             return {f"{spec.name}.{key}": shape for spec in specs for key, shape in spec.shapes.items()}
-        require_one_of("method", self.method, ("bitfit", *BOTTLENECK_METHODS))
+        require_one_of("method", self.method, ("bitfit", *BOTTLENECK_METHODS, *PREFIX_METHODS))
         return compute_peft_shapes([], self.model, "all")
 
     @property
     def needs_merge(self) -> bool:
         """True for BitFit: its biases are the whole batch's."""
-        return self.method not in BOTTLENECK_METHODS
+        return self.method == "bitfit"
 
     def read(self) -> dict[str, torch.Tensor]:
         """Whole fp32 tensors by canonical name. ValueError where a value is not finite."""

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lora_dist.batch import Batch
 from lora_dist.data.examples import Examples
+from lora_dist.prefix.slots import split_slots
 
 
 def collate_rows(
@@ -23,7 +24,7 @@ def collate_rows(
     """Lay each row's examples one behind the other; what is left of a row, or an empty row, is padding.
 
     The label of a position is the next token of the same example. Labels are kept where they are learnt: from the
-    target's first token, predicted at the separator, to its end token.
+    target's first token, predicted at the separator or the slot before it, to its end token.
     """
     shape = (len(rows), seq_len)
     input_ids, labels, positions, segments = (np.zeros(shape, dtype=np.int64) for _ in range(4))
@@ -40,8 +41,9 @@ def collate_rows(
             positions[row, first:end] = np.arange(end - first)
             segments[row, first:end] = segment
             first = end
+    input_ids_BS, slots_BS = split_slots(torch.from_numpy(input_ids))
     return Batch(
-        input_ids_BS=torch.from_numpy(input_ids),
+        input_ids_BS=input_ids_BS,
         labels_BS=torch.from_numpy(labels),
         loss_mask_BS=torch.from_numpy(loss_mask),
         position_ids_BS=torch.from_numpy(positions),
@@ -49,4 +51,5 @@ def collate_rows(
         row_ids_B=torch.tensor(row_ids, dtype=torch.int64),
         num_loss_tokens=num_loss_tokens,
         num_tokens=num_tokens,
+        slots_BS=slots_BS if examples.has_slots else None,
     )

@@ -11,6 +11,8 @@ from lora_dist.data.examples import tokenize_texts
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.rows import BadRows
 from lora_dist.data.tokenizer import find_start_tokens
+from lora_dist.prefix.slots import list_slots
+from lora_dist.prefix_config import PrefixConfig
 
 _SEPARATOR = "||"
 
@@ -45,15 +47,21 @@ def read_contexts(content: bytes, file_format: str, path: str) -> list[Context]:
 
 
 def encode_contexts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, end_context: bool
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    end_context: bool,
+    slots: PrefixConfig | None = None,
 ) -> tuple[list[list[int]], list[int]]:
     """Tokens of each context, with the end token behind it where `end_context`, and the tokens that end an output.
 
-    They begin as the examples of training do.
+    They begin as the examples of training do, and go on as those do up to the target; negative at slots.
     """
     start, end = find_start_tokens(tokenizer), [int(tokenizer.eos_token_id)]
     tokens = tokenize_texts(texts, tokenizer, "contexts")
-    return [[*start, *one, *(end if end_context else [])] for one in tokens], end
+    before_context, before_target = list_slots(slots)
+    behind = [*end, *before_target] if end_context else []
+    return [[*before_context, *start, *one, *behind] for one in tokens], end
 
 
 def decode_texts(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerFast, *, end_context: bool) -> list[str]:

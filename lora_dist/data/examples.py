@@ -3,11 +3,11 @@
 An example is `context <|endoftext|> target <|endoftext|>`, as in the LoRA authors' GPT-2 experiments: the first end
 token asks for the target, the second is learnt with it. The context starts the row without a space, behind the begin
 token where the tokenizer has one; the target gets one space before it, so that its first word has the token it has in
-running text.
+running text. A method's slots (lora_dist.prefix) stand before all that and between the first end token and the target.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from lora_dist.data.rows import BadRows, Pair
 from lora_dist.data.tokenizer import find_start_tokens, find_target_prefix
 from lora_dist.lora.factors import derive_seed
+from lora_dist.prefix.slots import list_slots
+from lora_dist.prefix_config import PrefixConfig
 
 _TEXTS_PER_CALL = 2000
 
@@ -27,10 +29,12 @@ class Examples:
     """N examples, end to end in one array."""
 
     tokens: NDArray[np.int32]
+    """Negative at slots."""
     starts: NDArray[np.int64]
     """[N + 1]; example i is tokens[starts[i] : starts[i + 1]]."""
     num_context_tokens: NDArray[np.int64]
-    """[N], with the begin token where there is one, without the end token that follows the context."""
+    """[N]; all before the position that predicts the target's first token, slots and a begin token included."""
+    has_slots: bool = False
 
     def __len__(self) -> int:
         return len(self.num_context_tokens)
@@ -47,33 +51,49 @@ class Examples:
         return self.num_positions - self.num_context_tokens
 
 
-def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, *, seq_len: int, bad: BadRows) -> Examples:
-    """Tokens of the pairs that fit into `seq_len` positions; the others go to `bad`."""
+def encode_pairs(
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seq_len: int,
+    bad: BadRows,
+    slots: PrefixConfig | None = None,
+) -> Examples:
+    """Tokens of the pairs that fit into `seq_len` positions with their slots; the others go to `bad`."""
     # E2E repeats each context some nine times.
     distinct = list(dict.fromkeys(pair.context for pair in pairs))
     contexts = dict(zip(distinct, tokenize_texts(distinct, tokenizer, "contexts"), strict=True))
     prefix, start, end = find_target_prefix(tokenizer), find_start_tokens(tokenizer), [int(tokenizer.eos_token_id)]
     targets = tokenize_texts([prefix + pair.target for pair in pairs], tokenizer, "targets")
+    before_context, before_target = list_slots(slots)
     rows, num_context_tokens = [], []
     for pair, target in zip(pairs, targets, strict=True):
-        context = [*start, *contexts[pair.context]]
-        num_positions = len(context) + 1 + len(target)
+        context = [*before_context, *start, *contexts[pair.context], *end, *before_target]
+        num_positions = len(context) + len(target)
         if num_positions > seq_len:
             bad.add(pair.line, "too long", f"{num_positions} tokens, data.seq_len={seq_len}")
             continue
-        rows.append([*context, *end, *target, *end])
-        num_context_tokens.append(len(context))
-    return _join(rows, num_context_tokens)
+        rows.append([*context, *target, *end])
+        num_context_tokens.append(len(context) - 1)
+    return replace(_join(rows, num_context_tokens), has_slots=slots is not None)
 
 
-def draw_fake_examples(num_examples: int, *, vocab_size: int, seq_len: int, seed: int) -> Examples:
-    """Random tokens; each example fills a row of `seq_len` positions, half of them context."""
+def draw_fake_examples(
+    num_examples: int, *, vocab_size: int, seq_len: int, seed: int, slots: PrefixConfig | None = None
+) -> Examples:
+    """Random tokens; each example fills a row of `seq_len` positions, half of those that are no slots context."""
+    before_context, before_target = list_slots(slots)
+    num_slots = len(before_context) + len(before_target)
+    num_context = num_slots + (seq_len - num_slots - 1) // 2
     generator = np.random.default_rng(derive_seed(seed, "fake"))
     tokens = generator.integers(0, vocab_size, (num_examples, seq_len + 1), dtype=np.int32)
+    tokens[:, : len(before_context)] = before_context
+    tokens[:, num_context + 1 - len(before_target) : num_context + 1] = before_target
     return Examples(
         tokens=tokens.reshape(-1),
         starts=np.arange(num_examples + 1, dtype=np.int64) * (seq_len + 1),
-        num_context_tokens=np.full(num_examples, (seq_len - 1) // 2, dtype=np.int64),
+        num_context_tokens=np.full(num_examples, num_context, dtype=np.int64),
+        has_slots=slots is not None,
     )
 
 

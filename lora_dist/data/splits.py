@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lora_dist.data.report import FileReport
 from lora_dist.data.rows import BadRows, read_file
 from lora_dist.data.tokenizer import load_model_tokenizer
 from lora_dist.lora.factors import derive_seed
+from lora_dist.prefix_config import PrefixConfig
 
 _FAKE_VALID_SHARE = 8
 """Fake data has one validation example to so many training examples."""
@@ -34,10 +36,11 @@ def load_splits(config: RunConfig) -> tuple[Split, Split | None]:
         return _draw_splits(config)
     assert data.train is not None  # DataConfig has checked it
     tokenizer = load_model_tokenizer(config.model)
-    train = load_split("data.train", data.train, data, data.max_train_examples, tokenizer, data.train_split)
+    load = partial(load_split, data=data, tokenizer=tokenizer, slots=config.slots)
+    train = load("data.train", data.train, max_examples=data.max_train_examples, part=data.train_split)
     if data.valid is None:
         return train, None
-    return train, load_split("data.valid", data.valid, data, data.max_valid_examples, tokenizer, data.valid_split)
+    return train, load("data.valid", data.valid, max_examples=data.max_valid_examples, part=data.valid_split)
 
 
 def load_split(
@@ -47,6 +50,7 @@ def load_split(
     max_examples: int | None,
     tokenizer: PreTrainedTokenizerFast,
     part: str | None = None,
+    slots: PrefixConfig | None = None,
 ) -> Split:
     """Examples of the file `path`, or of its `part`, which the configuration names in `key`.
 
@@ -55,7 +59,7 @@ def load_split(
     content = read_file(key, path)
     bad = BadRows(path, data.on_bad_row)
     pairs = list(islice(read_pairs(content, data.format, bad, split=part), max_examples))
-    examples = encode_pairs(pairs, tokenizer, seq_len=data.seq_len, bad=bad)
+    examples = encode_pairs(pairs, tokenizer, seq_len=data.seq_len, bad=bad, slots=slots)
     if len(examples) == 0:
         found = ", ".join(f"{count} x {reason}" for reason, count in sorted(bad.counts.items())) or "it is empty"
         raise ValueError(f"{key}={path}: no row is usable as {data.format} ({found}); give a file that has some")
@@ -79,7 +83,11 @@ def _draw_splits(config: RunConfig) -> tuple[Split, Split]:
     train, valid = (
         Split(
             examples=draw_fake_examples(
-                size, vocab_size=config.model.vocab_size, seq_len=data.seq_len, seed=derive_seed(seed, name)
+                size,
+                vocab_size=config.model.vocab_size,
+                seq_len=data.seq_len,
+                seed=derive_seed(seed, name),
+                slots=config.slots,
             ),
             file=None,
         )

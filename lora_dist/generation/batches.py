@@ -11,7 +11,8 @@ class PromptBatch:
     """Contexts padded on the left, so that all rows go on at the same column."""
 
     tokens_BS: torch.Tensor
-    """int64; 0 in the padding, which no position looks at."""
+    """int64; 0 in the padding, which no position looks at; negative where a trained vector stands for a token
+    (lora_dist.prefix.slots)."""
     num_padding_B: torch.Tensor
     """int64."""
     row_ids: tuple[int, ...]

@@ -13,7 +13,7 @@ def ban_repeats(scores_RV: torch.Tensor, history_RL: torch.Tensor, ngram_size: i
     ngrams_RWN = history_RL.unfold(1, ngram_size, 1)
     begun_RN = history_RL[:, history_RL.shape[1] - ngram_size + 1 :]
     again_RW = (ngrams_RWN[..., :-1] == begun_RN[:, None]).all(-1)
-    again_RW &= ngrams_RWN[..., 0] != NO_TOKEN  # an n-gram that begins in the padding is none
+    again_RW &= (ngrams_RWN >= 0).all(-1)  # an n-gram with padding or a trained vector (lora_dist.prefix) in it is none
     rows, ngrams = again_RW.nonzero(as_tuple=True)
     return scores_RV.index_put((rows, ngrams_RWN[rows, ngrams, -1]), scores_RV.new_tensor(float("-inf")))
 

@@ -33,13 +33,15 @@ _ON_SEQUENCE_SHARD = ("layernorm.weight", "layernorm.bias", "linear_proj.bias", 
 """Replicated parameters that act on the local sequence shard under sequence parallelism."""
 _ON_OWN_HEADS = ("q_layernorm.weight", "k_layernorm.weight")
 """Replicated parameters that act on this rank's heads alone."""
+_ADDED = ("lora_", "_bottleneck.", "prefix_vectors.")
+"""Parts of the names of what methods put beside the base."""
 
 
 def describe_base_parameters(gpt: ShardedGpt) -> list[TrainableParameter]:
     """Every parameter of this rank's base shard, adapters left out, in the module's order."""
     described = []
     for local_name, parameter in gpt.named_parameters():
-        if "lora_" in local_name or "_bottleneck." in local_name:
+        if any(part in local_name for part in _ADDED):
             continue
         described.append(_describe(gpt, canonical_name(gpt, local_name), parameter))
     return described + _describe_quantized(gpt)

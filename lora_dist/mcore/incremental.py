@@ -18,6 +18,7 @@ from lora_dist.generation.cache import LayerCache
 from lora_dist.generation.decode import Choice, Search
 from lora_dist.mcore.layers import SdpaAttention
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.prefix.slots import split_slots
 
 _GOES_ON, _FINISHED, _NOT_FINITE = range(3)
 
@@ -39,7 +40,7 @@ def open_incremental(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> Ite
     try:
         yield model
     finally:
-        gpt.only_last_position, gpt.clock.adapter_of_row = False, ()
+        gpt.only_last_position, gpt.clock.adapter_of_row, gpt.slots_BS = False, (), None
         for attention in caches:
             attention.cache = None
 
@@ -128,6 +129,7 @@ class IncrementalGpt:
         first, num_columns = self.num_columns_kept, tokens_RC.shape[1]
         if not topology.is_first_stage:
             gpt.set_input_tensor(self._receive(tokens_RC))
+        tokens_RC, gpt.slots_BS = split_slots(tokens_RC)
         output = gpt(
             tokens_RC,
             compute_positions(self._num_padding_R, first, num_columns),

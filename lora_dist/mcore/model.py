@@ -47,6 +47,8 @@ class ShardedGpt(GPTModel):
         self.label_smoothing = 0.0
         self.only_last_position = False
         """Compute logits for the last position alone."""
+        self.slots_BS: torch.Tensor | None = None
+        """As `Batch.slots_BS` of the microbatch whose forward pass runs."""
 
     @property
     def num_stage_layers(self) -> int:

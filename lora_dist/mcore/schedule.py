@@ -51,6 +51,7 @@ def _run_schedule(
         batch = next(iterator).to(gpt.topology.device)  # type: ignore[call-overload]
         gpt.clock.key = None if forward_only else DropoutKey(seed=seed, step=step, row_ids_B=batch.row_ids_B)
         gpt.clock.adapter_of_row = batch.adapter_of_row
+        gpt.slots_BS = batch.slots_BS
         output = stage(
             batch.input_ids_BS,
             batch.position_ids_BS,

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS
-from lora_dist.config import RunConfig, compute_num_microbatches
+from lora_dist.config import LORA_METHODS, RunConfig, compute_num_microbatches
 from lora_dist.measure.collectives import Collective, compute_count_per_layer
 from lora_dist.measure.first_step import FirstStep
 from lora_dist.measure.ledger import StaticLedger, StepLedger
@@ -247,12 +247,15 @@ def _describe_setup(config: RunConfig, topology: Topology) -> Setup:
 
 
 def _describe_adapters(config: RunConfig) -> str | None:
-    lora, bottleneck = config.lora, config.bottleneck
+    lora, bottleneck, prefix = config.lora, config.bottleneck, config.prefix
     if config.method in BOTTLENECK_METHODS:
         return f"bottlenecks of {bottleneck.size} features, {bottleneck.activation}"
-    if config.method == "lora":
-        return f"lora_rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.target_modules)}"
-    return None
+    parts = []
+    if config.method in LORA_METHODS:
+        parts.append(f"lora_rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.target_modules)}")
+    if config.slots is not None:
+        parts.append(f"{prefix.num_prefix} positions before the context and {prefix.num_infix} before the target")
+    return "; ".join(parts) or None
 
 
 def _take_largest(kind: type[T], ledgers: Sequence[T]) -> T:

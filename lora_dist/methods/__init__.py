@@ -13,8 +13,11 @@ from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.bottlenecks import apply_bottlenecks
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.mcore.pissa import split_base
+from lora_dist.mcore.prefixes import put_prefixes
 from lora_dist.methods.bitfit import apply_bitfit
 from lora_dist.parameters import TrainableParameter
+from lora_dist.prefix.spec import build_prefix_specs
+from lora_dist.prefix_config import LORA_PREFIX_METHODS, PREFIX_METHODS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +66,19 @@ def _apply_bottlenecks(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
     return AppliedMethod(trainable=apply_bottlenecks(gpt, specs, init_std=init_std, seed=seed))
 
 
+def _apply_prefix(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
+    gpt.requires_grad_(False)
+    beside = _apply_lora(gpt, config) if config.method in LORA_PREFIX_METHODS else AppliedMethod(trainable=[])
+    specs = build_prefix_specs(config.method, config.prefix, config.model)
+    vectors = put_prefixes(gpt, specs, init_std=config.prefix.init_std, seed=config.loop.seed)
+    return AppliedMethod(trainable=[*vectors, *beside.trainable], specs=beside.specs)
+
+
 _METHODS: dict[str, Callable[[ShardedGpt, RunConfig], AppliedMethod]] = {
     "lora": _apply_lora,
     "full": _apply_full,
     "bitfit": _apply_bitfit,
     **dict.fromkeys(BOTTLENECK_METHODS, _apply_bottlenecks),
+    **dict.fromkeys(PREFIX_METHODS, _apply_prefix),
 }
 assert tuple(_METHODS) == METHODS

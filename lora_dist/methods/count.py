@@ -10,6 +10,8 @@ from lora_dist.files.hf_gpt2 import compute_hf_shapes, find_hf_tensor
 from lora_dist.files.peft_gpt2 import list_bias_names, list_module_names
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.prefix.spec import build_prefix_specs
+from lora_dist.prefix_config import LORA_PREFIX_METHODS, PREFIX_METHODS
 
 
 def count_trainable(config: RunConfig) -> int:
@@ -21,7 +23,16 @@ def count_trainable(config: RunConfig) -> int:
     if config.method in BOTTLENECK_METHODS:
         specs = build_bottleneck_specs(config.method, config.bottleneck, config.model)
         return sum(spec.num_parameters for spec in specs)
+    if config.method in PREFIX_METHODS:
+        return _count_prefixes(config)
     return count_lora(config, build_adapter_specs(config.lora, config.model))
+
+
+def _count_prefixes(config: RunConfig) -> int:
+    """Vectors, and the factors beside them where there are some."""
+    vectors = build_prefix_specs(config.method, config.prefix, config.model)
+    factors = build_adapter_specs(config.lora, config.model) if config.method in LORA_PREFIX_METHODS else []
+    return sum(spec.num_parameters for spec in vectors) + sum(spec.num_parameters for spec in factors)
 
 
 def count_lora(config: RunConfig, specs: Sequence[AdapterSpec]) -> int:

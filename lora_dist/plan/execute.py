@@ -234,6 +234,7 @@ def build_batches(config: RunConfig, topology: Topology, num_batches: int) -> li
             row_ids_B=torch.zeros(B, dtype=torch.int64),
             num_loss_tokens=compute_num_targets(config) * num_microbatches * topology.dp_size,
             num_tokens=rows_per_step * S,
+            slots_BS=None if config.slots is None else row(),
         )
         for _ in range(num_batches)
     ]

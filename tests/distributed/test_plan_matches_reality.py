@@ -195,6 +195,12 @@ CASES = {
     },
     "adapter_l": {"method": "adapter_l"},
     "adapter_l-dp2-stage2": {"method": "adapter_l", "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=2)},
+    "prefix_layer-tp2-sp-packed": {
+        **{"method": "prefix_layer", "topology": {"tp_size": 2, "sequence_parallel": True}, "collate": "pack"},
+    },
+    "lora_prefix_embed-pp2-recompute": {
+        **{"method": "lora_prefix_embed", "topology": {"pp_size": 2}, "num_microbatches": 4, "recompute": "full"},
+    },
     "lora-tp2-pp2": {"topology": {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}, "num_microbatches": 3},
 }
 

@@ -42,7 +42,8 @@ def test_help_lists_verbs_groups_and_keys(capsys: pytest.CaptureFixture[str]) ->
     assert re.search(r"^  train +Train one method", capsys.readouterr().out, flags=re.MULTILINE)
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"^  method= +adapter_h, adapter_l, bitfit, dora, full, lora, pissa$", text, flags=re.MULTILINE)
+    methods = "adapter_h, adapter_l, bitfit, dora, full, lora, lora_prefix_embed, lora_prefix_layer, pissa,"
+    assert re.search(rf"^  method= +{methods}\n +prefix_embed, prefix_layer$", text, flags=re.MULTILINE)
     assert "Inner dimension of the two factors" in text
 
 

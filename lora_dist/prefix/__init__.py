@@ -1,0 +1,1 @@
+"""Trained vectors in the place of tokens, in plain torch: where they stand, how many there are, what they do."""
