@@ -43,22 +43,24 @@ _RELATIVE: dict[str, Any] = {
     "pooler_hidden_size": 32,
     "pooler_dropout": 0.0,
 }
+ROBERTA_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+"""Its real size, but for the vocabulary."""
 FAMILIES = ("roberta", "deberta", "deberta-v2")
 
 
-def build_base(family: str) -> PreTrainedModel:
+def build_base(family: str, sizes: dict[str, Any]) -> PreTrainedModel:
     torch.manual_seed(0)
     if family == "roberta":
-        return RobertaModel(RobertaConfig(**SIZES, type_vocab_size=1), add_pooling_layer=False)
+        return RobertaModel(RobertaConfig(**{**SIZES, **sizes}, type_vocab_size=1), add_pooling_layer=False)
     if family == "deberta":
         return DebertaModel(DebertaConfig(**SIZES, **_RELATIVE))
     v2 = {"share_att_key": True, "position_buckets": 4, "norm_rel_ebd": "layer_norm"}
     return DebertaV2Model(DebertaV2Config(**SIZES, **_RELATIVE, **v2))
 
 
-def write_encoder(directory: Path, family: str) -> Path:
-    """A base without a head, as they are published, and a tokenizer that knows WORDS."""
-    build_base(family).save_pretrained(directory)
+def write_encoder(directory: Path, family: str, sizes: dict[str, Any] | None = None) -> Path:
+    """A base without a head, as they are published, and a tokenizer that knows WORDS; `sizes` are a RoBERTa's."""
+    build_base(family, sizes or {}).save_pretrained(directory)
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(

@@ -28,7 +28,7 @@ from lora_dist.encoders.examples import (
     load_pairs,
     open_tokenizer,
 )
-from lora_dist.encoders.model import Encoder, open_encoder
+from lora_dist.encoders.model import Encoder, open_encoder, read_family
 from lora_dist.encoders.store import load_trained, write_trained
 from lora_dist.files.directories import write_json, write_lines
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
@@ -102,6 +102,7 @@ class Job:
 
 def classify(config: ClassifyConfig) -> None:
     """Train where there is a training file, then score. ValueError for what the user can mend, on every process."""
+    read_family(config.encoder)
     local_rank = int(os.environ["LOCAL_RANK"])
     device = choose_device(config.device, local_rank)
     check_device(device, config.dtype)

@@ -6,22 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from encoder_toy import FAMILIES, write_encoder, write_rte, write_sst2
+from encoder_toy import FAMILIES, ROBERTA_BASE, write_encoder, write_rte, write_sst2
 from peft import PeftModel
 from processes import run_distributed
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_dist.classify_config import ClassifyConfig, EncoderConfig
 from lora_dist.cli.main import main
-from lora_dist.config import LoopConfig, LoraConfig, OptimConfig, TopologyConfig, TrackConfig, ZeroConfig
+from lora_dist.config import LoopConfig, LoraConfig, ModelConfig, OptimConfig, TopologyConfig, TrackConfig, ZeroConfig
 from lora_dist.encoders.examples import encode_examples, find_label_words, load_pairs
 from lora_dist.encoders.job import Job, load_data, open_job, score_job, write
-from lora_dist.encoders.model import open_encoder
+from lora_dist.encoders.model import open_encoder, read_family
 from lora_dist.encoders.store import list_shards
 from lora_dist.loop import TrainResult
+from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.task_config import TaskConfig
 
+DATA = Path(__file__).parents[1] / "data"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
@@ -29,6 +31,7 @@ def build_config(tmp_path: Path, family: str, *, method: str = "lora", **options
     checkpoint, train = tmp_path / family, tmp_path / "train.tsv"
     if not checkpoint.exists():
         write_encoder(checkpoint, family)
+    if not train.exists():
         write_sst2(train, 48)
         write_sst2(tmp_path / "dev.tsv", 7)
     values: dict = {
@@ -220,7 +223,7 @@ def test_numbers_are_predicted_by_one_output(tmp_path: Path) -> None:
         with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
             job = open_alone(config, topology)
             batches = job.loader(job.data.train).batches_at(0)
-            for step in range(120):
+            for step in range(80):
                 loss = job.engine.train_step(batches, step=step, lr=1e-2).loss
             score_job(job, {})
             return loss
@@ -230,3 +233,135 @@ def test_numbers_are_predicted_by_one_output(tmp_path: Path) -> None:
         json.loads(line)["text"] for line in (tmp_path / "run" / "classify-glue_stsb.jsonl").read_text().splitlines()
     ]
     assert float(texts[0]) < float(texts[1]) < float(texts[2])
+
+
+def test_the_authors_published_adapter_goes_on_training(tmp_path: Path) -> None:
+    """Real tensors of the RoBERTa base they adapted to MNLI, at its size; layer 0's stand for the layers left out."""
+    published = torch.load(DATA / "roberta_mnli_lora_part.pt", weights_only=True)
+    layer = {name: tensor for name, tensor in published.items() if ".layer.0." in name}
+    state = {name.replace(".0.", f".{n}.", 1): tensor for n in range(12) for name, tensor in layer.items()}
+    state |= {name: tensor for name, tensor in published.items() if name.startswith("classifier.out_proj")}
+    state |= {"classifier.dense.weight": torch.eye(768), "classifier.dense.bias": torch.zeros(768)}
+    torch.save(state, tmp_path / "mnli.pt")
+    write_encoder(tmp_path / "roberta", "roberta", ROBERTA_BASE)
+    rows = [f"{n}\tthe film was good\tit was good\t{label}" for n, label in enumerate(["entailment", "neutral"])]
+    (tmp_path / "mnli.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tgold_label", *rows]) + "\n")
+    file = str(tmp_path / "mnli.tsv")
+    config = build_config(
+        tmp_path,
+        "roberta",
+        task=TaskConfig(name="glue_mnli", format="glue_mnli", metric="accuracy", references=file),
+        train=file,
+        adapter=str(tmp_path / "mnli.pt"),
+        lora=LoraConfig(rank=8, alpha=16.0),
+        loop=LoopConfig(micro_batch_size=2, num_steps=1),
+    )
+
+    def start() -> tuple[torch.Tensor, torch.Tensor, bool, int]:
+        with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
+            job = open_alone(config, topology)
+            trained = {one.name: one.parameter for one in job.engine.trainable}
+            a = trained["layers.7.v_proj.lora_A"].detach().clone()
+            head = trained["classifier.out_proj.weight"].detach().clone()
+            loader = job.loader(job.data.train)
+            job.engine.train_step(loader.batches_at(0), step=0, lr=1e-4)
+            moved = not torch.equal(a, trained["layers.7.v_proj.lora_A"])
+            num_lora = sum(one.parameter.numel() for one in job.engine.trainable if "lora_" in one.name)
+            return a, head, moved, num_lora
+
+    ((a, head, moved, num_lora),) = run_distributed(start, 1)
+    assert torch.equal(a, published["roberta.encoder.layer.0.attention.self.value.lora_A"])
+    assert torch.equal(head, published["classifier.out_proj.weight"])
+    assert moved
+    assert num_lora == 294_912  # the paper's 0.3M
+
+
+def load_refused(tmp_path: Path, **options: object) -> str:
+    config = build_config(tmp_path, "roberta", adapter=str(tmp_path / "run" / "adapter"), **options)
+
+    def open_it() -> str:
+        with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
+            try:
+                open_alone(config, topology)
+            except ValueError as error:
+                return str(error)
+        return ""
+
+    return str(run_distributed(open_it, 1)[0])
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    config = build_config(tmp_path, "roberta")
+
+    def write_it() -> None:
+        with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
+            write(
+                open_alone(config, topology),
+                TrainResult(valid_loss_before=None, valid_loss_after=None, num_steps_done=0),
+            )
+
+    run_distributed(write_it, 1)
+    assert load_refused(tmp_path) == ""
+    assert "has rank 3, lora.rank makes 2" in load_refused(tmp_path, lora=LoraConfig(rank=2, target_modules=ALL))
+    few = LoraConfig(rank=3, target_modules=["q_proj"])
+    assert "attention.output.dense.lora_A, which this job does not train" in load_refused(tmp_path, lora=few)
+    write_rte(tmp_path / "rte.tsv")
+    other = TaskConfig(name="rte", format="glue_rte", metric="accuracy", references=str(tmp_path / "rte.tsv"))
+    options = {"task": other, "train": str(tmp_path / "rte.tsv")}
+    assert "labels is ['negative', 'positive'], this job has ['entailment'" in load_refused(tmp_path, **options)
+    assert load_refused(tmp_path, **options, adapter_head=False) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["topology=tp2"], "an encoder is whole on every process, got tp 2"),
+        (["lora.dropout=0.1"], "takes factors alone"),
+        (["task.metric=rouge"], "task.metric='rouge' is not one of accuracy"),
+        (["encoder.method=bitfit", "dtype=bf16"], "encoder.method=bitfit trains weights of the base"),
+        (["encoder.checkpoint=/nowhere"], "has no config.json"),
+        (["lora.target_modules=[gate_proj]"], "matches nothing"),
+        (["train=null"], "train and adapter are null"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wrong = describe_command(tmp_path, "wrong", f"train={tmp_path / 'train.tsv'}", *words)
+    assert run_distributed(call, 1, wrong) == [2]
+    assert message in capfd.readouterr().err
+
+
+def test_a_decoder_is_no_encoder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="model_type='llama' is none of roberta, deberta"):
+        read_family(EncoderConfig(name="llama", checkpoint=str(tmp_path)))
+
+
+def test_a_label_that_training_lacks_is_named_with_its_line(tmp_path: Path) -> None:
+    for name, intents in (("train.csv", ("a", "b")), ("dev.csv", ("a", "c"))):
+        lines = [f"it was good,{intent}" for intent in intents]
+        (tmp_path / name).write_text("\n".join(["text,category", *lines]) + "\n")
+    task = TaskConfig(name="banking77", format="banking77", metric="accuracy", references=str(tmp_path / "dev.csv"))
+    config = build_config(tmp_path, "roberta", task=task, train=str(tmp_path / "train.csv"))
+    with pytest.raises(ValueError, match=r"dev.csv:3: label 'c' is none of the 2"):
+        load_data(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora_rank", "count"), [("roberta_large", 8, 786_432), ("deberta_v2_xxl", 16, 4_718_592)]
+)
+def test_counts_are_the_papers(name: str, lora_rank: int, count: int) -> None:
+    """Table 2: 0.8M and 4.7M, by 2 x hidden x rank for q and v of every layer (table 10 has rank 8 for the last)."""
+    num_layers, hidden_size = {"roberta_large": (24, 1024), "deberta_v2_xxl": (48, 1536)}[name]
+    shape = ModelConfig(
+        name=name,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=16,
+        ffn_hidden_size=4 * hidden_size,
+        vocab_size=10,
+        max_position_embeddings=10,
+    )
+    specs = build_adapter_specs(LoraConfig(rank=lora_rank), shape)
+    assert sum(spec.num_parameters for spec in specs) == count
