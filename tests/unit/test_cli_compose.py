@@ -9,7 +9,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_dist.cli.compose import compose_config
+from lora_dist.classify_config import ClassifyConfig
+from lora_dist.cli.compose import compose_as, compose_config
 from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups, list_keys
 from lora_dist.config import RunConfig
 from lora_dist.evaluate_config import EvaluateConfig
@@ -17,6 +18,7 @@ from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.run_dir import format_config
 
 OPTIONS = [(group, option) for group, options in list_groups().items() for option in options]
+ENCODERS = list_groups(owner=ClassifyConfig)["encoder"]
 
 
 @pytest.fixture
@@ -44,7 +46,16 @@ def test_options_are_listed_for_every_group() -> None:
         *("model", "method", "topology", "zero", "data", "optim", "track", "hardware", "experiment", "debug")
     }
     others = list_groups(owner=EvaluateConfig)  # they compose in test_tasks_evaluate.py
-    assert len(list(CONF_DIR.rglob("*.yaml"))) == len(OPTIONS) + len(others["task"]) + len(others["generate"]) + 1
+    num_others = len(others["task"]) + len(others["generate"]) + len(ENCODERS)
+    assert len(list(CONF_DIR.rglob("*.yaml"))) == len(OPTIONS) + num_others + 1
+
+
+@pytest.mark.parametrize("option", ENCODERS)
+def test_every_setting_of_an_encoder_composes(option: str) -> None:
+    given = ["encoder.checkpoint=/roberta", "task=glue_mnli", "task.references=/dev.tsv", "train=/train.tsv"]
+    config = compose_as(ClassifyConfig, [f"encoder={option}", *given, "run_dir=/run"])
+    assert config.lora.target_modules == ["q_proj", "v_proj"]
+    assert (config.num_epochs is None) == (option == "hf")
 
 
 @pytest.mark.parametrize("option", [option for _, option in OPTIONS])
