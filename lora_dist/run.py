@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from lora_dist.checkpoint.adapter import write_adapter
 from lora_dist.checkpoint.identity import describe_method, describe_run
 from lora_dist.checkpoint.method_store import write_method
@@ -39,11 +37,8 @@ from lora_dist.measure.summary import Summary, build_summary
 from lora_dist.methods import AppliedMethod, apply_method
 from lora_dist.run_dir import prepare_run_dir
 from lora_dist.stopping import note_terminations, raise_stopped
-from lora_dist.topology import Topology, check_device, choose_device, run_on_first
+from lora_dist.topology import DTYPES, Topology, check_device, choose_device, run_on_first
 from lora_dist.zero.engine import build_zero_engine
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 Settle = Callable[[RunConfig], RunConfig]
 """Puts values in the place of what a configuration leaves open (loop.recompute=auto)."""

@@ -35,8 +35,7 @@ from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.measure.environment import describe_environment
 from lora_dist.measure.meter import compute_spread
-from lora_dist.run import DTYPES
-from lora_dist.topology import Topology, choose_device
+from lora_dist.topology import DTYPES, Topology, choose_device
 
 RECORDS = Path(__file__).resolve().parent / "records" / "latency"
 SIZES = {

@@ -12,8 +12,8 @@ from lora_dist.mcore.base_parameters import initialize_base
 from lora_dist.mcore.hf_weights import write_hf_checkpoint
 from lora_dist.mcore.model import build_model
 from lora_dist.mcore.parallel import build_topology
-from lora_dist.run import DTYPES, build_engine
-from lora_dist.topology import Topology
+from lora_dist.run import build_engine
+from lora_dist.topology import DTYPES, Topology
 
 
 class OurContender:

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from lora_dist.bench.ceilings import Ceilings, CeilingSample
 from lora_dist.bench.record import build_record
-from lora_dist.bench.worker import DTYPES, Account, Sample, serve
+from lora_dist.bench.worker import Account, Sample, serve
 from lora_dist.config import OUR_CONTENDERS, RunConfig
 from lora_dist.measure.environment import describe_environment
 from lora_dist.run_dir import prepare_run_dir
-from lora_dist.topology import choose_device
+from lora_dist.topology import DTYPES, choose_device
 
 Context = SpawnContext | ForkContext
 RECORD_FILE = "bench.json"

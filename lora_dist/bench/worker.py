@@ -15,9 +15,7 @@ from lora_dist.config import OUR_CONTENDERS, RunConfig
 from lora_dist.measure.flops import count_flops
 from lora_dist.measure.ledger import open_activation_ledger
 from lora_dist.measure.memory import PeakMemory, PeakMemoryMeter
-from lora_dist.topology import choose_device
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from lora_dist.topology import DTYPES, choose_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,11 +42,9 @@ from lora_dist.stopping import note_terminations, raise_stopped
 from lora_dist.tasks.items import load_items
 from lora_dist.tasks.scores import Scores
 from lora_dist.tasks.scoring import score, write_scores
-from lora_dist.topology import Topology, check_device, choose_device, run_on_first
+from lora_dist.topology import DTYPES, Topology, check_device, choose_device, run_on_first
 from lora_dist.whole import iterate_model, list_whole, write_together
 from lora_dist.zero.engine import build_zero_engine
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from lora_dist.classify_config import EncoderConfig
@@ -85,20 +85,21 @@ def open_encoder(config: EncoderConfig, *, num_labels: int, dtype: torch.dtype, 
     """
     kind, content = read_family(config)
     family = FAMILIES[kind]
-    options = {} if config.classifier_dropout is None else {family.dropout: config.classifier_dropout}
+    settings = AutoConfig.from_pretrained(config.checkpoint, num_labels=num_labels, local_files_only=True)
+    if config.classifier_dropout is not None:
+        setattr(settings, family.dropout, config.classifier_dropout)
     torch.manual_seed(derive_seed(seed, "head"))
     logging.set_verbosity_error()  # it tells at length that the head is missing; what else is, is an error below
     logging.disable_progress_bar()
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             config.checkpoint,
-            num_labels=num_labels,
+            config=settings,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **options,
         )
     except OSError as error:
         raise ValueError(f"encoder.checkpoint={config.checkpoint}: {str(error).splitlines()[0]}") from None

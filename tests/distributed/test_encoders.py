@@ -91,6 +91,14 @@ def test_without_training_it_is_transformers_model(family: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_heads_dropout_can_be_set(family: str, tmp_path: Path) -> None:
+    config = EncoderConfig(name=family, checkpoint=str(write_encoder(tmp_path, family)), classifier_dropout=0.25)
+    model = open_encoder(config, num_labels=2, dtype=torch.float32, seed=0).model
+    dropouts = [module.p for module in model.modules() if hasattr(module, "p")]
+    assert dropouts.count(0.25) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_peft_reads_what_was_trained_and_has_the_same_logits_and_gradients(family: str, tmp_path: Path) -> None:
     config = build_config(tmp_path, family, zero=ZeroConfig(stage=0))  # whose masters are the parameters themselves
 
