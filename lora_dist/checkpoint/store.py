@@ -34,6 +34,8 @@ from lora_dist.files.safetensors_stream import DTYPE_NAMES, open_writer, read_he
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import compute_linear_shapes
 
+ENCODER_KIND = "encoder"
+"""What the manifest of an adapter of `lora-dist classify` says it is."""
 PEFT_CONFIG, PEFT_WEIGHTS, FACTORS = "adapter_config.json", "adapter_model.safetensors", "adapter_factors.safetensors"
 
 
@@ -166,6 +168,8 @@ def open_adapter(directory: Path, *, model: ModelConfig, base_fingerprint: str) 
     if not (directory / MANIFEST).exists() and (directory / PEFT_CONFIG).exists():
         raise ValueError(f"adapter {directory} has no {MANIFEST}: a PEFT adapter from elsewhere; lora-dist import it")
     manifest = read_manifest(directory)
+    if manifest.get("kind") == ENCODER_KIND:
+        raise ValueError(f"adapter {directory} is an encoder's; lora-dist classify adapter={directory} takes it")
     if "method" in manifest:
         raise ValueError(f"adapter {directory} is of method={manifest['method']}; only LoRA's can be used so")
     check_same({"base_fingerprint": base_fingerprint}, manifest, directory)

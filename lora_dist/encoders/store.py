@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lora_dist.checkpoint.store import PEFT_CONFIG, PEFT_WEIGHTS, describe_versions, write_tensors
+from lora_dist.checkpoint.store import ENCODER_KIND, PEFT_CONFIG, PEFT_WEIGHTS, describe_versions, write_tensors
 from lora_dist.classify_config import ClassifyConfig
 from lora_dist.encoders.adapt import AdaptedLinear
 from lora_dist.encoders.model import Encoder
@@ -46,7 +46,10 @@ def write_trained(
         else:
             hashes[PEFT_CONFIG] = write_json(temporary / PEFT_CONFIG, _describe_adapter(encoder, config))
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = {"kind": "encoder", "method": config.method, **about, "base": config.encoder.name}
+        manifest = {"kind": ENCODER_KIND, "method": config.method, **about, "base": config.encoder.name}
+        if config.method != "full":
+            specs = [spec for shard in list_shards(encoder).values() for spec in shard.specs]
+            manifest["adapters"] = {spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha} for spec in specs}
         write_manifest(temporary, hashes, {**manifest, "created": created, "versions": describe_versions()})
 
 

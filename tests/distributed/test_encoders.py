@@ -11,6 +11,7 @@ from peft import PeftModel
 from processes import run_distributed
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lora_dist.checkpoint.listing import list_adapters
 from lora_dist.classify_config import ClassifyConfig, EncoderConfig
 from lora_dist.cli.main import main
 from lora_dist.config import LoopConfig, LoraConfig, ModelConfig, OptimConfig, TopologyConfig, TrackConfig, ZeroConfig
@@ -168,7 +169,7 @@ def describe_command(tmp_path: Path, run: str, *words: str) -> list[str]:
     ]
 
 
-def test_a_run_trains_resumes_and_is_scored(tmp_path: Path) -> None:
+def test_a_run_trains_resumes_and_is_scored(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train_words = [f"train={tmp_path / 'train.tsv'}", "num_epochs=20", "warmup_ratio=0.1"]
     assert run_distributed(call, 1, describe_command(tmp_path, "whole", *train_words)) == [0]
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
@@ -190,6 +191,14 @@ def test_a_run_trains_resumes_and_is_scored(tmp_path: Path) -> None:
     assert run_distributed(call, 1, again) == [0]
     other = json.loads((tmp_path / "part" / "summary.json").read_text())
     assert other["valid_loss_after"] == pytest.approx(summary["valid_loss_after"], rel=1e-4)
+
+    rows = list_adapters(tmp_path / "whole")
+    assert [(row.task, row.rank, row.targets, row.state) for row in rows] == [
+        ("glue_sst2", "8", "lora q,k,v,o,up,down", "whole")
+    ]
+    words = ["evaluate", "task=glue_sst2", f"task.references={tmp_path / 'dev.tsv'}", f"adapter={tmp_path / 'whole'}"]
+    assert run_distributed(call, 1, words) == [2]
+    assert "is an encoder's; lora-dist classify adapter=" in capfd.readouterr().err
 
     scored = describe_command(tmp_path, "scored", f"adapter={tmp_path / 'whole'}")
     assert run_distributed(call, 1, scored) == [0]
