@@ -11,6 +11,7 @@ from typing import Any
 from bench_table import format_record
 from latency_table import format_latency
 from plan_table import format_base_formats, format_paper, format_plan, format_search
+from study_table import format_study
 
 from lora_dist.tasks.paper import ROWS
 from lora_dist.tasks.scores import ScoreRow, Scores, format_scores
@@ -38,6 +39,7 @@ def fill(page: str) -> str:
         "performance": build_performance_tables,
         "gpu": build_gpu_tables,
         "quality": build_quality_table,
+        "study": lambda: format_study(_read("study_demo")),
         "e2e_tgen": build_scores_table,
         "plan": build_plan_tables,
         "search": build_search_tables,

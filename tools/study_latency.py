@@ -8,7 +8,7 @@ import torch
 from latency_record import Case, Variant, build_shape, measure_rounds, open_single_process, share_weights
 
 from lora_dist.adapter_config import LiveConfig
-from lora_dist.adapter_jobs import open_on_base, put_adapters
+from lora_dist.adapter_jobs import find_slots, open_on_base, put_adapters
 from lora_dist.bench.record import compute_ratios
 from lora_dist.config import ModelConfig, TopologyConfig
 from lora_dist.mcore.hf_weights import fill_base
@@ -31,7 +31,7 @@ def measure_latency(model: ModelConfig, runs: Mapping[str, Path]) -> dict[str, d
     return {name: ratios[f"base/{name}"] for name in runs}
 
 
-def open_run(base: ShardedGpt, model: ModelConfig, run: Path) -> ShardedGpt:
+def open_run(base: ShardedGpt, model: ModelConfig, run: Path) -> "ShardedGpt | LongerInput":
     """A model of its own with what the run trained: adapters on a copy of the base, or the whole model."""
     gpt = share_weights(base, model, copy=True)
     if (run / "model").is_dir():
@@ -40,4 +40,21 @@ def open_run(base: ShardedGpt, model: ModelConfig, run: Path) -> ShardedGpt:
     live = LiveConfig(model=model, topology=TopologyConfig(), device="cpu")
     stored = open_on_base(gpt, live, find_adapter(str(run)))
     put_adapters(gpt, [stored], merge=stored.needs_merge)
-    return gpt.eval()
+    slots = find_slots([stored])
+    return gpt.eval() if slots is None else LongerInput(gpt.eval(), slots.num_slots)
+
+
+class LongerInput:
+    """A model that reads its trained vectors before every input: what a prefix costs is its positions."""
+
+    def __init__(self, gpt: ShardedGpt, num_slots: int) -> None:
+        self._gpt, self._num_slots = gpt, num_slots
+        self.topology, self.true_vocab_size = gpt.topology, gpt.true_vocab_size
+
+    def __call__(self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor, mask: None) -> torch.Tensor:
+        slots_BN = torch.arange(1, self._num_slots + 1).expand(len(tokens_BS), -1)
+        self._gpt.slots_BS = torch.cat([slots_BN, torch.zeros_like(tokens_BS)], dim=1)
+        tokens_BS = torch.cat([torch.zeros_like(slots_BN), tokens_BS], dim=1)
+        positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
+        logits: torch.Tensor = self._gpt(tokens_BS, positions_BS, mask)
+        return logits
