@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from latency_record import Case, Variant, build_shape, measure_rounds, open_single_process, share_weights
+from latency_record import Case, Variant, attach_lora, build_shape, measure_rounds, open_single_process, share_weights
 
 from lora_dist.adapter_config import LiveConfig
-from lora_dist.adapter_jobs import find_slots, open_on_base, put_adapters
+from lora_dist.adapter_jobs import find_slots, load, open_on_base, put_adapters
 from lora_dist.bench.record import compute_ratios
+from lora_dist.checkpoint.store import StoredAdapter
 from lora_dist.config import ModelConfig, TopologyConfig
 from lora_dist.mcore.hf_weights import fill_base
 from lora_dist.mcore.model import ShardedGpt
@@ -39,7 +40,10 @@ def open_run(base: ShardedGpt, model: ModelConfig, run: Path) -> "ShardedGpt | L
         return gpt
     live = LiveConfig(model=model, topology=TopologyConfig(), device="cpu")
     stored = open_on_base(gpt, live, find_adapter(str(run)))
-    put_adapters(gpt, [stored], merge=stored.needs_merge)
+    if isinstance(stored, StoredAdapter):
+        attach_lora(gpt, load(gpt, stored))
+    else:
+        put_adapters(gpt, [stored], merge=stored.needs_merge)
     slots = find_slots([stored])
     return gpt.eval() if slots is None else LongerInput(gpt.eval(), slots.num_slots)
 
