@@ -19,6 +19,13 @@ from transformers import (
     RobertaModel,
 )
 
+from lora_dist.classify_config import ClassifyConfig, EncoderConfig
+from lora_dist.config import LoopConfig, LoraConfig, OptimConfig, TrackConfig
+from lora_dist.encoders.job import Job, load_data, open_job
+from lora_dist.task_config import TaskConfig
+from lora_dist.topology import Topology
+
+ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "plot", "the", "a", "it", "was"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 SIZES: dict[str, Any] = {
@@ -90,3 +97,30 @@ def write_rte(path: Path) -> Path:
     rows = ["0\tthe film was good\tit was good\tentailment", "1\tthe plot was bad\tit was great\tnot_entailment"]
     path.write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
     return path
+
+
+def build_config(tmp_path: Path, family: str, *, method: str = "lora", **options: object) -> ClassifyConfig:
+    checkpoint, train = tmp_path / family, tmp_path / "train.tsv"
+    if not checkpoint.exists():
+        write_encoder(checkpoint, family)
+    if not train.exists():
+        write_sst2(train, 48)
+        write_sst2(tmp_path / "dev.tsv", 7)
+    values: dict = {
+        "encoder": EncoderConfig(name=family, checkpoint=str(checkpoint), seq_len=16, method=method),
+        "task": TaskConfig(
+            name="glue_sst2", format="glue_sst2", metric="accuracy", references=str(tmp_path / "dev.tsv")
+        ),
+        "run_dir": str(tmp_path / "run"),
+        "train": str(train),
+        "lora": LoraConfig(rank=3, alpha=6.0, target_modules=ALL_TARGETS),
+        "optim": OptimConfig(lr=1e-2, schedule="constant", eps=1e-4),
+        "loop": LoopConfig(micro_batch_size=2, global_batch_size=8, num_steps=3),
+        "track": TrackConfig(backend="none"),
+        "device": "cpu",
+    }
+    return ClassifyConfig(**{**values, **options})
+
+
+def open_alone(config: ClassifyConfig, topology: Topology) -> Job:
+    return open_job(config, topology, load_data(config))

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -49,7 +48,7 @@ def load_pairs(key: str, path: str, task: TaskConfig, split: str | None) -> list
         text = content.decode("utf-8-sig", errors="surrogateescape")
         pairs = list(read_sentences(task.format.removeprefix(_GLUE), text, bad))
     else:
-        pairs = list(islice(read_pairs(content, task.format, bad, split=split), None))
+        pairs = list(read_pairs(content, task.format, bad, split=split))
     if not pairs:
         raise ValueError(f"{key}={path} has no rows; give a file that has some")
     return pairs
