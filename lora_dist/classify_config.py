@@ -40,7 +40,7 @@ class ClassifyConfig:
     run_dir: str
     """Directory to write to."""
     train: str | None = None
-    """Training file, in the format of task.references; null scores what `adapter` holds."""
+    """Training file, in the format of task.references; null scores `adapter`, or the checkpoint's own head."""
     train_split: str | None = None
     """Part of `train`, where it holds several (clinc150)."""
     adapter: str | None = None
@@ -73,10 +73,6 @@ class ClassifyConfig:
         require_one_of("resume", self.resume, ("none", "auto", "must"))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
-        require(
-            self.train is not None or self.adapter is not None,
-            "train and adapter are null; give train=FILE to train, or adapter=RUN to score what a run has learnt",
-        )
         require(
             self.warmup_ratio is None or 0.0 <= self.warmup_ratio <= 1.0,
             f"warmup_ratio={self.warmup_ratio} must lie in [0, 1]",

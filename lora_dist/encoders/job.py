@@ -152,6 +152,8 @@ def open_job(config: ClassifyConfig, topology: Topology, data: Data) -> Job:
     encoder.model.to(topology.device)
     trainable, _ = apply_encoder_method(encoder, config)
     fingerprint = run_on_first(topology, lambda: compute_base_fingerprint(encoder.shape, seed))
+    if config.train is None and config.adapter is None:
+        check_own_head(config, encoder, data.labels)
     if config.adapter is not None:
         load_trained(encoder, config, data.labels.words, fingerprint)
     zero = build_zero_engine(
@@ -167,6 +169,18 @@ def open_job(config: ClassifyConfig, topology: Topology, data: Data) -> Job:
     return Job(
         config=config, topology=topology, encoder=encoder, engine=engine, data=data, base_fingerprint=fingerprint
     )
+
+
+def check_own_head(config: ClassifyConfig, encoder: Encoder, labels: Labels) -> None:
+    """ValueError where nothing trains and the checkpoint cannot answer the task either."""
+    own, wanted = encoder.head_labels, labels.words or ("LABEL_0",)
+    if own is None:
+        raise ValueError(
+            f"train and adapter are null, and encoder.checkpoint={config.encoder.checkpoint} has no head for"
+            f" {labels.num_outputs} labels; give train=FILE to train, or adapter=RUN to score what a run has learnt"
+        )
+    if own != wanted:
+        raise ValueError(f"encoder.checkpoint={config.encoder.checkpoint}: its labels are {own}, the task's {wanted}")
 
 
 def train(job: Job, memory: PeakMemoryMeter) -> dict[str, Any]:
@@ -199,9 +213,7 @@ def train(job: Job, memory: PeakMemoryMeter) -> dict[str, Any]:
         **asdict(result),
         "num_trainable_parameters": sum(math.prod(one.full_shape) for one in job.engine.trainable),
         "num_trained_of_head": sum(
-            math.prod(one.full_shape)
-            for one in job.engine.trainable
-            if one.name.split(".")[0] in job.encoder.family.head
+            math.prod(one.full_shape) for one in job.engine.trainable if job.encoder.is_head(one.name)
         ),
         "throughput": None if throughput is None else asdict(throughput),
         "peak_memory": asdict(memory.read()),

@@ -64,6 +64,12 @@ class Encoder:
     model: nn.Module
     family: Family
     shape: ModelConfig
+    head_labels: tuple[str, ...] | None = None
+    """What the outputs of the checkpoint's own head mean; None where it has none."""
+
+    def is_head(self, name: str) -> bool:
+        """Whether a parameter belongs to the head."""
+        return name.split(".")[0] in self.family.head
 
 
 def read_family(config: EncoderConfig) -> tuple[str, dict[str, Any]]:
@@ -103,23 +109,26 @@ def open_encoder(config: EncoderConfig, *, num_labels: int, dtype: torch.dtype, 
         )
     except OSError as error:
         raise ValueError(f"encoder.checkpoint={config.checkpoint}: {str(error).splitlines()[0]}") from None
-    _check_loaded(config, family, info)
+    has_head = _check_loaded(config, family, info)
     model.requires_grad_(False)
     for name in family.head:
         model.get_submodule(name).float().register_forward_pre_hook(_to_fp32)
-    return Encoder(model=model, family=family, shape=_describe_shape(config, content))
+    labels = tuple(content.get("id2label", {}).values()) if has_head else None
+    return Encoder(model=model, family=family, shape=_describe_shape(config, content), head_labels=labels)
 
 
 def _to_fp32(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.float() for tensor in inputs)
 
 
-def _check_loaded(config: EncoderConfig, family: Family, info: Mapping[str, Any]) -> None:
-    """Only the head may be missing, or of another task's size."""
+def _check_loaded(config: EncoderConfig, family: Family, info: Mapping[str, Any]) -> bool:
+    """Only the head may be missing, or of another task's size; whether it is there."""
     mismatched = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"]]
-    wrong = [name for name in [*info["missing_keys"], *mismatched] if name.split(".")[0] not in family.head]
+    absent = [*info["missing_keys"], *mismatched]
+    wrong = [name for name in absent if name.split(".")[0] not in family.head]
     if wrong:
         raise ValueError(f"encoder.checkpoint={config.checkpoint} lacks {wrong[0]} ({len(wrong)} tensors in all)")
+    return not absent
 
 
 def _describe_shape(config: EncoderConfig, content: Mapping[str, Any]) -> ModelConfig:

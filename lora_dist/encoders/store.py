@@ -16,7 +16,7 @@ import torch
 
 from lora_dist.checkpoint.store import ENCODER_KIND, PEFT_CONFIG, PEFT_WEIGHTS, describe_versions, write_tensors
 from lora_dist.classify_config import ClassifyConfig
-from lora_dist.encoders.adapt import AdaptedLinear
+from lora_dist.encoders.adapt import AdaptedLinear, describe_trained
 from lora_dist.encoders.model import Encoder
 from lora_dist.files.directories import open_new_directory, read_json, read_manifest, write_json, write_manifest
 from lora_dist.files.loralib import read_state_dict
@@ -134,21 +134,24 @@ def load_trained(encoder: Encoder, config: ClassifyConfig, labels: Sequence[str]
     """
     assert config.adapter is not None
     path = Path(config.adapter)
+    tensors = _read(path)
     if path.is_dir():
         _check_manifest(path, config, labels, base_fingerprint)
-    tensors = _read(path)
-    named = dict(encoder.model.named_parameters())
-    values = _read_factors(path, encoder, tensors)
-    head = {name: value for name, value in tensors.items() if name.split(".")[0] in encoder.family.head}
-    biases = {name: value for name, value in tensors.items() if name not in head}
-    wanted = {name for name in named if name.split(".")[0] in encoder.family.head} if config.adapter_head else set()
-    _check_keys(path, given=set(biases) | (set(head) if config.adapter_head else set()), wanted=wanted, config=config)
-    for name, value in (biases | head if config.adapter_head else biases).items():
-        _copy(path, name, named.get(name), value)
-    for shard in list_shards(encoder).values():
-        for spec in shard.specs:
-            for kind, factor in zip(_KINDS, shard.factors(spec), strict=True):
-                _copy(path, f"{spec.name}.{kind}", factor, values[f"{spec.name}.{kind}"])
+        _check_scaling(path, encoder, config)
+    values = _read_factors(path, encoder, tensors) | tensors
+    trained: dict[str, torch.Tensor] = {one.name: one.parameter for one in describe_trained(encoder)}
+    if not config.adapter_head:
+        values, trained = (_drop_head(encoder, tensors) for tensors in (values, trained))
+    for name in sorted(trained.keys() ^ values.keys()):
+        if name in trained:
+            raise ValueError(f"adapter={path} has no {name}; adapter_head=false begins with a new head")
+        raise ValueError(f"adapter={path} holds {name}, which this job does not train; check lora.target_modules")
+    for name, parameter in trained.items():
+        _copy(path, name, parameter, values[name])
+
+
+def _drop_head(encoder: Encoder, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not encoder.is_head(name)}
 
 
 def _check_manifest(path: Path, config: ClassifyConfig, labels: Sequence[str], base_fingerprint: str) -> None:
@@ -164,11 +167,23 @@ def _check_manifest(path: Path, config: ClassifyConfig, labels: Sequence[str], b
             raise ValueError(f"adapter={path}: {key} is {manifest.get(key)!r}, this job has {value!r}")
 
 
+def _check_scaling(path: Path, encoder: Encoder, config: ClassifyConfig) -> None:
+    """ValueError where the file's factors are scaled otherwise than this job would scale them."""
+    expected, found = _describe_adapter(encoder, config), read_json(path / PEFT_CONFIG)
+    for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
+        if key in expected and found.get(key, expected[key]) != expected[key]:
+            raise ValueError(
+                f"adapter={path}: {key} is {found[key]}, lora.rank, lora.alpha and lora.use_rslora of this job make it"
+                f" {expected[key]}"
+            )
+
+
 def _read(path: Path) -> dict[str, torch.Tensor]:
     """By the model's own names."""
     file = path / PEFT_WEIGHTS if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"adapter={path} has no {PEFT_WEIGHTS}; give a run of `classify`, PEFT's or loralib's file")
+        whole = f"encoder.checkpoint={path}/model, which it has" if (path / "model").is_dir() else "a run of `classify`"
+        raise ValueError(f"adapter={path} has no {PEFT_WEIGHTS}; give {whole}, or PEFT's or loralib's file")
     tensors = {}
     for key, tensor in read_state_dict(file).items():
         name = key.removeprefix(PREFIX)
@@ -191,17 +206,8 @@ def _read_factors(path: Path, encoder: Encoder, tensors: dict[str, torch.Tensor]
     return values
 
 
-def _check_keys(path: Path, *, given: set[str], wanted: set[str], config: ClassifyConfig) -> None:
-    missing = sorted(wanted - given)
-    if missing:
-        raise ValueError(f"adapter={path} has no {missing[0]}; set adapter_head=false to begin with a new head")
-    unknown = sorted(name for name in given - wanted if config.method == "lora")
-    if unknown:
-        raise ValueError(f"adapter={path} holds {unknown[0]}, which this job does not train; check lora.target_modules")
-
-
-def _copy(path: Path, name: str, parameter: torch.Tensor | None, value: torch.Tensor) -> None:
-    shape = None if parameter is None else tuple(parameter.shape)
-    if parameter is None or shape != tuple(value.shape):
+def _copy(path: Path, name: str, parameter: torch.Tensor, value: torch.Tensor) -> None:
+    shape = tuple(parameter.shape)
+    if shape != tuple(value.shape):
         raise ValueError(f"adapter={path}: {name} has shape {tuple(value.shape)}, this model needs {shape}")
     parameter.copy_(value)

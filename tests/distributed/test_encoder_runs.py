@@ -82,6 +82,10 @@ def test_a_whole_model_is_a_checkpoint_that_transformers_loads(tmp_path: Path) -
     )
     assert not info["missing_keys"]
     assert model.config.id2label == {0: "negative", 1: "positive"}
+    scored = describe_command(tmp_path, "again", f"encoder.checkpoint={tmp_path / 'full' / 'model'}")
+    assert run_distributed(call, 1, scored) == [0]
+    summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("full", "again")]
+    assert summaries[0]["scores"] == summaries[1]["scores"]
 
 
 def test_sentence_pairs_stay_two(tmp_path: Path) -> None:
@@ -147,10 +151,14 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
     run_distributed(write_it, 1)
     assert load_refused(tmp_path) == ""
-    assert "has rank 3, lora.rank makes 2" in load_refused(
-        tmp_path, lora=LoraConfig(rank=2, target_modules=ALL_TARGETS)
+    thin = LoraConfig(rank=2, alpha=6.0, target_modules=ALL_TARGETS)
+    assert "r is 3, lora.rank, lora.alpha and lora.use_rslora of this job make it 2" in load_refused(
+        tmp_path, lora=thin
     )
-    few = LoraConfig(rank=3, target_modules=["q_proj"])
+    few = LoraConfig(rank=3, alpha=6.0, target_modules=["q_proj"])
+    assert "lora_alpha is 6.0, lora.rank, lora.alpha" in load_refused(
+        tmp_path, lora=LoraConfig(rank=3, alpha=3.0, target_modules=ALL_TARGETS)
+    )
     assert "attention.output.dense.lora_A, which this job does not train" in load_refused(tmp_path, lora=few)
     write_rte(tmp_path / "rte.tsv")
     other = TaskConfig(name="rte", format="glue_rte", metric="accuracy", references=str(tmp_path / "rte.tsv"))
@@ -168,7 +176,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         (["encoder.method=bitfit", "dtype=bf16"], "encoder.method=bitfit trains weights of the base"),
         (["encoder.checkpoint=/nowhere"], "has no config.json"),
         (["lora.target_modules=[gate_proj]"], "matches nothing"),
-        (["train=null"], "train and adapter are null"),
+        (["train=null"], "has no head for 2 labels; give train=FILE"),
     ],
 )
 def test_mistakes_are_one_line(
