@@ -18,6 +18,7 @@ from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.parameters import TrainableParameter
 
+FACTORS = ("lora_A", "lora_B")
 _WHOLE = ShardPlace(column_parallel=True, tp_size=1, tp_rank=0)
 
 
@@ -36,22 +37,18 @@ class AdaptedLinear(nn.Module):
         return y_SBO[:, 0] if is_matrix else y_SBO.transpose(0, 1)
 
 
-def apply_encoder_method(
-    encoder: Encoder, config: ClassifyConfig
-) -> tuple[list[TrainableParameter], list[AdapterSpec]]:
-    """What trains, and the adapters. ValueError where a LoRA target matches nothing."""
-    specs: list[AdapterSpec] = []
+def apply_encoder_method(encoder: Encoder, config: ClassifyConfig) -> list[TrainableParameter]:
+    """What trains. ValueError where a LoRA target matches nothing."""
     if config.method == "full":
         encoder.model.requires_grad_(True)
     elif config.method == "bitfit":
         for name, parameter in encoder.model.named_parameters():
             parameter.requires_grad_(name.rpartition(".")[2] in ("bias", "q_bias", "v_bias"))
     else:
-        specs = build_adapter_specs(config.lora, encoder.shape)
-        put_adapters(encoder, specs, seed=config.loop.seed)
+        put_adapters(encoder, build_adapter_specs(config.lora, encoder.shape), seed=config.loop.seed)
     for module in encoder.family.head:
         encoder.model.get_submodule(module).requires_grad_(True)
-    return describe_trained(encoder), specs
+    return describe_trained(encoder)
 
 
 def put_adapters(encoder: Encoder, specs: Sequence[AdapterSpec], *, seed: int) -> None:
@@ -90,7 +87,7 @@ def describe_trained(encoder: Encoder) -> list[TrainableParameter]:
         for module in encoder.model.modules()
         if isinstance(module, LoraShard)
         for spec in module.specs
-        for kind, factor in zip(("lora_A", "lora_B"), module.factors(spec), strict=True)
+        for kind, factor in zip(FACTORS, module.factors(spec), strict=True)
     }
     described = []
     for local_name, parameter in encoder.model.named_parameters():

@@ -78,6 +78,7 @@ class Job:
             "method": config.method,
             "lora": asdict(config.lora) if config.method == "lora" else None,
             "labels": list(self.data.labels.words),
+            "encoder.seq_len": config.encoder.seq_len,
             "train": self.data.train_sha256,
             "optim": asdict(config.optim),
             "loop.num_steps": loop.num_steps,
@@ -150,7 +151,7 @@ def open_job(config: ClassifyConfig, topology: Topology, data: Data) -> Job:
     dtype, seed = DTYPES[config.dtype], config.loop.seed
     encoder = open_encoder(config.encoder, num_labels=data.labels.num_outputs, dtype=dtype, seed=seed)
     encoder.model.to(topology.device)
-    trainable, _ = apply_encoder_method(encoder, config)
+    trainable = apply_encoder_method(encoder, config)
     fingerprint = run_on_first(topology, lambda: compute_base_fingerprint(encoder.shape, seed))
     if config.train is None and config.adapter is None:
         check_own_head(config, encoder, data.labels)

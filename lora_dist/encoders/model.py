@@ -113,8 +113,14 @@ def open_encoder(config: EncoderConfig, *, num_labels: int, dtype: torch.dtype, 
     model.requires_grad_(False)
     for name in family.head:
         model.get_submodule(name).float().register_forward_pre_hook(_to_fp32)
-    labels = tuple(content.get("id2label", {}).values()) if has_head else None
+    labels = _read_labels(content) if has_head else None
     return Encoder(model=model, family=family, shape=_describe_shape(config, content), head_labels=labels)
+
+
+def _read_labels(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """By their numbers: transformers writes them sorted as text, "10" before "2"."""
+    names = content.get("id2label", {})
+    return tuple(names[number] for number in sorted(names, key=int))
 
 
 def _to_fp32(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

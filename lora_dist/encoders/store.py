@@ -16,7 +16,7 @@ import torch
 
 from lora_dist.checkpoint.store import ENCODER_KIND, PEFT_CONFIG, PEFT_WEIGHTS, describe_versions, write_tensors
 from lora_dist.classify_config import ClassifyConfig
-from lora_dist.encoders.adapt import AdaptedLinear, describe_trained
+from lora_dist.encoders.adapt import FACTORS, AdaptedLinear, describe_trained
 from lora_dist.encoders.model import Encoder
 from lora_dist.files.directories import open_new_directory, read_json, read_manifest, write_json, write_manifest
 from lora_dist.files.loralib import read_state_dict
@@ -61,11 +61,8 @@ def _to_file(encoder: Encoder, config: ClassifyConfig, values: Values) -> dict[s
     for module, shard in shards.items():
         a_RH, b_OR = stack(shard, values)
         tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = a_RH, b_OR
-    factors = {f"{spec.name}.{kind}" for shard in shards.values() for spec in shard.specs for kind in _KINDS}
+    factors = {f"{spec.name}.{kind}" for shard in shards.values() for spec in shard.specs for kind in FACTORS}
     return tensors | {f"{PREFIX}{name}": tensor for name, tensor in values.items() if name not in factors}
-
-
-_KINDS = ("lora_A", "lora_B")
 
 
 def list_shards(encoder: Encoder) -> dict[str, LoraShard]:
@@ -195,8 +192,7 @@ def _read_factors(path: Path, encoder: Encoder, tensors: dict[str, torch.Tensor]
     """Taken out of `tensors`."""
     values: dict[str, torch.Tensor] = {}
     for module, shard in list_shards(encoder).items():
-        pair = [tensors.pop(f"{module}.{kind}", None) for kind in _KINDS]
-        a_RH, b_OR = pair
+        a_RH, b_OR = (tensors.pop(f"{module}.{kind}", None) for kind in FACTORS)
         if a_RH is None or b_OR is None:
             raise ValueError(f"adapter={path} has no {module}.lora_A and lora_B; lora.target_modules has to match it")
         lora_rank = sum(spec.lora_rank for spec in shard.specs)

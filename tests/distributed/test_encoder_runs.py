@@ -82,6 +82,9 @@ def test_a_whole_model_is_a_checkpoint_that_transformers_loads(tmp_path: Path) -
     )
     assert not info["missing_keys"]
     assert model.config.id2label == {0: "negative", 1: "positive"}
+    content = json.loads((tmp_path / "full" / "model" / "config.json").read_text())
+    content["id2label"] = dict(reversed(content["id2label"].items()))  # the order of the file means nothing
+    (tmp_path / "full" / "model" / "config.json").write_text(json.dumps(content))
     scored = describe_command(tmp_path, "again", f"encoder.checkpoint={tmp_path / 'full' / 'model'}")
     assert run_distributed(call, 1, scored) == [0]
     summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("full", "again")]

@@ -1,5 +1,6 @@
 """Encoders: logits and gradients against transformers and PEFT, topologies and ZeRO stages against one process."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,27 @@ def test_peft_reads_what_was_trained_and_has_the_same_logits_and_gradients(famil
         for target, own in (("q_proj", "query"), ("k_proj", "key")):
             (name,) = [name for name in theirs if f"layer.1.attention.self.{own}" in name and "lora_B" in name]
             torch.testing.assert_close(gradients[f"layers.1.{target}.lora_B"], theirs[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_is_loaded(family: str, tmp_path: Path) -> None:
+    """DeBERTa's fused projection takes q, k and v apart again."""
+    config = build_config(tmp_path, family, zero=ZeroConfig(stage=0))
+    again = replace(config, adapter=str(tmp_path / "run" / "adapter"))
+
+    def write_and_load() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
+            job = open_alone(config, topology)
+            set_b(job)
+            write(job, TrainResult(valid_loss_before=None, valid_loss_after=None, num_steps_done=0))
+            jobs = (job, open_alone(again, topology))
+            first, second = ({one.name: one.parameter.detach() for one in one_job.engine.trainable} for one_job in jobs)
+            return first, second
+
+    ((written, loaded),) = run_distributed(write_and_load, 1)
+    assert written.keys() == loaded.keys()
+    assert written["layers.1.k_proj.lora_B"].any()
+    assert all(torch.equal(value, loaded[name]) for name, value in written.items())
 
 
 @pytest.mark.parametrize(
