@@ -20,8 +20,7 @@ from lora_dist.lora.factors import derive_seed
 from lora_dist.lora.function import read_weight
 from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import parse_layers
-from lora_dist.mcore.adapters import LINEAR_OF_TARGET
+from lora_dist.lora.targets import LINEAR_OF_TARGET, parse_layers
 from lora_dist.mcore.layers import LoraColumnParallelLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.measure.environment import describe_environment

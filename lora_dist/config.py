@@ -9,7 +9,6 @@ from lora_dist.base_format import check_blocks, check_frozen
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS, BottleneckConfig
 from lora_dist.data_config import FILE_FORMATS as FILE_FORMATS
 from lora_dist.data_config import DataConfig as DataConfig
-from lora_dist.lora_config import MODULES_TO_SAVE as MODULES_TO_SAVE
 from lora_dist.lora_config import LoraConfig as LoraConfig
 from lora_dist.model_config import ModelConfig as ModelConfig
 from lora_dist.plan_config import RECOMPUTE as RECOMPUTE
@@ -18,6 +17,7 @@ from lora_dist.plan_config import PlanConfig as PlanConfig
 from lora_dist.prefix_config import LORA_PREFIX_METHODS, PREFIX_METHODS
 from lora_dist.prefix_config import PrefixConfig as PrefixConfig
 from lora_dist.refusals import require, require_one_of
+from lora_dist.saved_modules import check_trained_base
 
 
 @dataclass(kw_only=True, slots=True)
@@ -262,9 +262,12 @@ class RunConfig:
 
 def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
     """What a method can do on a base of this family and format."""
-    is_gpt2 = model.family == "gpt2"
     require(
-        method in ("lora", "full") or is_gpt2,
+        method != "bitfit" or model.architecture.has_biases,
+        f"method=bitfit trains biases, and model.family={model.family} has none; use method=lora",
+    )
+    require(
+        method in ("lora", "full", "bitfit") or model.family == "gpt2",
         f"method={method} is there on GPT-2 and GPT-3, model.family is {model.family}; use method=lora",
     )
     if method not in LORA_METHODS:
@@ -275,15 +278,10 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
         " use_dora as they are",
     )
     require(
-        lora.bias == "none" or is_gpt2,
-        f"lora.bias={lora.bias}: biases train beside adapters on GPT-2 alone, model.family is {model.family};"
-        " set lora.bias=none",
+        lora.bias == "none" or model.architecture.has_biases,
+        f"lora.bias={lora.bias}: model.family={model.family} has no biases; set lora.bias=none",
     )
-    require(
-        not lora.modules_to_save or is_gpt2,
-        f"lora.modules_to_save={lora.modules_to_save} names modules of GPT-2, model.family is {model.family};"
-        " leave it empty",
-    )
+    check_trained_base(lora, model)
     require(
         lora.init != "pissa" or model.base_format == "native",
         f"lora.init=pissa takes its part out of the base's own weights; model.base_format={model.base_format} has"

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 
 from lora_dist.refusals import require, require_one_of
 
-MODULES_TO_SAVE = ("wte", "wpe", "ln_1", "ln_2", "ln_f")
-
 
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:
@@ -30,7 +28,8 @@ class LoraConfig:
     use_dora: bool = False
     """Train the length of each output row besides (DoRA, arXiv:2402.09353)."""
     modules_to_save: list[str] = field(default_factory=list)
-    """Whole modules that train too: wte (embedding and tied output layer), wpe, ln_1, ln_2 (all layers'), ln_f."""
+    """Whole modules that train too, by transformers' names: GPT-2's wte (embedding and tied output layer), wpe, ln_1,
+    ln_2 (all layers'), ln_f; Llama's embed_tokens, lm_head, norm, input_layernorm, post_attention_layernorm."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Rank of the targets a name, alias or expression matches, instead of `rank`."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -44,13 +43,6 @@ class LoraConfig:
         require(
             not (self.use_dora and self.init == "pissa"),
             "lora.use_dora=true starts from the base's own rows, lora.init=pissa changes them; use one of them",
-        )
-        for module in self.modules_to_save:
-            require_one_of("lora.modules_to_save", module, MODULES_TO_SAVE)
-        require(
-            not (self.bias == "all" and any(module.startswith("ln_") for module in self.modules_to_save)),
-            f"lora.bias=all trains the norms' biases, lora.modules_to_save={self.modules_to_save} the norms whole;"
-            " use lora.bias=lora_only or none",
         )
         require(bool(self.target_modules), "lora.target_modules is empty; name at least one, e.g. [q_proj,v_proj]")
         for pattern, rank in self.rank_pattern.items():

@@ -14,6 +14,8 @@ class Architecture:
     """Positions turn queries and keys (arXiv:2104.09864); otherwise a learned vector is added to the embedding."""
     position_offset: int = 0
     """Rows of the learned table before that of position 0."""
+    grouped_query: bool = False
+    """Several query heads may share a key and a value head (arXiv:2305.13245)."""
     rms_norm: bool = False
     """Norms divide by the root mean square and have no bias (arXiv:1910.07467); otherwise LayerNorm."""
     qk_norm: bool = False
@@ -26,11 +28,17 @@ class Architecture:
     """Every linear of a layer has a bias."""
     qkv_biases: bool = False
     """Those of q, k and v have one, whatever linear_biases says."""
+    fused_qkv: bool = False
+    """transformers makes q, k and v with one linear, which PEFT gives one adapter."""
+
+    @property
+    def has_biases(self) -> bool:
+        return self.linear_biases or self.qkv_biases or not self.rms_norm
 
 
-_LLAMA = Architecture(rotary=True, rms_norm=True, gated=True, linear_biases=False)
+_LLAMA = Architecture(rotary=True, grouped_query=True, rms_norm=True, gated=True, linear_biases=False)
 ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": Architecture(),
+    "gpt2": Architecture(fused_qkv=True),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": replace(_LLAMA, qkv_biases=True),
@@ -105,6 +113,12 @@ class ModelConfig:
         require(
             self.num_heads % self.num_query_groups == 0,
             f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}",
+        )
+
+        require(
+            self.architecture.grouped_query or self.num_query_groups == self.num_heads,
+            f"model.num_kv_heads={self.num_kv_heads} differs from model.num_heads={self.num_heads}, and"
+            f" model.family={self.family} has as many of both; leave it null",
         )
 
     def _check_rotary(self) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lora_dist.base_shapes import compute_canonical_shapes
 from lora_dist.config import (
     BenchConfig,
     CompareConfig,
@@ -22,11 +23,10 @@ from lora_dist.config import (
     ZeroConfig,
 )
 from lora_dist.files.hf_checkpoint import read_model_fields
-from lora_dist.files.hf_gpt2 import compute_hf_shapes, find_hf_tensor
-from lora_dist.files.peft_gpt2 import list_bias_names, list_module_names
 from lora_dist.files.peft_layout import compute_factor_shapes
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.spec import AdapterSpec
+from lora_dist.lora.trained_base import list_trained_base
 from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import build_topology
 
@@ -103,9 +103,9 @@ def draw_adapter_values(
         is_factor = name.endswith((".lora_A", ".lora_B"))
         drawn = torch.randn(shape, generator=generator) if is_factor else torch.rand(shape, generator=generator)
         values[name] = 0.2 * drawn if is_factor else 0.5 + drawn
-    shapes = compute_hf_shapes(model)
-    for name in [*list_bias_names(specs, model, bias), *list_module_names(model, modules)]:
-        values[name] = torch.randn(shapes[find_hf_tensor(name).name], generator=generator)
+    shapes = compute_canonical_shapes(model)
+    for name in list_trained_base(specs, model, bias, modules):
+        values[name] = torch.randn(shapes[name], generator=generator)
     return values
 
 

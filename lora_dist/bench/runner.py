@@ -68,6 +68,10 @@ def check_bench(config: RunConfig) -> None:
             f"model.base_format={config.model.base_format} is not set up for PEFT here; bench"
             f" {', '.join(OUR_CONTENDERS)} alone"
         )
+    if not (config.lora.has_factors_alone or ours_alone):
+        raise ValueError(
+            "with its peers bench compares LoRA's factors alone; leave lora.bias, modules_to_save, init and use_dora"
+        )
     if loop.recompute == "auto":
         raise ValueError("loop.recompute=auto depends on the contender; bench none, selective or full")
     if (loop.recompute == "selective" or loop.recompute_layers is not None) and not ours_alone:

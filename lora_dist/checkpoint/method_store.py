@@ -34,7 +34,7 @@ from lora_dist.files.directories import (
     write_json,
     write_manifest,
 )
-from lora_dist.files.peft_gpt2 import compute_peft_shapes, from_peft_tensors, to_peft_tensors
+from lora_dist.files.peft_base import compute_base_shapes, from_peft_base, to_peft_base
 from lora_dist.files.peft_layout import compute_factor_shapes
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.parameters import TrainableParameter
@@ -68,7 +68,7 @@ def write_method(
 
     def write() -> None:
         values = {name: whole for name, whole in stream if whole is not None}
-        tensors = to_peft_tensors(values, [], model, "all") if options["method"] == "bitfit" else values
+        tensors = to_peft_base(values, [], model, "all", ()) if options["method"] == "bitfit" else values
         with open_new_directory(directory) as temporary:
             hashes = {PEFT_WEIGHTS: write_tensors(temporary / PEFT_WEIGHTS, tensors, torch.float32)}
             hashes[PEFT_CONFIG] = write_json(temporary / PEFT_CONFIG, options)
@@ -137,7 +137,7 @@ class StoredMethod:
             specs = build_bottleneck_specs(self.method, bottleneck, self.model)
             return {f"{spec.name}.{key}": shape for spec in specs for key, shape in spec.shapes.items()}
         require_one_of("method", self.method, ("bitfit", *BOTTLENECK_METHODS, *PREFIX_METHODS))
-        return compute_peft_shapes([], self.model, "all")
+        return compute_base_shapes([], self.model, "all", ())
 
     @property
     def needs_merge(self) -> bool:
@@ -151,7 +151,7 @@ class StoredMethod:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{path}: {name} holds values that are not finite; name another adapter")
-        return from_peft_tensors(tensors, [], self.model, "all") if self.method == "bitfit" else tensors
+        return from_peft_base(tensors, [], self.model, "all", ()) if self.method == "bitfit" else tensors
 
 
 def read_method_name(directory: Path) -> str | None:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lora_dist.base_shapes import compute_canonical_shapes
 from lora_dist.checkpoint.identity import check_same
-from lora_dist.config import MODULES_TO_SAVE, ModelConfig
+from lora_dist.config import ModelConfig
 from lora_dist.files.directories import MANIFEST, open_new_directory, read_manifest, write_json, write_manifest
-from lora_dist.files.hf_gpt2 import QKV_TARGETS, compute_hf_shapes, find_hf_tensor
-from lora_dist.files.peft_gpt2 import list_bias_names, list_module_names
+from lora_dist.files.hf_gpt2 import QKV_TARGETS
 from lora_dist.files.peft_layout import (
     compute_factor_shapes,
     compute_peft_shapes,
@@ -33,6 +33,8 @@ from lora_dist.files.peft_layout import (
 from lora_dist.files.safetensors_stream import DTYPE_NAMES, open_writer, read_header
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import compute_linear_shapes
+from lora_dist.lora.trained_base import list_trained_base
+from lora_dist.saved_modules import check_saved_modules
 
 ENCODER_KIND = "encoder"
 """What the manifest of an adapter of `lora-dist classify` says it is."""
@@ -178,8 +180,7 @@ def open_adapter(directory: Path, *, model: ModelConfig, base_fingerprint: str) 
     if bias not in ("none", "lora_only", "all"):
         raise ValueError(f"{directory / MANIFEST}: bias is {bias!r}, not one of none, lora_only, all")
     modules = manifest.get("modules_to_save", [])
-    if not set(modules) <= set(MODULES_TO_SAVE):
-        raise ValueError(f"{directory / MANIFEST}: modules_to_save is {modules!r}, not of {', '.join(MODULES_TO_SAVE)}")
+    check_saved_modules(f"{directory / MANIFEST}: modules_to_save", modules, model)
     path, has_factors = _find_weights(directory, manifest)
     compute_shapes = _compute_factor_shapes if has_factors else compute_peft_shapes
     dtype = check_tensors(path, compute_shapes(specs, model, bias, modules))
@@ -230,9 +231,8 @@ def _find_weights(directory: Path, manifest: Mapping[str, Any]) -> tuple[Path, b
 def _compute_factor_shapes(
     specs: Sequence[AdapterSpec], model: ModelConfig, bias: str, modules: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
-    hf_shapes = compute_hf_shapes(model)
-    names = [*list_bias_names(specs, model, bias), *list_module_names(model, modules)]
-    return compute_factor_shapes(specs, model) | {name: hf_shapes[find_hf_tensor(name).name] for name in names}
+    base_shapes, names = compute_canonical_shapes(model), list_trained_base(specs, model, bias, modules)
+    return compute_factor_shapes(specs, model) | {name: base_shapes[name] for name in names}
 
 
 def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> torch.dtype:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from lora_dist.config import ModelConfig, RunConfig, compute_dp_size, compute_num_microbatches
 from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.lora.trained_base import check_biases
 
 
 def check_inputs(config: RunConfig, world_size: int) -> None:
     """ValueError for what a run of `config` on `world_size` processes cannot use. Starts no process, joins no group."""
     dp_size = compute_dp_size(config.topology, world_size)
     compute_num_microbatches(config.loop, dp_size)
-    build_adapter_specs(config.lora, config.model)
+    check_biases(build_adapter_specs(config.lora, config.model), config.model, config.lora.bias)
     _check_data_files(config)
 
 

@@ -20,7 +20,7 @@ from lora_dist.encoders.adapt import FACTORS, AdaptedLinear, describe_trained
 from lora_dist.encoders.model import Encoder
 from lora_dist.files.directories import open_new_directory, read_json, read_manifest, write_json, write_manifest
 from lora_dist.files.loralib import read_state_dict
-from lora_dist.files.peft_gpt2 import describe_peft_config
+from lora_dist.files.peft_config import describe_peft_config
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.hf_weights import TOKENIZER_FILES

@@ -6,15 +6,11 @@ the fused projection's rows head by head.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_dist.config import ModelConfig
 from lora_dist.files.hf_layout import HfFamily, HfPart, get_size
-from lora_dist.lora.layer import compute_qkv_rows
 
 QKV_TARGETS = ("q_proj", "k_proj", "v_proj")
 PREFIX = "transformer."
@@ -36,39 +32,6 @@ _OTHER_TENSORS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HfTensor:
-    """Where one canonical parameter lies in a Hugging Face checkpoint."""
-
-    name: str
-    """Without the `transformer.` prefix."""
-    transposed: bool
-    is_qkv: bool
-
-
-def find_hf_tensor(canonical_name: str) -> HfTensor:
-    """`decoder.layers.3.mlp.linear_fc1.weight` -> `h.3.mlp.c_fc.weight`, transposed."""
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", canonical_name)
-    if match is None:
-        return HfTensor(name=_OTHER_TENSORS[canonical_name], transposed=False, is_qkv=False)
-    layer, module, kind = match.groups()
-    return HfTensor(
-        name=f"h.{layer}.{_LAYER_MODULES[module]}.{kind}",
-        transposed=kind == "weight" and "linear" in module,
-        is_qkv=module.endswith("linear_qkv"),
-    )
-
-
-def find_canonical_name(hf_name: str) -> str:
-    """The inverse of `find_hf_tensor`; KeyError where GPT-2 has no such tensor."""
-    match = re.fullmatch(r"h\.(\d+)\.(.+)\.(weight|bias)", hf_name)
-    if match is None:
-        return {hf: name for name, hf in _OTHER_TENSORS.items() if name != "output_layer.weight"}[hf_name]
-    layer, module, kind = match.groups()
-    modules = {hf: name for name, hf in _LAYER_MODULES.items()}
-    return f"decoder.layers.{layer}.{modules[module]}.{kind}"
-
-
 def compute_hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a GPT-2 checkpoint must hold, without prefix, in the order it is written."""
     h, f = model.hidden_size, model.ffn_hidden_size
@@ -83,33 +46,17 @@ def compute_hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"ln_f.weight": (h,), "ln_f.bias": (h,)}
 
 
-def to_hf_layout(whole: torch.Tensor, hf: HfTensor, num_heads: int) -> torch.Tensor:
-    """A whole canonical tensor as Hugging Face stores it."""
-    if hf.is_qkv:
-        whole = whole[_compute_whole_rows(whole.shape[0], num_heads)]
-    return whole.t() if hf.transposed else whole
-
-
-def from_hf_layout(stored: torch.Tensor, hf: HfTensor, num_heads: int) -> torch.Tensor:
-    """The inverse of `to_hf_layout`."""
-    whole = stored.t() if hf.transposed else stored
-    if not hf.is_qkv:
-        return whole
-    return torch.empty_like(whole).index_copy_(0, _compute_whole_rows(whole.shape[0], num_heads), whole)
-
-
-def _compute_whole_rows(num_rows: int, num_heads: int) -> torch.Tensor:
-    """Canonical row of each of Hugging Face's rows [all q, all k, all v]."""
-    rows = compute_qkv_rows(num_heads, 1, num_rows // (3 * num_heads))
-    return torch.cat([rows[target] for target in QKV_TARGETS])
-
-
 def _find_parts(canonical_name: str, model: ModelConfig) -> list[HfPart]:
-    hf = find_hf_tensor(canonical_name)
-    if not hf.is_qkv:
-        return [HfPart(name=hf.name, transposed=hf.transposed)]
+    """`decoder.layers.3.mlp.linear_fc1.weight` -> `h.3.mlp.c_fc.weight`, transposed."""
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", canonical_name)
+    if found is None:
+        return [HfPart(name=_OTHER_TENSORS[canonical_name])]
+    layer, module, kind = found.groups()
+    name, transposed = f"h.{layer}.{_LAYER_MODULES[module]}.{kind}", kind == "weight" and "linear" in module
+    if not module.endswith("linear_qkv"):
+        return [HfPart(name=name, transposed=transposed)]
     return [
-        HfPart(name=hf.name, target=target, first=index * model.hidden_size, transposed=hf.transposed)
+        HfPart(name=name, target=target, first=index * model.hidden_size, transposed=transposed)
         for index, target in enumerate(QKV_TARGETS)
     ]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lora_dist.base_shapes import compute_canonical_shapes
 from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.model_config import ModelConfig
@@ -103,43 +104,6 @@ class SplitNames:
         return {target: self.layers + name for target, name in names.items()}
 
 
-def compute_canonical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the whole model by canonical name; a tied output layer is none of its own."""
-    kind, h = model.architecture, model.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (model.vocab_size, h)}
-    if not kind.rotary:
-        num_positions = model.max_position_embeddings + kind.position_offset
-        shapes["embedding.position_embeddings.weight"] = (num_positions, h)
-    layer = _compute_layer_shapes(model)
-    for number in range(model.num_layers):
-        shapes |= {f"decoder.layers.{number}.{name}": shape for name, shape in layer.items()}
-    shapes |= _norm("decoder.final_layernorm", h, model)
-    return shapes if model.tied_output else {**shapes, "output_layer.weight": (model.vocab_size, h)}
-
-
-def _compute_layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    kind, h, f, q = model.architecture, model.hidden_size, model.ffn_hidden_size, model.query_size
-    linears = {
-        "self_attention.linear_proj": (h, q, kind.linear_biases),
-        "self_attention.linear_qkv": (q + 2 * model.kv_size, h, kind.linear_biases or kind.qkv_biases),
-        "mlp.linear_fc1": ((2 if kind.gated else 1) * f, h, kind.linear_biases),
-        "mlp.linear_fc2": (h, f, kind.linear_biases),
-    }
-    shapes = _norm("input_layernorm", h, model) | _norm("pre_mlp_layernorm", h, model)
-    for name, (num_out, num_in, has_bias) in linears.items():
-        shapes[f"{name}.weight"] = (num_out, num_in)
-        shapes |= {f"{name}.bias": (num_out,)} if has_bias else {}
-    if kind.qk_norm:
-        for name in ("q_layernorm", "k_layernorm"):
-            shapes |= _norm(f"self_attention.{name}", model.head_dim, model)
-    return shapes
-
-
-def _norm(name: str, size: int, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    kinds = ("weight",) if model.architecture.rms_norm else ("weight", "bias")
-    return {f"{name}.{kind}": (size,) for kind in kinds}
-
-
 def split_to_hf(whole: torch.Tensor, parts: Sequence[HfPart], model: ModelConfig) -> dict[str, torch.Tensor]:
     """A whole canonical tensor as Hugging Face stores it, by stored name."""
     blocks: dict[str, list[torch.Tensor]] = {}
@@ -150,6 +114,21 @@ def split_to_hf(whole: torch.Tensor, parts: Sequence[HfPart], model: ModelConfig
     joined = {name: block[0] if len(block) == 1 else torch.cat(block) for name, block in blocks.items()}
     transposed = {part.name for part in parts if part.transposed}
     return {name: tensor.t() if name in transposed else tensor for name, tensor in joined.items()}
+
+
+def join_from_hf(
+    stored: Mapping[str, torch.Tensor], canonical_shape: tuple[int, ...], parts: Sequence[HfPart], model: ModelConfig
+) -> torch.Tensor:
+    """The inverse of `split_to_hf`."""
+    whole = stored[parts[0].name].new_empty(canonical_shape)
+    for part in parts:
+        tensor = stored[part.name].t() if part.transposed else stored[part.name]
+        rows = None if part.target is None else compute_fused_rows(part.target, model)
+        if rows is None or part.target is None:
+            return tensor
+        own_rows = rows[part.target]
+        whole[own_rows] = tensor[part.first : part.first + len(own_rows)]
+    return whole
 
 
 def get_size(config: Mapping[str, Any], key: str, path: Path) -> int:

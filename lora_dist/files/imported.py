@@ -12,18 +12,13 @@ from pathlib import Path
 import torch
 
 from lora_dist.config import ModelConfig
-from lora_dist.files.hf_gpt2 import (
-    PREFIX,
-    QKV_TARGETS,
-    compute_hf_shapes,
-    find_canonical_name,
-    find_hf_tensor,
-    from_hf_layout,
-)
+from lora_dist.files.base_values import compute_stored_shapes, from_stored
+from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.files.hf_gpt2 import QKV_TARGETS
 from lora_dist.files.modules import ModuleName, parse_module_name
-from lora_dist.files.peft_gpt2 import list_bias_names
 from lora_dist.lora.spec import CANONICAL_TARGETS, AdapterSpec
 from lora_dist.lora.targets import compute_linear_shapes
+from lora_dist.lora.trained_base import list_trained_base
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,9 +87,9 @@ def build_imported(
 ) -> ImportedAdapter:
     """`biases` by the name of their module. ValueError for what does not fit the model."""
     specs, values = _build_adapters(path, factors, model, rank_stabilized=rank_stabilized)
-    values |= _read_biases(path, biases, specs, model, bias)
+    trained = _read_biases(path, biases, specs, model, bias)
     names = {target: one.module.template for one in factors for target in one.module.targets}
-    return ImportedAdapter(specs=specs, bias=bias, values=values, names=names)
+    return ImportedAdapter(specs=specs, bias=bias if trained else "none", values=values | trained, names=names)
 
 
 def build_factors(path: Path, name: str, key: str, a_RH: torch.Tensor, b_OR: torch.Tensor, alpha: float) -> Factors:
@@ -113,7 +108,7 @@ def _build_adapters(
     if not factors:
         raise ValueError(f"{path} holds no LoRA factors")
     for one in factors:
-        fuses_what_is_apart = len(one.module.targets) > 1 and model.family != "gpt2"
+        fuses_what_is_apart = len(one.module.targets) > 1 and not model.architecture.fused_qkv
         if one.module.targets[0] not in shapes or fuses_what_is_apart:
             raise ValueError(f"{path}: {one.key}: {model.name} is {model.family}, which has no such linear")
         in_features, out_features = shapes[one.module.targets[0]]
@@ -197,19 +192,13 @@ def _scale_alpha(alpha: float, ratio: float, rank_stabilized: bool) -> float:
 def _read_biases(
     path: Path, biases: Mapping[str, torch.Tensor], specs: Sequence[AdapterSpec], model: ModelConfig, bias: str
 ) -> dict[str, torch.Tensor]:
-    """Canonical values; exactly those that `bias` trains on a GPT-2. ValueError where another family has any."""
-    if model.family != "gpt2":
-        if biases:
-            raise ValueError(f"{path} holds trained biases (bias={bias}), which are supported on GPT-2 alone")
-        return {}
-    shapes, values = compute_hf_shapes(model), {}
-    expected = {find_hf_tensor(name).name: name for name in list_bias_names(specs, model, bias)}
-    found = {f"{name.removeprefix(PREFIX)}.bias": tensor for name, tensor in biases.items()}
+    """Canonical values; exactly those that `bias` trains."""
+    names = list_trained_base(specs, model, bias)
+    expected = compute_stored_shapes(names, model)
+    found = {f"{name.removeprefix(HF_FAMILIES[model.family].prefix)}.bias": tensor for name, tensor in biases.items()}
     for name in sorted(expected.keys() | found.keys()):
         actual = tuple(found[name].shape) if name in found else "none"
-        wanted = shapes[name] if name in expected else "none"
+        wanted = expected.get(name, "none")
         if actual != wanted:
             raise ValueError(f"{path}: {name} has shape {actual}, bias={bias} on {model.name} needs {wanted}")
-        canonical = find_canonical_name(name)
-        values[canonical] = from_hf_layout(found[name], find_hf_tensor(canonical), model.num_heads)
-    return values
+    return from_stored(found, names, model)

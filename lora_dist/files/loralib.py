@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from lora_dist.config import ModelConfig
-from lora_dist.files.hf_gpt2 import QKV_TARGETS, find_hf_tensor, to_hf_layout
+from lora_dist.files.base_values import to_stored
+from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.files.hf_gpt2 import QKV_TARGETS
 from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, build_imported, drop_keys
 from lora_dist.files.modules import FAMILY_NAMES, is_fused, parse_module_name
-from lora_dist.files.peft_gpt2 import list_bias_names
 from lora_dist.files.safetensors_stream import read_header
 from lora_dist.lora.spec import AdapterSpec
+from lora_dist.lora.trained_base import list_trained_base
 
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
 _KEY = re.compile(r"(.+)\.(lora_A|lora_B|bias)")
@@ -133,10 +135,8 @@ def export_loralib(
         settings[name] = {"r": first.lora_rank, "lora_alpha": alpha}
         if is_fused(name) and not first.shares_a:
             settings[name]["enable_lora"] = [target in {spec.target for spec in group} for target in QKV_TARGETS]
-    for name in list_bias_names(specs, model, bias):
-        hf = find_hf_tensor(name)
-        state[f"transformer.{hf.name}"] = to_hf_layout(values[name], hf, model.num_heads)
-    return state, settings
+    biases, prefix = to_stored(values, list_trained_base(specs, model, bias), model), HF_FAMILIES[model.family].prefix
+    return state | {f"{prefix}{name}": tensor for name, tensor in biases.items()}, settings
 
 
 def _stack(values: Mapping[str, torch.Tensor], group: Sequence[AdapterSpec], kind: str) -> torch.Tensor:

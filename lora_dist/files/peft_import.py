@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import read_json
 from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, build_imported, drop_keys
-from lora_dist.files.peft_modules import check_modules, take_modules
+from lora_dist.files.peft_modules import read_peft_modules, take_modules
 from lora_dist.files.safetensors_stream import read_header
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -34,7 +34,7 @@ def import_peft(directory: Path, model: ModelConfig, drop: Sequence[str] = ()) -
     path = directory / _WEIGHTS
     read_header(path)
     tensors = drop_keys(load_file(path), drop)
-    modules = check_modules(path, config.get("modules_to_save") or [], config.get("bias", "none"))
+    modules = read_peft_modules(path, config.get("modules_to_save") or [], config.get("bias", "none"), model)
     values = take_modules(path, tensors, model, modules)
     factors, bias_tensors = _sort_keys(path, tensors, config)
     rank_stabilized, bias = bool(config.get("use_rslora")), config.get("bias", "none")

@@ -6,9 +6,18 @@ from typing import Any
 import torch
 
 from lora_dist.config import ModelConfig
-from lora_dist.files import peft_gpt2
 from lora_dist.files.modules import FAMILY_NAMES
-from lora_dist.files.peft_split import compute_split_keys, to_peft_split
+from lora_dist.files.peft_base import compute_base_shapes, from_peft_base, to_peft_base
+from lora_dist.files.peft_config import describe_peft_config
+from lora_dist.files.peft_gpt2 import (
+    compute_fused_shapes,
+    describe_fused_modules,
+    from_peft_fused,
+    group_specs,
+    to_peft_fused,
+)
+from lora_dist.files.peft_modules import name_peft_modules
+from lora_dist.files.peft_split import compute_split_keys, describe_split_modules
 from lora_dist.lora.spec import AdapterSpec
 
 
@@ -20,10 +29,22 @@ def to_peft_files(
     modules: Sequence[str] = (),
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Whole values by canonical name -> adapter_model.safetensors and adapter_config.json."""
-    if model.family != "gpt2":
-        return to_peft_split(values, specs, bias=bias, names=FAMILY_NAMES[model.family], base_name=model.checkpoint)
-    tensors = peft_gpt2.to_peft_tensors(values, specs, model, bias, modules)
-    return tensors, peft_gpt2.build_adapter_config(specs, bias=bias, base_name=model.checkpoint, modules=modules)
+    if model.architecture.fused_qkv:
+        tensors, adapted = to_peft_fused(values, specs), describe_fused_modules(specs)
+    else:
+        names = FAMILY_NAMES[model.family]
+        tensors = {key: values[name] for name, key in compute_split_keys(specs, names).items()}
+        adapted = describe_split_modules(specs, names)
+    tensors |= to_peft_base(values, specs, model, bias, modules)
+    config = describe_peft_config(
+        adapted,
+        specs[0],
+        bias=bias,
+        base_name=model.checkpoint,
+        fan_in_fan_out=model.family == "gpt2",
+        modules_to_save=name_peft_modules(modules, model),
+    )
+    return {key: tensors[key] for key in sorted(tensors)}, config  # the order in which PEFT writes them
 
 
 def from_peft_tensors(
@@ -34,20 +55,22 @@ def from_peft_tensors(
     modules: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The inverse of `to_peft_files` where no scaling was folded into B; exact."""
-    if model.family == "gpt2":
-        return peft_gpt2.from_peft_tensors(tensors, specs, model, bias, modules)
+    base = from_peft_base(tensors, specs, model, bias, modules)
+    if model.architecture.fused_qkv:
+        return from_peft_fused(tensors, specs) | base
     keys = compute_split_keys(specs, FAMILY_NAMES[model.family])
-    return {name: tensors[key] for name, key in keys.items()}
+    return {name: tensors[key] for name, key in keys.items()} | base
 
 
 def compute_peft_shapes(
     specs: Sequence[AdapterSpec], model: ModelConfig, bias: str, modules: Sequence[str] = ()
 ) -> dict[str, tuple[int, ...]]:
     """Every key of adapter_model.safetensors and its shape."""
-    if model.family == "gpt2":
-        return peft_gpt2.compute_peft_shapes(specs, model, bias, modules)
+    base = compute_base_shapes(specs, model, bias, modules)
+    if model.architecture.fused_qkv:
+        return compute_fused_shapes(specs) | base
     keys, shapes = compute_split_keys(specs, FAMILY_NAMES[model.family]), compute_factor_shapes(specs, model)
-    return {key: shapes[name] for name, key in keys.items()}
+    return {key: shapes[name] for name, key in keys.items()} | base
 
 
 def compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -58,15 +81,15 @@ def compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig) -> d
         shapes[f"{spec.name}.lora_B"] = (spec.out_features, spec.lora_rank)
         if spec.use_dora:
             shapes[f"{spec.name}.magnitude"] = (spec.out_features,)
-    if model.family == "gpt2":  # whose fused c_attn has the lengths of all its rows
-        for module in peft_gpt2.group_specs(specs):
+    if model.architecture.fused_qkv:  # one linear, which has the lengths of all its rows
+        for module in group_specs(specs):
             shapes.update(dict.fromkeys(module.magnitude_names, (module.specs[0].out_features,)))
     return shapes
 
 
 def find_folded_scalings(specs: Sequence[AdapterSpec], model: ModelConfig) -> dict[str, float]:
     """Adapters whose B is multiplied, since PEFT has one scaling a module; none where every projection has its own."""
-    if model.family != "gpt2":
+    if not model.architecture.fused_qkv:
         return {}
-    modules = peft_gpt2.group_specs(specs)
+    modules = group_specs(specs)
     return {name: ratio for module in modules for name, ratio in module.compute_folded_ratios().items()}

@@ -1,48 +1,93 @@
-"""PEFT's modules_to_save, which its files hold beside the factors, taken out as canonical values."""
+"""PEFT's modules_to_save: its names for them, and their tensors taken out of its files."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from lora_dist.config import MODULES_TO_SAVE, ModelConfig
-from lora_dist.files.hf_gpt2 import compute_hf_shapes, find_hf_tensor
-from lora_dist.files.peft_gpt2 import find_module_keys
+from lora_dist.base_shapes import compute_canonical_shapes
+from lora_dist.config import ModelConfig
+from lora_dist.files.base_values import compute_stored_shapes, from_stored
+from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.files.hf_layout import TIED_HEAD
+from lora_dist.files.peft_base import find_base_keys
+from lora_dist.lora.trained_base import list_trained_base
+from lora_dist.saved_modules import find_embedding_name, find_norms, is_saved, list_saved_modules
 
-_HEAD = "lm_head"
+_HEAD = TIED_HEAD.removesuffix(".weight")
 
 
-def check_modules(path: Path, modules: Sequence[str], bias: str) -> list[str]:
+def name_peft_modules(modules: Sequence[str], model: ModelConfig) -> list[str]:
+    """PEFT trains every module whose full name ends so, with `norm` Llama's other norms too; hence `model.norm`.
+
+    A tied output layer is named beside its embedding, since PEFT trains the two apart.
+    """
+    stored, named = _find_stored_modules(model), []
+    for module in modules:
+        others = [name for kind, names in stored.items() if kind != module for name in names]
+        named.append(stored[module][0] if any(name.endswith(module) for name in others) else module)
+    return [*named, _HEAD] if model.tied_output and find_embedding_name(model) in modules else named
+
+
+def read_peft_modules(path: Path, modules: Sequence[str], bias: str, model: ModelConfig) -> list[str]:
     """lora.modules_to_save for PEFT's `modules`. ValueError for one that this project does not train whole.
 
-    Here the output layer is the embedding; PEFT keeps a copy of each, so both have to be named.
+    Where the output layer is the embedding, PEFT keeps a copy of each, so both have to be named.
     """
-    for module in modules:
-        if module not in (*MODULES_TO_SAVE, _HEAD):
-            known = ", ".join((*MODULES_TO_SAVE, _HEAD))
-            raise ValueError(f"{path}: modules_to_save names {module}; only {known} can be imported")
-    if (_HEAD in modules) != ("wte" in modules):
+    stored = _find_stored_modules(model)
+    chosen = [kind for module in modules for kind in _match(path, module, stored, model)]
+    embedding = find_embedding_name(model)
+    if model.tied_output and (_HEAD in modules) != (embedding in chosen):
         raise ValueError(
             f"{path}: modules_to_save={list(modules)} unties the output layer from the embedding, which are one here;"
             " both or none can be imported"
         )
-    if bias == "all" and any(module.startswith("ln_") for module in modules):
+    if bias == "all" and find_norms(chosen, model):
         raise ValueError(f"{path}: bias=all and modules_to_save={list(modules)} both hold the norms' biases")
-    return [module for module in modules if module != _HEAD]
+    return list(dict.fromkeys(chosen))
+
+
+def _match(path: Path, module: str, stored: dict[str, list[str]], model: ModelConfig) -> list[str]:
+    """Kinds of modules whose full names end with PEFT's `module`: all of a kind, or none."""
+    if model.tied_output and _HEAD.endswith(module):
+        return []
+    matched = {kind: [name for name in names if name.endswith(module)] for kind, names in stored.items()}
+    chosen = [kind for kind, names in matched.items() if names]
+    if not chosen:
+        known = ", ".join(dict.fromkeys((*stored, _HEAD)))
+        raise ValueError(f"{path}: modules_to_save names {module}; only {known} can be imported")
+    for kind in chosen:
+        if len(matched[kind]) < len(stored[kind]):
+            missing = next(name for name in stored[kind] if name not in matched[kind])
+            raise ValueError(
+                f"{path}: modules_to_save names {module}, without {missing}; here all {kind} train or none"
+            )
+    return chosen
+
+
+def _find_stored_modules(model: ModelConfig) -> dict[str, list[str]]:
+    """Name of lora.modules_to_save -> full names in transformers."""
+    found, family = defaultdict(list), HF_FAMILIES[model.family]
+    for kind in list_saved_modules(model):
+        names = [name for name in compute_canonical_shapes(model) if is_saved(name, [kind], model)]
+        full = [f"{family.prefix}{name}".rpartition(".")[0] for name in compute_stored_shapes(names, model)]
+        found[kind] = list(dict.fromkeys(full))
+    return found
 
 
 def take_modules(
     path: Path, tensors: dict[str, torch.Tensor], model: ModelConfig, modules: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """Take the modules' tensors out of `tensors`; by canonical name. ValueError for one that is missing or does not
-    fit, and for an output layer that is not the embedding.
+    fit, and for a tied output layer that is not the embedding.
     """
-    shapes, values = compute_hf_shapes(model), dict[str, torch.Tensor]()
-    for key, name in find_module_keys(model, modules).items():
-        found, wanted = tensors.pop(key, None), shapes[find_hf_tensor(name).name]
+    shapes, stored = HF_FAMILIES[model.family].compute_shapes(model), dict[str, torch.Tensor]()
+    for key, name in find_base_keys([], model, "none", modules).items():
+        found, wanted = tensors.pop(key, None), shapes[name]
         if found is None or tuple(found.shape) != wanted:
             shape = "none" if found is None else tuple(found.shape)
             raise ValueError(f"{path}: {key} has shape {shape}, {model.name} needs {wanted}")
-        if not torch.equal(values.setdefault(name, found), found):
+        if not torch.equal(stored.setdefault(name, found), found):
             raise ValueError(f"{path}: {key} is not the embedding, from which this model cannot untie it")
-    return values
+    return from_stored(stored, list_trained_base([], model, "none", modules), model)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lora_dist.files.modules import FAMILY_NAMES, is_fused
-from lora_dist.files.peft_gpt2 import describe_peft_config
+from lora_dist.files.peft_config import describe_peft_config
 from lora_dist.lora.spec import AdapterSpec
 
 
@@ -20,13 +20,13 @@ def to_peft_split(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """adapter_model.safetensors and adapter_config.json.
 
-    `names` are the templates of the adapter's own source; without any, Llama's. ValueError for trained biases, which
-    belong to GPT-2's fused linears.
+    `names` are the templates of the adapter's own source; without any, Llama's. ValueError for trained biases, whose
+    linears may have other names there.
     """
     if bias != "none":
         raise ValueError(f"format=peft_split: the adapter has trained biases (bias={bias}); use format=peft")
     tensors = {key: values[name] for name, key in compute_split_keys(specs, names).items()}
-    modules = {_find_module(spec, names): (spec.lora_rank, spec.alpha) for spec in specs}
+    modules = describe_split_modules(specs, names)
     config = describe_peft_config(modules, specs[0], bias=bias, base_name=base_name, fan_in_fan_out=False)
     return {key: tensors[key] for key in sorted(tensors)}, config
 
@@ -40,6 +40,11 @@ def compute_split_keys(specs: Sequence[AdapterSpec], names: Mapping[str, str]) -
         if spec.use_dora:
             keys[f"{spec.name}.magnitude"] = f"{module}.lora_magnitude_vector"
     return keys
+
+
+def describe_split_modules(specs: Sequence[AdapterSpec], names: Mapping[str, str]) -> dict[str, tuple[int, float]]:
+    """Full name of each adapted linear -> its rank and alpha."""
+    return {_find_module(spec, names): (spec.lora_rank, spec.alpha) for spec in specs}
 
 
 def _find_module(spec: AdapterSpec, names: Mapping[str, str]) -> str:

@@ -21,6 +21,13 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "c_proj": ("o_proj", "down_proj"),
     **dict.fromkeys(("all-linear", "all"), CANONICAL_TARGETS),
 }
+LINEAR_OF_TARGET = {
+    **dict.fromkeys(_ATTENTION_INPUTS, "self_attention.linear_qkv"),
+    "o_proj": "self_attention.linear_proj",
+    **dict.fromkeys(("gate_proj", "up_proj"), "mlp.linear_fc1"),
+    "down_proj": "mlp.linear_fc2",
+}
+"""Megatron's linear that holds a target, by its name within a layer."""
 _Value = TypeVar("_Value")
 
 

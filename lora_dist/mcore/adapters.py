@@ -1,30 +1,21 @@
 """LoRA put into a Megatron shard: which of its linears holds which targets, and what then trains."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_dist.lora.layer import LoraShard, ShardPlace, compute_fused_rows
-from lora_dist.lora.saved_modules import is_saved
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.mcore.base_parameters import canonical_name, describe_base_parameters
+from lora_dist.lora.targets import LINEAR_OF_TARGET
+from lora_dist.lora.trained_base import list_trained_base
+from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter, find_source
 
-LINEAR_OF_TARGET = {
-    "q_proj": "self_attention.linear_qkv",
-    "k_proj": "self_attention.linear_qkv",
-    "v_proj": "self_attention.linear_qkv",
-    "o_proj": "self_attention.linear_proj",
-    "gate_proj": "mlp.linear_fc1",
-    "up_proj": "mlp.linear_fc1",
-    "down_proj": "mlp.linear_fc2",
-}
-"""Megatron's linear that holds a target, by its name within a layer."""
 _NORM_BEFORE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 
 
@@ -38,15 +29,13 @@ def apply_lora(
     """
     gpt.requires_grad_(False)
     trainable: list[TrainableParameter] = []
-    adapted_linears: set[str] = set()
     for local_name, shard in build_shards(gpt, specs, seed=seed).items():
         gpt.get_submodule(local_name).lora = shard
         layer_name, part, linear_name = local_name.rsplit(".", 2)
         if (norm := _NORM_BEFORE.get(f"{part}.{linear_name}")) is not None:
             gpt.get_submodule(f"{layer_name}.{norm}").keeps_output = True
         trainable += describe_factors(shard)
-        adapted_linears.add(canonical_name(gpt, local_name))
-    return trainable + enable_base(gpt, bias, modules, adapted_linears)
+    return trainable + enable_base(gpt, list_trained_base(specs, gpt.model, bias, modules))
 
 
 def build_shards(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, seed: int) -> dict[str, LoraShard]:
@@ -157,30 +146,15 @@ def describe_untrained_lengths(gpt: ShardedGpt) -> list[TrainableParameter]:
     return described
 
 
-def enable_base(
-    gpt: ShardedGpt, bias: str, modules: Sequence[str], adapted_linears: set[str]
-) -> list[TrainableParameter]:
-    """Let parameters of a frozen base train, in fp32: whole `modules`, and biases.
-
-    `bias` none, lora_only (those of `adapted_linears`) or all.
-    """
-    chosen = [
-        described
-        for described in describe_base_parameters(gpt)
-        if _is_trained_bias(described, bias, adapted_linears) or is_saved(find_source(described), modules)
-    ]
+def enable_base(gpt: ShardedGpt, names: Collection[str]) -> list[TrainableParameter]:
+    """Let parameters of a frozen base, by canonical name, train in fp32; those that are another stage's are its own."""
+    chosen = [described for described in describe_base_parameters(gpt) if find_source(described) in names]
     local_names = {id(parameter): name for name, parameter in gpt.named_parameters()}
     for described in chosen:
         if described.parameter.dtype != torch.float32:
             described.parameter = _keep_in_fp32(gpt, local_names[id(described.parameter)])
         described.parameter.requires_grad_(True)
     return chosen
-
-
-def _is_trained_bias(described: TrainableParameter, bias: str, adapted_linears: set[str]) -> bool:
-    if described.kind != "bias" or bias == "none":
-        return False
-    return bias == "all" or described.name.removesuffix(".bias") in adapted_linears
 
 
 class _CastTo(nn.Module):

@@ -8,6 +8,7 @@ from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import METHODS, RunConfig
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.lora.trained_base import check_biases
 from lora_dist.mcore.adapters import apply_lora, describe_untrained_lengths
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.bottlenecks import apply_bottlenecks
@@ -39,13 +40,14 @@ def apply_method(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
 
 def _apply_lora(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
     specs = build_adapter_specs(config.lora, config.model)
+    check_biases(specs, config.model, config.lora.bias)
     trainable = apply_lora(
         gpt, specs, bias=config.lora.bias, seed=config.loop.seed, modules=config.lora.modules_to_save
     )
     constants = []
     if config.lora.init == "pissa":
         constants = split_base(gpt)
-    elif config.model.family == "gpt2":  # whose q, k and v share one vector of lengths in PEFT's files
+    elif config.model.architecture.fused_qkv:  # q, k and v share one vector of lengths in PEFT's files
         constants = describe_untrained_lengths(gpt)
     return AppliedMethod(trainable=trainable, specs=specs, constants=constants)
 

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 
+from lora_dist.base_shapes import compute_canonical_shapes
 from lora_dist.bottleneck.spec import build_bottleneck_specs
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import ModelConfig, RunConfig
-from lora_dist.files.hf_gpt2 import compute_hf_shapes, find_hf_tensor
-from lora_dist.files.peft_gpt2 import list_bias_names, list_module_names
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.lora.trained_base import list_biases, list_trained_base
 from lora_dist.prefix.spec import build_prefix_specs
 from lora_dist.prefix_config import LORA_PREFIX_METHODS, PREFIX_METHODS
 
@@ -37,12 +37,16 @@ def _count_prefixes(config: RunConfig) -> int:
 
 def count_lora(config: RunConfig, specs: Sequence[AdapterSpec]) -> int:
     """Elements of the adapters and of what trains of the base beside them."""
-    lora, model, shapes = config.lora, config.model, compute_hf_shapes(config.model)
-    names = [*list_bias_names(specs, model, lora.bias), *list_module_names(model, lora.modules_to_save)]
-    base = sum(math.prod(shapes[find_hf_tensor(name).name]) for name in names)
-    return base + sum(spec.num_parameters for spec in specs)
+    lora, model = config.lora, config.model
+    names = list_trained_base(specs, model, lora.bias, lora.modules_to_save)
+    return _count_elements(names, model) + sum(spec.num_parameters for spec in specs)
 
 
 def count_biases(model: ModelConfig) -> int:
     """Elements of all biases, the norms' too: 11 hidden_size a layer and hidden_size in GPT-2's form."""
-    return sum(math.prod(shape) for name, shape in compute_hf_shapes(model).items() if name.endswith(".bias"))
+    return _count_elements(list_biases(model), model)
+
+
+def _count_elements(names: Sequence[str], model: ModelConfig) -> int:
+    shapes = compute_canonical_shapes(model)
+    return sum(math.prod(shapes[name]) for name in names)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from lora_dist.base_format import check_blocks
+from lora_dist.base_shapes import compute_canonical_shapes
 from lora_dist.config import ModelConfig, RunConfig
-from lora_dist.files.hf_layout import compute_canonical_shapes
 from lora_dist.mcore.base_parameters import find_shard_dim
 from lora_dist.mcore.model import compute_padded_vocab_size
 from lora_dist.needed_bytes import compute_format_savings

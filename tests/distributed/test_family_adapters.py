@@ -169,10 +169,3 @@ def test_an_adapter_of_another_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gate_proj.* is opt, which has no such linear"):
         read_in(tmp_path / "source", tmp_path / "stored", opt)
     assert read_in(tmp_path / "source", tmp_path / "stored", llama).specs[0].target == "gate_proj"
-
-
-def test_no_bias_trains_beside_adapters_but_gpt2s() -> None:
-    from lora_dist.cli.compose import compose_config
-
-    with pytest.raises(ValueError, match=r"lora\.bias=all.* set lora\.bias=none"):
-        compose_config(["model=qwen2_5_7b", "data=fake", "lora.bias=all"])

@@ -21,7 +21,7 @@ from toy import MODEL, Case, build_batches, build_case, gather_whole
 from lora_dist.config import OptimConfig, ZeroConfig
 from lora_dist.engine import Engine
 from lora_dist.files import hf_checkpoint
-from lora_dist.files.hf_gpt2 import find_hf_tensor, to_hf_layout
+from lora_dist.files.base_values import to_stored
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
 from lora_dist.zero.engine import build_zero_engine
@@ -123,9 +123,8 @@ def test_a_fine_tuned_model_is_written_from_under_zero(stage: int, tmp_path: Pat
     values = run_distributed(fine_tune_and_write, 4, stage, tmp_path / "model")[0]
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert len(written) == len(values)
-    for name, value in values.items():
-        hf = find_hf_tensor(name)
-        assert torch.equal(written[f"transformer.{hf.name}"], to_hf_layout(value, hf, MODEL.num_heads)), name
+    for name, value in to_stored(values, values, MODEL).items():
+        assert torch.equal(written[f"transformer.{name}"], value), name
     assert compute_hf_logits(tmp_path / "model").isfinite().all()
 
 

@@ -28,7 +28,8 @@ from toy import Case
 from lora_dist.checkpoint.adapter import load_adapter, write_adapter
 from lora_dist.checkpoint.convert import export_adapter
 from lora_dist.checkpoint.store import open_adapter
-from lora_dist.config import MODULES_TO_SAVE, LoraConfig, ZeroConfig
+from lora_dist.cli.compose import compose_config
+from lora_dist.config import LoraConfig, ZeroConfig
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.adapters import apply_lora
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
@@ -36,9 +37,8 @@ from lora_dist.mcore.live import LiveMerge, attach_adapters, load_shards
 from lora_dist.parameters import find_source
 from lora_dist.whole import cut_shard, read_value
 
-LORA = LoraConfig(
-    rank=2, alpha=4, target_modules=["q_proj", "down_proj"], bias="lora_only", modules_to_save=list(MODULES_TO_SAVE)
-)
+MODULES = ["wte", "wpe", "ln_1", "ln_2", "ln_f"]
+LORA = LoraConfig(rank=2, alpha=4, target_modules=["q_proj", "down_proj"], bias="lora_only", modules_to_save=MODULES)
 HEAD = replace(LORA, modules_to_save=["wte"], bias="none")
 MANY = [{"tp_size": 2}, {"tp_size": 2, "pp_size": 2}, {"pp_size": 4}, {"tp_size": 2, "dp_size": 2}]
 
@@ -192,12 +192,12 @@ def test_what_this_model_cannot_hold_is_refused(options: dict, message: str, tmp
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("overrides", "message"),
     [
-        ({"modules_to_save": ["lm_head"]}, "lora.modules_to_save='lm_head' is not one of wte, wpe, ln_1, ln_2, ln_f"),
-        ({"modules_to_save": ["ln_f"], "bias": "all"}, "use lora.bias=lora_only or none"),
+        (["lora.modules_to_save=[lm_head]"], "lora.modules_to_save='lm_head' is not one of wte, wpe, ln_1, ln_2, ln_f"),
+        (["lora.modules_to_save=[ln_f]", "lora.bias=all"], "use lora.bias=lora_only or none"),
     ],
 )
-def test_a_wrong_configuration_is_refused(options: dict, message: str) -> None:
+def test_a_wrong_configuration_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LoraConfig(**options)
+        compose_config(["experiment=debug/tiny_lora", *overrides])

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from lora_dist.checkpoint.convert import export_adapter
 from lora_dist.checkpoint.store import StoredAdapter
 from lora_dist.config import ModelConfig
+from lora_dist.files.base_values import to_stored
 from lora_dist.files.bridge import to_bridge
 from lora_dist.files.loralib import read_state_dict
 from lora_dist.lora.layer import compute_qkv_rows
@@ -72,13 +73,9 @@ def compute_merged_logits(base: Path, stored: StoredAdapter) -> torch.Tensor:
         weight = model.transformer.h[spec.layer].get_submodule(modules.get(spec.target, "attn.c_attn")).weight
         column = "qkv".find(spec.target[0]) * spec.out_features if spec.target not in modules else 0
         weight[:, column : column + spec.out_features] += update.t()
-    biases = {name: value for name, value in adapter.values.items() if name.endswith("bias")}
-    if biases:
-        from lora_dist.files.hf_gpt2 import find_hf_tensor, to_hf_layout
-
-        for name, value in biases.items():
-            hf = find_hf_tensor(name)
-            model.transformer.get_parameter(hf.name).copy_(to_hf_layout(value, hf, stored.model.num_heads))
+    biases = [name for name in adapter.values if name.endswith("bias")]
+    for name, value in to_stored(adapter.values, biases, stored.model).items():
+        model.transformer.get_parameter(name).copy_(value)
     return model(draw_tokens()).logits
 
 

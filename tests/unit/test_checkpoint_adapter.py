@@ -13,8 +13,8 @@ from transformers import GPT2LMHeadModel
 from lora_dist.checkpoint.adapter import load_adapter
 from lora_dist.checkpoint.store import Adapter, open_adapter, write_adapter_directory
 from lora_dist.config import LoraConfig, ModelConfig, RunConfig
+from lora_dist.files.base_values import to_stored
 from lora_dist.files.directories import compute_sha256, write_manifest
-from lora_dist.files.hf_gpt2 import find_hf_tensor, to_hf_layout
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
 
@@ -62,10 +62,9 @@ def compute_merged_logits(
         weight = model.transformer.h[spec.layer].get_submodule(modules.get(spec.target, "attn.c_attn")).weight
         column = "qkv".find(spec.target[0]) * spec.out_features if spec.target not in modules else 0
         weight[:, column : column + spec.out_features] += update.t()
-    for name, value in values.items():
-        if "lora_" not in name:
-            hf = find_hf_tensor(name)
-            model.transformer.get_parameter(hf.name).copy_(to_hf_layout(value, hf, config.model.num_heads))
+    biases = [name for name in values if "lora_" not in name]
+    for name, value in to_stored(values, biases, config.model).items():
+        model.transformer.get_parameter(name).copy_(value)
     return model(draw_tokens()).logits
 
 

@@ -1,0 +1,40 @@
+"""adapter_config.json of HF PEFT's LoRA; pure."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_dist.lora.spec import AdapterSpec
+
+
+def describe_peft_config(
+    modules: Mapping[str, tuple[int, float]],
+    first: AdapterSpec,
+    *,
+    bias: str,
+    base_name: str | None,
+    fan_in_fan_out: bool,
+    modules_to_save: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`modules` are the adapted linears' ranks and alphas by full name.
+
+    The commonest of the modules' ranks and alphas are the defaults, the others are patterns on full names.
+    """
+    (lora_rank, alpha), _ = Counter(modules.values()).most_common(1)[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "fan_in_fan_out": fan_in_fan_out,
+        "r": lora_rank,
+        "lora_alpha": alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.rank_stabilized,
+        "bias": bias,
+        **({"use_dora": True} if first.use_dora else {}),
+        "target_modules": list(modules),
+        "rank_pattern": {name: r for name, (r, _) in modules.items() if r != lora_rank},
+        "alpha_pattern": {name: a for name, (_, a) in modules.items() if a != alpha},
+        **({"modules_to_save": list(modules_to_save)} if modules_to_save else {}),
+    }

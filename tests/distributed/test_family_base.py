@@ -1,0 +1,185 @@
+"""Biases and whole modules beside the adapters of every family: gradients, PEFT's files both ways, merging, BitFit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_files import read_in, write_with_peft
+from family_toy import FAMILIES, build_family_model, compute_family_logits, write_family_checkpoint
+from hf_toy import count_processes, draw_tokens
+from processes import run_distributed
+from safetensors.torch import load_file
+from test_baselines import MODEL, RUN, call, run_training
+from test_family_adapters import compute_peft_logits
+from test_family_gradients import MODELS, TOLERANCE, TOPOLOGIES, run_case
+from test_modules_to_save import load, merge, write
+from toy import Case
+from transformers import AutoModelForCausalLM
+
+from lora_dist.base_shapes import compute_canonical_shapes
+from lora_dist.checkpoint.convert import export_adapter
+from lora_dist.cli.compose import compose_config
+from lora_dist.cli.inputs import check_inputs
+from lora_dist.config import LoraConfig, ModelConfig
+from lora_dist.files.base_values import compute_stored_shapes
+from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.lora.trained_base import list_biases, list_trained_base
+from lora_dist.saved_modules import is_saved, list_saved_modules
+
+MANY = [{"tp_size": 2, "sequence_parallel": True}, {"tp_size": 4}, {"tp_size": 2, "pp_size": 2}]
+_QKV = ["q_proj", "k_proj", "v_proj"]
+
+
+def build_lora(model: ModelConfig) -> LoraConfig:
+    """Every module that can train whole, and biases where there are some."""
+    bias = "lora_only" if model.architecture.has_biases else "none"
+    targets = [*_QKV, "down_proj"]
+    return LoraConfig(rank=2, alpha=4, target_modules=targets, bias=bias, modules_to_save=list_saved_modules(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_equal_one_process(name: str) -> None:
+    case = Case(model=MODELS[name], lora=build_lora(MODELS[name]))
+    expected_loss, expected = run_case(case)
+    names = list_trained_base(
+        build_adapter_specs(case.lora, MODELS[name]), MODELS[name], case.lora.bias, case.lora.modules_to_save
+    )
+    assert set(names) <= expected.keys()
+    assert any(name.endswith("linear_qkv.bias") for name in names) == MODELS[name].architecture.has_biases
+    for options in TOPOLOGIES[1:4:2]:
+        loss, actual = run_case(replace(case, **options))
+        assert loss == pytest.approx(expected_loss, rel=1e-12)
+        for key, gradient in expected.items():
+            assert (actual[key] - gradient).abs().max() < TOLERANCE * gradient.abs().max(), (options, key)
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen2"])
+def test_bitfits_gradients_equal_one_process(name: str) -> None:
+    case = Case(model=MODELS[name], method="bitfit")
+    expected = run_case(case)[1]
+    assert set(expected) == set(list_biases(MODELS[name]))
+    for options in TOPOLOGIES[1:4:2]:
+        actual = run_case(replace(case, **options))[1]
+        for key, gradient in expected.items():
+            assert (actual[key] - gradient).abs().max() < TOLERANCE * gradient.abs().max(), (options, key)
+
+
+@pytest.mark.parametrize("family", ["opt", "qwen2"])
+def test_bitfits_biases_are_merged_into_a_checkpoint(family: str, tmp_path: Path) -> None:
+    model = [*MODEL, f"model.family={family}"]
+    words = [*RUN, *model, "method=bitfit", f"run_dir={tmp_path / 'run'}", "topology=tp2_sp"]
+    run_distributed(run_training, 2, words)
+    adapter = tmp_path / "run" / "adapter"
+    words = ["merge", *model, f"adapter={adapter}", f"output={tmp_path / 'merged'}", "topology=pp2"]
+    assert run_distributed(call, 2, words) == [0, 0]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    trained = load_file(adapter / "adapter_model.safetensors")
+    assert {key for key in merged if key.endswith(".bias")} == {k.removeprefix("base_model.model.") for k in trained}
+    for key, tensor in trained.items():
+        assert torch.equal(merged[key.removeprefix("base_model.model.")], tensor)
+        assert tensor.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_peft_reads_the_one_file_of_every_topology(name: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    lora = build_lora(write_family_checkpoint(name, base))
+    run_distributed(write, 1, {}, base, tmp_path / "one", lora)
+    expected = compute_peft_logits(base, tmp_path / "one")
+    assert (expected - compute_family_logits(base, draw_tokens())).abs().max() > 0.1 * expected.abs().max()
+    for options in MANY[1:] if name == "llama" else MANY[:1]:
+        results = run_distributed(write, count_processes(options), options, base, tmp_path / "many", lora)
+        raw = [(tmp_path / each / "adapter_model.safetensors").read_bytes() for each in ("one", "many")]
+        assert raw[0] == raw[1]
+        loaded = run_distributed(load, count_processes(options), options, base, tmp_path / "one", lora)
+        for logits in (next(one for one in each if one is not None) for each in (results, loaded)):
+            assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+        merged = tmp_path / f"merged{MANY.index(options)}"
+        run_distributed(merge, count_processes(options), options, base, tmp_path / "one", merged)
+        assert (compute_family_logits(merged, draw_tokens()) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+PEFTS_OWN = {
+    "llama": ({"modules_to_save": ["embed_tokens", "lm_head"]}, ["embed_tokens", "lm_head"]),
+    "mistral": ({"modules_to_save": ["norm"]}, ["input_layernorm", "post_attention_layernorm", "norm"]),
+    "qwen2": ({"bias": "all", "modules_to_save": ["model.norm"]}, ["norm"]),
+    "qwen3": ({"modules_to_save": ["lm_head", "k_norm"]}, ["lm_head", "k_norm"]),
+    "opt": ({"bias": "lora_only", "modules_to_save": ["final_layer_norm"]}, ["final_layer_norm"]),
+}
+
+
+@pytest.mark.parametrize("name", PEFTS_OWN)
+def test_what_peft_trained_comes_in_and_goes_out(name: str, tmp_path: Path) -> None:
+    options, modules = PEFTS_OWN[name]
+    base, source = tmp_path / "base", tmp_path / "source"
+    model = write_family_checkpoint(name, base)
+    write_with_peft(build_family_model(name), source, target_modules=_QKV, r=2, **options)
+    stored = read_in(source, tmp_path / "stored", model)
+    assert set(stored.modules) == set(modules)
+    export_adapter(stored, tmp_path / "out", "peft")
+    tensors = [load_file(directory / "adapter_model.safetensors") for directory in (source, tmp_path / "out")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
+    expected = compute_peft_logits(base, source)
+    assert torch.equal(compute_peft_logits(base, tmp_path / "out"), expected)
+    run_distributed(merge, 2, {"tp_size": 2}, base, tmp_path / "stored", tmp_path / "merged")
+    assert (
+        compute_family_logits(tmp_path / "merged", draw_tokens()) - expected
+    ).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("qwen2", {"modules_to_save": ["embed_tokens"]}, "unties the output layer from the embedding"),
+        ("llama", {"modules_to_save": ["layers.0.input_layernorm"]}, "here all input_layernorm train or none"),
+        ("mistral", {"modules_to_save": ["mlp"]}, "names mlp; only embed_tokens, lm_head, input_layernorm, post_att"),
+        ("opt", {"modules_to_save": ["final_layer_norm"], "bias": "all"}, "both hold the norms' biases"),
+    ],
+)
+def test_what_this_model_cannot_hold_is_refused(name: str, options: dict, message: str, tmp_path: Path) -> None:
+    model = write_family_checkpoint(name, tmp_path / "base")
+    write_with_peft(build_family_model(name), tmp_path / "source", target_modules=_QKV, r=2, **options)
+    with pytest.raises(ValueError, match=message):
+        read_in(tmp_path / "source", tmp_path / "stored", model)
+
+
+def test_a_bias_that_peft_trained_on_some_of_q_k_v_is_refused(tmp_path: Path) -> None:
+    model = write_family_checkpoint("opt", tmp_path / "base")
+    options = {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}
+    write_with_peft(build_family_model("opt"), tmp_path / "source", r=2, **options)
+    with pytest.raises(ValueError, match=r"linear_qkv\.bias has no adapter on k_proj; adapt all three or use bias=all"):
+        read_in(tmp_path / "source", tmp_path / "stored", model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_modules_have_transformers_names(name: str, tmp_path: Path) -> None:
+    model = write_family_checkpoint(name, tmp_path)
+    for module in list_saved_modules(model):
+        names = [each for each in compute_canonical_shapes(model) if is_saved(each, [module], model)]
+        stored = compute_stored_shapes(names, model)
+        assert stored
+        assert {each.split(".")[-2] for each in stored} == {module}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=llama3_8b", "lora.bias=all"], r"lora\.bias=all: model\.family=llama has no biases"),
+        (["model=llama3_8b", "method=bitfit"], r"method=bitfit trains biases, and model\.family=llama has none"),
+        (
+            ["model=llama3_8b", "lora.modules_to_save=[wte]"],
+            "'wte' is not one of embed_tokens, lm_head, input_layernorm",
+        ),
+        (
+            ["model=qwen2_5_7b", "lora.bias=lora_only", "lora.target_modules=[o]"],
+            "no linear that is adapted has a bias",
+        ),
+        (["model=opt_125m", "model.num_kv_heads=4"], "model.family=opt has as many of both; leave it null"),
+        (["model=qwen2_5_7b", "lora.bias=lora_only"], "has no adapter on k_proj; adapt all three or use bias=all"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_inputs(compose_config(["data=fake", *overrides]), 1)
