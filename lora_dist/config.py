@@ -266,10 +266,6 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
         method != "bitfit" or model.architecture.has_biases,
         f"method=bitfit trains biases, and model.family={model.family} has none; use method=lora",
     )
-    require(
-        method in ("lora", "full", "bitfit") or model.family == "gpt2",
-        f"method={method} is there on GPT-2 and GPT-3, model.family is {model.family}; use method=lora",
-    )
     if method not in LORA_METHODS:
         return
     require(

@@ -98,7 +98,7 @@ def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topolo
     elif case.method == "bitfit":
         trainable = apply_bitfit(gpt)
     elif case.method in PLACES:
-        specs = build_bottleneck_specs(case.method, BottleneckConfig(size=3), MODEL)
+        specs = build_bottleneck_specs(case.method, BottleneckConfig(size=3), model)
         trainable = apply_bottlenecks(gpt, specs, init_std=0.3, seed=0)
     elif case.method in ("prefix_embed", "prefix_layer"):
         gpt.requires_grad_(False)

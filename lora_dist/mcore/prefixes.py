@@ -1,8 +1,9 @@
 """Trained vectors written over a shard's activations at the slots, whole on every tensor-parallel process.
 
 Under sequence parallelism what enters a layer is of this rank's positions alone, and its gradients are summed once a
-step, as the norms' are. Word embeddings are written before the sequence is split: their gradient is gathered once a
-microbatch, and is the same on every TP rank. Nothing else is communicated.
+step, as the norms' are. So are word embeddings where rotary positions let Megatron split them at once; where learned
+positions are added to the whole sequence, their gradient is gathered once a microbatch, and is the same on every TP
+rank. Nothing else is communicated.
 """
 
 from collections.abc import Sequence
@@ -47,10 +48,20 @@ def _find_module(gpt: ShardedGpt, spec: PrefixSpec) -> nn.Module | None:
 
 
 def _write_output(gpt: ShardedGpt, embedding: nn.Module, vectors: PrefixVectors) -> None:
-    def write(_module: nn.Module, _inputs: object, hidden_BSH: torch.Tensor) -> torch.Tensor:
-        return hidden_BSH if gpt.slots_BS is None else vectors(hidden_BSH, gpt.slots_BS)
+    is_split = _splits_embedding(gpt)
+
+    def write(_module: nn.Module, _inputs: object, hidden_XYH: torch.Tensor) -> torch.Tensor:
+        """Rows first; the sequence first where it is split."""
+        if gpt.slots_BS is None:
+            return hidden_XYH
+        return vectors(hidden_XYH, _cut_sequence(gpt, gpt.slots_BS.t()) if is_split else gpt.slots_BS)
 
     embedding.register_forward_hook(write)
+
+
+def _splits_embedding(gpt: ShardedGpt) -> bool:
+    """Whether the word embedding's output is this rank's positions alone."""
+    return gpt.topology.sequence_parallel and gpt.model.architecture.rotary
 
 
 def _write_input(gpt: ShardedGpt, layer: nn.Module, vectors: PrefixVectors) -> None:
@@ -77,6 +88,6 @@ def _describe(gpt: ShardedGpt, vectors: PrefixVectors) -> TrainableParameter:
         parameter=vectors.vectors_NH,
         full_shape=vectors.spec.shape,
         shard_dim=None,
-        tp_partial_grad=gpt.topology.sequence_parallel and vectors.spec.layer is not None,
+        tp_partial_grad=_splits_embedding(gpt) if vectors.spec.layer is None else gpt.topology.sequence_parallel,
         kind="prefix",
     )

@@ -159,7 +159,6 @@ def test_vectors_are_written_at_the_slots_alone() -> None:
         (["method=prefix_layer", "prefix.num_prefix=250"], "an example in data.seq_len=256; use fewer, or a longer"),
         (["method=lora_prefix_embed", "lora.bias=all"], "trains LoRA's factors and prefix vectors alone"),
         (["method=lora_prefix_layer", "lora.use_dora=true"], "trains LoRA's factors and prefix vectors alone"),
-        (["method=prefix_layer", "model=llama3_2_1b"], "method=prefix_layer is there on GPT-2 and GPT-3"),
     ],
 )
 def test_refusals(overrides: list[str], message: str) -> None:
