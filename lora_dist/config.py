@@ -156,7 +156,7 @@ class CompareConfig:
 
 METHODS = ("lora", "full", "bitfit", *BOTTLENECK_METHODS, *PREFIX_METHODS)
 LORA_METHODS = ("lora", *LORA_PREFIX_METHODS)
-OUR_CONTENDERS = ("lora", "full", "lora_recompute", "full_recompute")
+OUR_CONTENDERS = ("lora", "full", "lora_recompute", "full_recompute", "lora_compiled", "full_compiled")
 CONTENDERS = (*OUR_CONTENDERS, "peft", "peft_tuned", "hf_full")
 
 
@@ -165,8 +165,9 @@ class BenchConfig:
     """What `lora-dist bench` times side by side, on random tokens of data.seq_len."""
 
     contenders: list[str] = field(default_factory=lambda: ["lora", "full", "peft", "peft_tuned"])
-    """lora and full are this project's under loop.recompute, lora_recompute and full_recompute with full recomputation;
-    peft, peft_tuned and hf_full are transformers with PEFT or whole."""
+    """lora and full are this project's under loop.recompute, lora_recompute and full_recompute with full recomputation,
+    lora_compiled and full_compiled with compile=true; peft, peft_tuned and hf_full are transformers with PEFT or
+    whole."""
     num_rounds: int = 10
     """Timed rounds; a round is one step of every contender."""
     num_warmup_rounds: int = 3
@@ -208,6 +209,8 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "fp32"
     """Of the base weights and activations; adapters and optimizer state are always fp32."""
+    compile: bool = False
+    """Make each chain of elementwise work (norms, gates, rotations, dropout, softmax) one kernel with torch.compile."""
     hardware: HardwareConfig | None = None
     """What `lora-dist plan` predicts for."""
     shrink: bool = False

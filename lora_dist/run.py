@@ -21,6 +21,7 @@ from lora_dist.config import RunConfig
 from lora_dist.data.loader import Loaders, build_loaders
 from lora_dist.engine import Engine
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
+from lora_dist.fusion import compile_chains
 from lora_dist.loop import TrainResult, train_loop
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
@@ -126,6 +127,7 @@ def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) ->
     """The model's shard with its weights (unset where `fill` is False), what the method adds, ZeRO around that."""
     dtype = DTYPES[config.dtype]
     assert config.loop.recompute != "auto", "left open"
+    compile_chains(config.compile, topology.device)
     gpt = build_model(
         config.model,
         topology,

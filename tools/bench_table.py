@@ -9,6 +9,8 @@ from typing import Any
 NAMES = {
     "lora": "lora_dist LoRA",
     "full": "lora_dist full fine-tuning",
+    "lora_compiled": "lora_dist LoRA, compiled",
+    "full_compiled": "lora_dist full fine-tuning, compiled",
     "lora_recompute": "lora_dist LoRA, full recompute",
     "full_recompute": "lora_dist full fine-tuning, full recompute",
     "peft": "HF PEFT",

@@ -56,10 +56,10 @@ def build_contender(name: str, config: RunConfig, device: torch.device) -> Conte
 
 
 def _choose_method(config: RunConfig, name: str) -> RunConfig:
-    method, _, recompute = name.partition("_")
-    if recompute:
+    method, _, variant = name.partition("_")
+    if variant == "recompute":
         config = replace(config, loop=replace(config.loop, recompute="full", recompute_layers=None))
-    return replace(config, method=method)
+    return replace(config, method=method, compile=config.compile or variant == "compiled")
 
 
 def serve(connection: Connection, name: str, config: RunConfig) -> None:

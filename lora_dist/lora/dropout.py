@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_dist.fusion import Chain
 from lora_dist.lora.factors import derive_seed
 
 
@@ -45,19 +46,24 @@ class DropoutMask:
 
     def apply(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """x where kept, scaled by 1 / (1 - p), else 0."""
-        keep = self._compute_keep(x_SBH.shape, x_SBH.device)
-        return x_SBH * keep.to(x_SBH.dtype).mul_(1.0 / (1.0 - self.probability))
+        return _drop(x_SBH, *self._hash_places(x_SBH.shape, x_SBH.device), self.probability)
 
-    def _compute_keep(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    def _hash_places(self, shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32, of each token [S, B] and of each feature [H]."""
         S, _, H = shape
         seed = derive_seed(self.key.seed, "dropout", self.key.step, self.adapter_name)
         position_S = torch.arange(self.position_offset, self.position_offset + S, device=device)
         feature_H = torch.arange(self.feature_offset, self.feature_offset + H, device=device)
         token_SB = _mix64(_mix64(self.key.row_ids_B.to(device) + seed % 2**40)[None, :] + position_S[:, None])
         feature_H = _mix64(feature_H + seed // 2**40)
-        mixed = _mix32(token_SB.to(torch.int32)[:, :, None] ^ feature_H.to(torch.int32))
-        threshold = round(self.probability * 2**31)
-        return (mixed & 0x7FFFFFFF) >= threshold
+        return token_SB.to(torch.int32), feature_H.to(torch.int32)
+
+
+@Chain
+def _drop(x_SBH: torch.Tensor, token_SB: torch.Tensor, feature_H: torch.Tensor, probability: float) -> torch.Tensor:
+    mixed_SBH = _mix32(token_SB[:, :, None] ^ feature_H)
+    keep_SBH = (mixed_SBH & 0x7FFFFFFF) >= round(probability * 2**31)
+    return x_SBH * keep_SBH.to(x_SBH.dtype).mul_(1.0 / (1.0 - probability))
 
 
 def _mix64(x: torch.Tensor) -> torch.Tensor:

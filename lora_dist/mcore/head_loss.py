@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lora_dist.fusion import Chain
+
 _MAX_CHUNK_LOGITS = 2**25
 """Logits of one chunk, so that their fp32 form stays at 128 MiB whatever the batch."""
 
@@ -100,22 +102,33 @@ def _cross_entropy(
 
     Two small collectives a chunk: the maximum, then the sums of exponentials, label logits and logits.
     """
-    max_C = logits_CV.amax(dim=-1)
+    max_C = _find_max(logits_CV)
     if group is not None:
         dist.all_reduce(max_C, op=dist.ReduceOp.MAX, group=group)
-    logits_CV -= max_C[:, None]
     here_C = (local_labels_C >= 0) & (local_labels_C < num_valid)
     row_C = torch.where(here_C, local_labels_C, 0)
-    label_logit_C = logits_CV.gather(1, row_C[:, None])[:, 0].masked_fill(~here_C, 0.0)
-    logit_sum_C = logits_CV[:, :num_valid].sum(-1) if label_smoothing else torch.zeros_like(max_C)
-    probabilities_CV = logits_CV.exp_()
-    sums_3C = torch.stack([probabilities_CV.sum(-1), label_logit_C, logit_sum_C])
+    label_logit_C = (logits_CV.gather(1, row_C[:, None])[:, 0] - max_C).masked_fill(~here_C, 0.0)
+    exp_sum_C, logit_sum_C = _exponentiate(logits_CV, max_C, num_valid if label_smoothing else 0)
+    sums_3C = torch.stack([exp_sum_C, label_logit_C, logit_sum_C])
     if group is not None:
         dist.all_reduce(sums_3C, group=group)
     exp_sum_C, label_logit_C, logit_sum_C = sums_3C
     loss_C = exp_sum_C.log() - (1.0 - label_smoothing) * label_logit_C - label_smoothing / vocab_size * logit_sum_C
-    probabilities_CV /= exp_sum_C[:, None]
+    probabilities_CV = logits_CV.div_(exp_sum_C[:, None])
     if label_smoothing:
         probabilities_CV[:, :num_valid] -= label_smoothing / vocab_size
     probabilities_CV.scatter_add_(1, row_C[:, None], (here_C.to(loss_C.dtype) * (label_smoothing - 1.0))[:, None])
     return loss_C, probabilities_CV
+
+
+@Chain
+def _find_max(logits_CV: torch.Tensor) -> torch.Tensor:
+    return logits_CV.amax(dim=-1)
+
+
+@Chain
+def _exponentiate(logits_CV: torch.Tensor, max_C: torch.Tensor, num_summed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(logits - max) over the logits; its sum, and the sum of the first `num_summed` of logits - max."""
+    logits_CV -= max_C[:, None]
+    logit_sum_C = logits_CV[:, :num_summed].sum(-1)
+    return logits_CV.exp_().sum(-1), logit_sum_C

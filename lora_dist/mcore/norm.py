@@ -10,6 +10,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from lora_dist.fusion import Chain
+
 _MIN_RATIO_LIMIT = 4.0
 _MAX_ERROR = 1e-5
 _MIN_NORMALS = 16.0
@@ -52,21 +54,27 @@ class _NormFromOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_NH: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
-        y_NH, rstd_N, weight_H, bias_H = ctx.saved_tensors
-        inverse_H = weight_H.reciprocal()
-        normalised_NH = torch.addcmul(-bias_H * inverse_H, y_NH, inverse_H)
-        # The kernel's own backward, told that its input has mean 0 and deviation 1.
-        dx_NH, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dy_NH,
-            normalised_NH,
-            weight_H.shape,
-            torch.zeros_like(rstd_N),
-            torch.ones_like(rstd_N),
-            weight_H,
-            bias_H,
-            [True, False, False],
-        )
-        return dx_NH.mul_(rstd_N), None, None, None
+        return _compute_norm_input_grad(dy_NH, *ctx.saved_tensors), None, None, None
+
+
+@Chain
+def _compute_norm_input_grad(
+    dy_NH: torch.Tensor, y_NH: torch.Tensor, rstd_N: torch.Tensor, weight_H: torch.Tensor, bias_H: torch.Tensor
+) -> torch.Tensor:
+    inverse_H = weight_H.reciprocal()
+    normalised_NH = torch.addcmul(-bias_H * inverse_H, y_NH, inverse_H)
+    # The kernel's own backward, told that its input has mean 0 and deviation 1.
+    dx_NH, _, _ = torch.ops.aten.native_layer_norm_backward(
+        dy_NH,
+        normalised_NH,
+        weight_H.shape,
+        torch.zeros_like(rstd_N),
+        torch.ones_like(rstd_N),
+        weight_H,
+        bias_H,
+        [True, False, False],
+    )
+    return dx_NH.mul_(rstd_N)
 
 
 class RmsNorm(nn.Module):
@@ -98,9 +106,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NH: torch.Tensor, weight_H: torch.Tensor, eps: float, from_output: bool) -> torch.Tensor:
-        exact_NH = _upcast(x_NH)
-        rstd_N1 = exact_NH.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        y_NH = (exact_NH * rstd_N1).mul_(weight_H).to(x_NH.dtype)
+        y_NH, rstd_N1 = _divide_by_rms(x_NH, weight_H, eps)
         ctx.save_for_backward(y_NH if from_output else x_NH, rstd_N1, weight_H)
         ctx.from_output = from_output
         return y_NH
@@ -108,15 +114,37 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_NH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         kept_NH, rstd_N1, weight_H = ctx.saved_tensors
-        normalised_NH = _upcast(kept_NH) / _upcast(weight_H) if ctx.from_output else _upcast(kept_NH) * rstd_N1
-        dx_NH = dweight_H = None
-        if ctx.needs_input_grad[1]:
-            dweight_H = (_upcast(dy_NH) * normalised_NH).flatten(0, -2).sum(0).to(weight_H.dtype)
-        if ctx.needs_input_grad[0]:
-            scaled_NH = _upcast(dy_NH) * weight_H
-            share_N1 = (scaled_NH * normalised_NH).mean(-1, keepdim=True)
-            dx_NH = scaled_NH.sub_(normalised_NH.mul_(share_N1)).mul_(rstd_N1).to(dy_NH.dtype)
-        return dx_NH, dweight_H, None, None
+        gradients = _compute_rms_grads(dy_NH, kept_NH, rstd_N1, weight_H, ctx.from_output, ctx.needs_input_grad[:2])
+        return *gradients, None, None
+
+
+@Chain
+def _divide_by_rms(x_NH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and what it was multiplied by [N, 1]."""
+    exact_NH = _upcast(x_NH)
+    rstd_N1 = exact_NH.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (exact_NH * rstd_N1).mul_(weight_H).to(x_NH.dtype), rstd_N1
+
+
+@Chain
+def _compute_rms_grads(
+    dy_NH: torch.Tensor,
+    kept_NH: torch.Tensor,
+    rstd_N1: torch.Tensor,
+    weight_H: torch.Tensor,
+    from_output: bool,
+    needed: tuple[bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of the input and of the weight, those that are needed; `kept_NH` is the output or the input."""
+    normalised_NH = _upcast(kept_NH) / _upcast(weight_H) if from_output else _upcast(kept_NH) * rstd_N1
+    dx_NH = dweight_H = None
+    if needed[1]:
+        dweight_H = (_upcast(dy_NH) * normalised_NH).flatten(0, -2).sum(0).to(weight_H.dtype)
+    if needed[0]:
+        scaled_NH = _upcast(dy_NH) * weight_H
+        share_N1 = (scaled_NH * normalised_NH).mean(-1, keepdim=True)
+        dx_NH = scaled_NH.sub_(normalised_NH.mul_(share_N1)).mul_(rstd_N1).to(dy_NH.dtype)
+    return dx_NH, dweight_H
 
 
 def _upcast(tensor: torch.Tensor) -> torch.Tensor:

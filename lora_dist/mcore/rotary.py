@@ -10,6 +10,7 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 
 from lora_dist.config import ModelConfig
+from lora_dist.fusion import Chain
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, each [S, B, 1, F] in the model's dtype."""
@@ -77,13 +78,21 @@ class _Rotate(torch.autograd.Function):
         return _turn(dy_SBAD, cos, -sin), None, None
 
 
-def _turn(x_SBAD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _write_turned(x_SBAD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x_SBAD.chunk(2, dim=-1)
     turned_SBAD = torch.empty_like(x_SBAD, memory_format=torch.contiguous_format)
     turned_first, turned_second = turned_SBAD.chunk(2, dim=-1)
     torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=turned_second).addcmul_(first, sin)
     return turned_SBAD
+
+
+def _join_turned(x_SBAD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x_SBAD.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+_turn = Chain(_write_turned, compiled=_join_turned)
 
 
 class RotarySelfAttention(SelfAttention):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_dist.fusion import Chain
+
 
 class SwiGlu(nn.Module):
     """silu(gate) * up of [gate | up] (arXiv:2002.05202); with Megatron's constructor."""
@@ -27,15 +29,33 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_N2F: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_up_N2F)
-        gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
-        return F.silu(gate_NF).mul_(up_NF)
+        return _compute_gated(gate_up_N2F)
 
     @staticmethod
     def backward(ctx: Any, doutput_NF: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         (gate_up_N2F,) = ctx.saved_tensors
-        gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
-        dgate_up_N2F = torch.empty_like(gate_up_N2F)
-        dgate_NF, dup_NF = dgate_up_N2F.chunk(2, dim=-1)
-        torch.mul(doutput_NF, F.silu(gate_NF), out=dup_NF)
-        torch.ops.aten.silu_backward.grad_input(doutput_NF * up_NF, gate_NF, grad_input=dgate_NF)
-        return dgate_up_N2F
+        return _compute_grad(doutput_NF, gate_up_N2F)
+
+
+@Chain
+def _compute_gated(gate_up_N2F: torch.Tensor) -> torch.Tensor:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    return F.silu(gate_NF).mul_(up_NF)
+
+
+def _write_grad(doutput_NF: torch.Tensor, gate_up_N2F: torch.Tensor) -> torch.Tensor:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    dgate_up_N2F = torch.empty_like(gate_up_N2F)
+    dgate_NF, dup_NF = dgate_up_N2F.chunk(2, dim=-1)
+    torch.mul(doutput_NF, F.silu(gate_NF), out=dup_NF)
+    torch.ops.aten.silu_backward.grad_input(doutput_NF * up_NF, gate_NF, grad_input=dgate_NF)
+    return dgate_up_N2F
+
+
+def _join_grad(doutput_NF: torch.Tensor, gate_up_N2F: torch.Tensor) -> torch.Tensor:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    dgate_NF = torch.ops.aten.silu_backward(doutput_NF * up_NF, gate_NF)
+    return torch.cat([dgate_NF, doutput_NF * F.silu(gate_NF)], dim=-1)
+
+
+_compute_grad = Chain(_write_grad, compiled=_join_grad)

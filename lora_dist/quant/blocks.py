@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lora_dist.base_format import BLOCK
+from lora_dist.fusion import Chain
 
 _FP8 = torch.float8_e4m3fn
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -60,5 +61,10 @@ def quantize_fp8(weight_OH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantize_fp8(codes: torch.Tensor, scales_OK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[O, H] in `dtype`, rounded once: every e4m3 value is exact in it, and the product is formed in fp32."""
-    values = codes.view(_FP8).to(dtype).view(*scales_OK.shape, BLOCK)
-    return values.mul_(scales_OK[..., None]).flatten(1)
+    values_OKx = codes.view(_FP8).view(*scales_OK.shape, BLOCK)
+    return _scale_blocks(values_OKx, scales_OK, dtype).flatten(1)
+
+
+@Chain
+def _scale_blocks(values_OKx: torch.Tensor, scales_OK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return values_OKx.to(dtype).mul_(scales_OK[..., None])

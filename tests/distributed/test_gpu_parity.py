@@ -23,6 +23,8 @@ CASES = {
     "lora": ([], 1e-5),
     "lora-recompute": (["loop.recompute=full"], 1e-5),
     "lora-dropout": (["lora.dropout=0.1"], 1e-5),
+    "lora-compiled": (["compile=true", "lora.dropout=0.1"], 1e-5),
+    "llama-compiled": (["compile=true", "model.family=llama"], 1e-5),
     "full": (["method=full", "optim.lr=1e-3"], 1e-5),
     "bitfit": (["method=bitfit"], 1e-5),
     "adapter_h": (["method=adapter_h"], 1e-5),
@@ -32,12 +34,13 @@ CASES = {
     "lora-bf16": (["dtype=bf16"], 2e-2),
     "lora-fp16": (["dtype=fp16"], 5e-3),
 }
-"""Overrides, and the error of the losses that rounding excuses. A CPU's half of a case is always fp32."""
+"""Overrides, and the error of the losses that rounding excuses. A CPU's half of a case is fp32 and not compiled."""
+_ON_GPU = ("dtype=", "compile=")
 
 
 def train(name: str, device: str, directory: Path) -> list[float]:
     """Losses of the steps; the trained parameters are written to `directory`."""
-    overrides = CASES[name][0] if device == "cuda" else [one for one in CASES[name][0] if not one.startswith("dtype=")]
+    overrides = [one for one in CASES[name][0] if device == "cuda" or not one.startswith(_ON_GPU)]
     config = compose_config([*OVERRIDES, *overrides, f"device={device}"])
     with open_job(config) as topology:
         engine, _ = build_engine(config, topology)

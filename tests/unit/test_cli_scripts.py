@@ -29,7 +29,7 @@ def test_the_gpu_suite_asks_for_benches_that_exist() -> None:
     script = ROOT / "tools" / "gpu_suite.sh"
     listed = subprocess.run(["bash", script, "--list"], capture_output=True, text=True, check=True)
     benches = dict(line.split("\t", maxsplit=1) for line in listed.stdout.splitlines())
-    assert len(benches) == 7
+    assert len(benches) == 8
     for overrides in benches.values():
         check_bench(compose_config(overrides.split("\t")))
 
