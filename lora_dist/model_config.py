@@ -23,7 +23,9 @@ class Architecture:
     gated: bool = False
     """The MLP's activation is silu(gate) * up (arXiv:2002.05202)."""
     activation: str = "gelu_tanh"
-    """Of an MLP without gate: gelu_tanh or relu."""
+    """Of an MLP without gate, unless a model names its own: one of ACTIVATIONS."""
+    parallel_residual: bool = False
+    """Attention and MLP both read the layer's input, and their outputs are added to it together."""
     linear_biases: bool = True
     """Every linear of a layer has a bias."""
     qkv_biases: bool = False
@@ -44,7 +46,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": replace(_LLAMA, qkv_biases=True),
     "qwen3": replace(_LLAMA, qk_norm=True),
     "opt": Architecture(activation="relu", position_offset=2),
+    "gpt_neox": Architecture(rotary=True, activation="gelu", fused_qkv=True, parallel_residual=True),
 }
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 _LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
@@ -55,7 +59,7 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, qwen2, qwen3 or opt: what its layers consist of."""
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, qwen2, qwen3, opt or gpt_neox: what its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -69,8 +73,12 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-5
     tied_output: bool = True
     """The output layer is the embedding."""
+    activation: str | None = None
+    """Of an MLP without gate: gelu_tanh, gelu (exact) or relu; null means the family's."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    rotary_fraction: float = 1.0
+    """Share of a head's features that positions turn, its first ones."""
     rope_scaling: dict[str, float] = field(default_factory=dict)
     """{factor: ...} divides every frequency; with low_freq_factor, high_freq_factor and
     original_max_position_embeddings as well, Llama 3's rule."""
@@ -101,6 +109,12 @@ class ModelConfig:
             require(size is None or size >= 1, f"model.{key}={size} must be at least 1")
         for key in ("hidden_dropout", "attention_dropout"):
             require(0.0 <= getattr(self, key) < 1.0, f"model.{key}={getattr(self, key)} must lie in [0, 1)")
+        if self.activation is not None:
+            require_one_of("model.activation", self.activation, ACTIVATIONS)
+            require(
+                not self.architecture.gated,
+                f"model.activation={self.activation}: {self.family} has a gate; leave it null",
+            )
         self._check_heads()
         if self.architecture.rotary:
             self._check_rotary()
@@ -122,7 +136,11 @@ class ModelConfig:
         )
 
     def _check_rotary(self) -> None:
-        require(self.head_dim % 2 == 0, f"model.head_size={self.head_dim} must be even for rotary positions")
+        require(
+            0 < self.rotary_size <= self.head_dim and self.rotary_size % 2 == 0,
+            f"model.rotary_fraction={self.rotary_fraction} of a head's {self.head_dim} features is"
+            f" {self.rotary_size}, which must be even",
+        )
         require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta} must be positive")
         given = set(self.rope_scaling)
         require(
@@ -142,6 +160,16 @@ class ModelConfig:
     @property
     def num_query_groups(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def rotary_size(self) -> int:
+        """Features of a head that positions turn."""
+        return int(self.rotary_fraction * self.head_dim)
+
+    @property
+    def mlp_activation(self) -> str:
+        """Of an MLP without gate."""
+        return self.architecture.activation if self.activation is None else self.activation
 
     @property
     def query_size(self) -> int:

@@ -36,6 +36,13 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
         "self_attn_layer_norm": (_INPUT_NORM,),
         "final_layer_norm": (_MLP_NORM, _FINAL_NORM),  # transformers' name for both
     },
+    "gpt_neox": {
+        "embed_in": (_EMBEDDING,),
+        "lm_head": (_HEAD,),
+        "input_layernorm": (_INPUT_NORM,),
+        "post_attention_layernorm": (_MLP_NORM,),
+        "final_layer_norm": (_FINAL_NORM,),
+    },
 }
 """Canonical modules by family and name; `*` is any layer."""
 

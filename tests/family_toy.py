@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -35,6 +37,7 @@ _SIZES = {
     "eos_token_id": 100,
     "pad_token_id": None,
 }
+_NEOX_SIZES = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
 _LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(
@@ -50,6 +53,11 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=48)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=8)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            **_NEOX_SIZES, rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+        )
+    ),
     "opt": lambda: OPTForCausalLM(
         OPTConfig(
             vocab_size=VOCAB_SIZE,

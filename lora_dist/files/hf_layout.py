@@ -6,7 +6,7 @@ Megatron fuses q, k and v, and the gate and up of a gated MLP; Hugging Face stor
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.model_config import ModelConfig
 
 TIED_HEAD = "lm_head.weight"
-_ONE_TARGET = {
-    "self_attention.linear_proj": "o_proj",
-    "mlp.linear_fc1": "up_proj",
-    "mlp.linear_fc2": "down_proj",
+_TARGETS = {
+    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "self_attention.linear_proj": ("o_proj",),
+    "mlp.linear_fc1": ("up_proj",),
+    "mlp.linear_fc2": ("down_proj",),
 }
-"""Target of a module where it fuses none."""
+"""Of a module that is stored as one linear."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +60,13 @@ class HfFamily:
     """Buffers of old checkpoints, which every implementation makes for itself."""
     embedding: str
     """The tensor that a stored output layer must equal where it is tied."""
+    module_names: Mapping[str, str] = field(default_factory=dict)
+    """What transformers 5 calls modules in memory that have another name in the files."""
+
+    def find_module(self, stored_name: str) -> str:
+        """Full name, in transformers' model, of the module that has a stored tensor."""
+        module = f"{self.prefix}{stored_name}".rpartition(".")[0]
+        return self.module_names.get(module, module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +107,8 @@ class SplitNames:
         for module, stored in self.modules.items():
             if not isinstance(stored, str):
                 names |= stored
-            elif module in _ONE_TARGET:
-                names[_ONE_TARGET[module]] = stored
+            else:
+                names |= dict.fromkeys(_TARGETS.get(module, ()), stored)
         return {target: self.layers + name for target, name in names.items()}
 
 

@@ -14,8 +14,7 @@ import torch
 from lora_dist.config import ModelConfig
 from lora_dist.files.base_values import compute_stored_shapes, from_stored
 from lora_dist.files.hf_families import HF_FAMILIES
-from lora_dist.files.hf_gpt2 import QKV_TARGETS
-from lora_dist.files.modules import ModuleName, parse_module_name
+from lora_dist.files.modules import FAMILY_NAMES, ModuleName, find_stored_rows, parse_module_name
 from lora_dist.lora.spec import CANONICAL_TARGETS, AdapterSpec
 from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.lora.trained_base import list_trained_base
@@ -108,8 +107,7 @@ def _build_adapters(
     if not factors:
         raise ValueError(f"{path} holds no LoRA factors")
     for one in factors:
-        fuses_what_is_apart = len(one.module.targets) > 1 and not model.architecture.fused_qkv
-        if one.module.targets[0] not in shapes or fuses_what_is_apart:
+        if one.module.targets[0] not in shapes or not _fuses_as(one.module, model):
             raise ValueError(f"{path}: {one.key}: {model.name} is {model.family}, which has no such linear")
         in_features, out_features = shapes[one.module.targets[0]]
         expected = (one.a_RH.shape[0], in_features), (len(one.module.targets) * out_features, one.a_RH.shape[0])
@@ -122,7 +120,7 @@ def _build_adapters(
         if one.magnitude_O is not None and tuple(one.magnitude_O.shape) != expected[1][:1]:
             found_shape = tuple(one.magnitude_O.shape)
             raise ValueError(f"{path}: {one.key}: its magnitudes are {found_shape}; the model needs {expected[1][:1]}")
-        for split in _split(one):
+        for split in _split(one, model):
             spec = AdapterSpec(
                 layer=one.module.layer,
                 target=split.target,
@@ -152,20 +150,27 @@ def _collect(
     return [spec for spec, _ in found], values
 
 
-def _split(one: Factors) -> list[_Projection]:
+def _fuses_as(module: ModuleName, model: ModelConfig) -> bool:
+    """Whether the rows of a linear for q, k and v are the family's: True for any other linear."""
+    own = FAMILY_NAMES[model.family]["q_proj"]
+    return len(module.targets) == 1 or module.template.rpartition(".")[2] == own.rpartition(".")[2]
+
+
+def _split(one: Factors, model: ModelConfig) -> list[_Projection]:
     """q, k and v of a fused pair: each its own columns where B is made of blocks, else all of them with the same A.
 
     With DoRA always all of them, as each has lengths of its own whether B writes its rows or not.
     """
     if len(one.module.targets) == 1:
         return [_Projection(target=one.module.targets[0], a_RH=one.a_RH, b_OR=one.b_OR, magnitude_O=one.magnitude_O)]
-    blocks = dict(zip(QKV_TARGETS, one.b_OR.chunk(3), strict=True))
-    lengths = [None] * 3 if one.magnitude_O is None else one.magnitude_O.chunk(3)
+    rows, lengths_O = find_stored_rows(model), one.magnitude_O
+    blocks = {target: one.b_OR[own_rows] for target, own_rows in rows.items()}
     owners = _find_block_owners(list(blocks.values()))
-    if owners is None or one.magnitude_O is not None:
+    if owners is None or lengths_O is not None:
+        lengths = {target: None if lengths_O is None else lengths_O[own_rows] for target, own_rows in rows.items()}
         return [
-            _Projection(target=target, a_RH=one.a_RH, b_OR=block, shares_a=True, magnitude_O=length)
-            for (target, block), length in zip(blocks.items(), lengths, strict=True)
+            _Projection(target=target, a_RH=one.a_RH, b_OR=block, shares_a=True, magnitude_O=lengths[target])
+            for target, block in blocks.items()
         ]
     projections = []
     for index, (target, block) in enumerate(blocks.items()):

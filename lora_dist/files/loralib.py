@@ -36,6 +36,7 @@ def import_loralib(
 
     `fused_targets` says which of q, k, v a MergedLinear adapts where it does not adapt all three (its enable_lora).
     """
+    _check_layout(model)
     tensors = drop_keys(read_state_dict(path), drop)
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
@@ -53,6 +54,14 @@ def import_loralib(
     adapted = {name for name, pair in parts.items() if "lora_A" in pair}
     bias = "none" if not biases else "lora_only" if biases.keys() <= adapted else "all"
     return build_imported(path, factors, biases, model, rank_stabilized=False, bias=bias)
+
+
+def _check_layout(model: ModelConfig) -> None:
+    if model.family == "gpt_neox":
+        raise ValueError(
+            "format=loralib: its MergedLinear keeps all of q, then all of k, then all of v, where GPT-NeoX goes"
+            " head by head; use format=peft"
+        )
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -120,6 +129,7 @@ def export_loralib(
 
     ValueError where q, k and v of one fused linear differ in rank or alpha, which a MergedLinear cannot.
     """
+    _check_layout(model)
     modules: dict[str, list[AdapterSpec]] = defaultdict(list)
     for spec in specs:
         modules[{**FAMILY_NAMES[model.family], **names}[spec.target].format(layer=spec.layer)].append(spec)

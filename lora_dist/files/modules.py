@@ -3,8 +3,14 @@
 import re
 from dataclasses import dataclass
 
+import torch
+
+from lora_dist.config import ModelConfig
+from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_llama import LLAMA_FAMILIES, LLAMA_NAMES
+from lora_dist.files.hf_neox import NEOX_NAMES
 from lora_dist.files.hf_opt import OPT_NAMES
+from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.lora.targets import find_targets
 
 GPT2_NAMES = {
@@ -17,6 +23,7 @@ FAMILY_NAMES: dict[str, dict[str, str]] = {
     "gpt2": GPT2_NAMES,
     **dict.fromkeys(LLAMA_FAMILIES, LLAMA_NAMES.list_target_names()),
     "opt": OPT_NAMES.list_target_names(),
+    "gpt_neox": NEOX_NAMES.list_target_names(),
 }
 """Target -> template of its linear in transformers, by family."""
 _LAYER = re.compile(r"(?:.*\.)?(?:h|layers?|blocks?)\.(\d+)\.(.+)")
@@ -47,5 +54,23 @@ def parse_module_name(name: str) -> ModuleName | None:
 
 
 def is_fused(name: str) -> bool:
-    """GPT-2's c_attn, whose rows are all q, then all k, then all v; other fused layouts are another matter."""
-    return name.rpartition(".")[2] == "c_attn"
+    """One linear for q, k and v: GPT-2's, or GPT-NeoX's."""
+    return name.rpartition(".")[2] in ("c_attn", "query_key_value")
+
+
+def find_stored_rows(model: ModelConfig) -> dict[str, torch.Tensor]:
+    """Rows of q, k and v in the linear that transformers fuses them in: one after the other in GPT-2, head by head in
+    GPT-NeoX. ValueError for a family with a linear for each.
+    """
+    parts = HF_FAMILIES[model.family].find_parts("decoder.layers.0.self_attention.linear_qkv.bias", model)
+    canonical_rows = compute_fused_rows("q_proj", model)
+    assert canonical_rows is not None
+    if not model.architecture.fused_qkv:
+        raise ValueError(f"{model.family} has a linear for each of q, k and v")
+    if parts[0].target is None:
+        return canonical_rows
+    return {
+        part.target: torch.arange(part.first, part.first + len(canonical_rows[part.target]))
+        for part in parts
+        if part.target
+    }

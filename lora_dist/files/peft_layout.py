@@ -9,7 +9,7 @@ from lora_dist.config import ModelConfig
 from lora_dist.files.modules import FAMILY_NAMES
 from lora_dist.files.peft_base import compute_base_shapes, from_peft_base, to_peft_base
 from lora_dist.files.peft_config import describe_peft_config
-from lora_dist.files.peft_gpt2 import (
+from lora_dist.files.peft_fused import (
     compute_fused_shapes,
     describe_fused_modules,
     from_peft_fused,
@@ -30,7 +30,7 @@ def to_peft_files(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Whole values by canonical name -> adapter_model.safetensors and adapter_config.json."""
     if model.architecture.fused_qkv:
-        tensors, adapted = to_peft_fused(values, specs), describe_fused_modules(specs)
+        tensors, adapted = to_peft_fused(values, specs, model), describe_fused_modules(specs, model)
     else:
         names = FAMILY_NAMES[model.family]
         tensors = {key: values[name] for name, key in compute_split_keys(specs, names).items()}
@@ -57,7 +57,7 @@ def from_peft_tensors(
     """The inverse of `to_peft_files` where no scaling was folded into B; exact."""
     base = from_peft_base(tensors, specs, model, bias, modules)
     if model.architecture.fused_qkv:
-        return from_peft_fused(tensors, specs) | base
+        return from_peft_fused(tensors, specs, model) | base
     keys = compute_split_keys(specs, FAMILY_NAMES[model.family])
     return {name: tensors[key] for name, key in keys.items()} | base
 
@@ -68,7 +68,7 @@ def compute_peft_shapes(
     """Every key of adapter_model.safetensors and its shape."""
     base = compute_base_shapes(specs, model, bias, modules)
     if model.architecture.fused_qkv:
-        return compute_fused_shapes(specs) | base
+        return compute_fused_shapes(specs, model) | base
     keys, shapes = compute_split_keys(specs, FAMILY_NAMES[model.family]), compute_factor_shapes(specs, model)
     return {key: shapes[name] for name, key in keys.items()} | base
 
@@ -82,8 +82,8 @@ def compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig) -> d
         if spec.use_dora:
             shapes[f"{spec.name}.magnitude"] = (spec.out_features,)
     if model.architecture.fused_qkv:  # one linear, which has the lengths of all its rows
-        for module in group_specs(specs):
-            shapes.update(dict.fromkeys(module.magnitude_names, (module.specs[0].out_features,)))
+        for module in group_specs(specs, model):
+            shapes |= {name: (len(rows),) for name, rows in module.magnitude_rows.items()}
     return shapes
 
 
@@ -91,5 +91,5 @@ def find_folded_scalings(specs: Sequence[AdapterSpec], model: ModelConfig) -> di
     """Adapters whose B is multiplied, since PEFT has one scaling a module; none where every projection has its own."""
     if not model.architecture.fused_qkv:
         return {}
-    modules = group_specs(specs)
+    modules = group_specs(specs, model)
     return {name: ratio for module in modules for name, ratio in module.compute_folded_ratios().items()}

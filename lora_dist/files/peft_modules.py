@@ -11,7 +11,7 @@ from lora_dist.config import ModelConfig
 from lora_dist.files.base_values import compute_stored_shapes, from_stored
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import TIED_HEAD
-from lora_dist.files.peft_base import find_base_keys
+from lora_dist.files.peft_base import KEY_PREFIX, find_base_keys
 from lora_dist.lora.trained_base import list_trained_base
 from lora_dist.saved_modules import find_embedding_name, find_norms, is_saved, list_saved_modules
 
@@ -52,6 +52,7 @@ def _match(path: Path, module: str, stored: dict[str, list[str]], model: ModelCo
     """Kinds of modules whose full names end with PEFT's `module`: all of a kind, or none."""
     if model.tied_output and _HEAD.endswith(module):
         return []
+    module = HF_FAMILIES[model.family].module_names.get(module, module)
     matched = {kind: [name for name in names if name.endswith(module)] for kind, names in stored.items()}
     chosen = [kind for kind, names in matched.items() if names]
     if not chosen:
@@ -71,8 +72,7 @@ def _find_stored_modules(model: ModelConfig) -> dict[str, list[str]]:
     found, family = defaultdict(list), HF_FAMILIES[model.family]
     for kind in list_saved_modules(model):
         names = [name for name in compute_canonical_shapes(model) if is_saved(name, [kind], model)]
-        full = [f"{family.prefix}{name}".rpartition(".")[0] for name in compute_stored_shapes(names, model)]
-        found[kind] = list(dict.fromkeys(full))
+        found[kind] = list(dict.fromkeys(map(family.find_module, compute_stored_shapes(names, model))))
     return found
 
 
@@ -81,10 +81,12 @@ def take_modules(
 ) -> dict[str, torch.Tensor]:
     """Take the modules' tensors out of `tensors`; by canonical name. ValueError for one that is missing or does not
     fit, and for a tied output layer that is not the embedding.
+
+    Before transformers 5 a module had the name in PEFT's files that it has in the checkpoint's.
     """
     shapes, stored = HF_FAMILIES[model.family].compute_shapes(model), dict[str, torch.Tensor]()
     for key, name in find_base_keys([], model, "none", modules).items():
-        found, wanted = tensors.pop(key, None), shapes[name]
+        found, wanted = tensors.pop(key, tensors.pop(f"{KEY_PREFIX}{name}", None)), shapes[name]
         if found is None or tuple(found.shape) != wanted:
             shape = "none" if found is None else tuple(found.shape)
             raise ValueError(f"{path}: {key} has shape {shape}, {model.name} needs {wanted}")

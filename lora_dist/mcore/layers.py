@@ -187,33 +187,60 @@ class Layer(TransformerLayer):
         return self._checkpoint(whole_layer, hidden_states), None
 
     def _forward_mlp(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        if not self._recomputes("selective", hidden_states):
-            return super()._forward_mlp(hidden_states, *args, **options)
+        """What attention has left, and the MLP on it added."""
+        return self._recompute_mlp(
+            lambda hidden: super(Layer, self)._forward_mlp(hidden, *args, **options), hidden_states
+        )
 
-        def mlp(hidden: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = super(Layer, self)._forward_mlp(hidden, *args, **options)
-            return output
-
-        return self._checkpoint(mlp, hidden_states)
+    def _recompute_mlp(self, mlp: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        return self._checkpoint(mlp, *inputs) if self._recomputes("selective", inputs[0]) else mlp(*inputs)
 
     def _recomputes(self, kind: str, hidden_states: torch.Tensor) -> bool:
         if self.recompute != kind or not (self.training and torch.is_grad_enabled()):
             return False
         return hidden_states.requires_grad or any(p.requires_grad for p in self.parameters())
 
-    def _checkpoint(self, region: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    def _checkpoint(self, region: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         assert self.clock is not None
         clock = self.clock
         mine = clock.key, clock.adapter_of_row
 
-        def keyed_region(hidden: torch.Tensor) -> torch.Tensor:
+        def keyed_region(*inputs: torch.Tensor) -> torch.Tensor:
             outer = clock.key, clock.adapter_of_row
             clock.key, clock.adapter_of_row = mine
             try:
-                return region(hidden)
+                return region(*inputs)
             finally:
                 clock.key, clock.adapter_of_row = outer
 
-        if not hidden.requires_grad:
-            hidden = hidden.detach().requires_grad_()
-        return tensor_parallel.checkpoint(keyed_region, False, hidden)
+        if not inputs[0].requires_grad:
+            inputs = inputs[0].detach().requires_grad_(), *inputs[1:]
+        return tensor_parallel.checkpoint(keyed_region, False, *inputs)
+
+
+class ParallelLayer(Layer):
+    """x + attention(norm(x)) + mlp(its own norm(x)), as GPT-NeoX adds them (arXiv:2204.06745, section 2.1)."""
+
+    _entered: torch.Tensor | None = None
+    """x, from attention's half to the MLP's."""
+
+    def _forward_attention(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
+        self._entered = hidden_states
+        return super()._forward_attention(hidden_states, *args, **options)
+
+    def _forward_mlp(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        entered, self._entered = self._entered, None
+        assert entered is not None
+
+        def mlp(hidden: torch.Tensor, entered: torch.Tensor) -> torch.Tensor:
+            self._entered = entered
+            try:
+                output: torch.Tensor = TransformerLayer._forward_mlp(self, hidden, *args, **options)
+            finally:
+                self._entered = None
+            return output
+
+        return self._recompute_mlp(mlp, hidden_states, entered)
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super()._forward_pre_mlp_layernorm(self._entered)

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.head_loss import compute_target_loss
-from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, SdpaAttention
+from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, ParallelLayer, SdpaAttention
 from lora_dist.mcore.norm import Norm, RmsNorm
 from lora_dist.mcore.rotary import Rotary, RotarySelfAttention
 from lora_dist.mcore.swiglu import SwiGlu
@@ -157,6 +157,7 @@ def _require_grad(_module: torch.nn.Module, _inputs: object, output: torch.Tenso
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
     "relu": F.relu,
 }
 
@@ -178,7 +179,7 @@ def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: tor
         add_bias_linear=architecture.linear_biases,
         add_qkv_bias=architecture.qkv_biases,
         gated_linear_unit=architecture.gated,
-        activation_func=F.silu if architecture.gated else _ACTIVATIONS[architecture.activation],
+        activation_func=F.silu if architecture.gated else _ACTIVATIONS[model.mlp_activation],
         use_te_activation_func=architecture.gated,  # that is: a module, SwiGlu, in place of Megatron's own gate
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -197,7 +198,7 @@ def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: tor
 
 def _build_block_spec(architecture: Architecture, num_stage_layers: int) -> TransformerBlockSubmodules:
     spec = get_gpt_layer_local_spec()
-    spec.module = Layer
+    spec.module = ParallelLayer if architecture.parallel_residual else Layer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     mlp = layer.mlp.submodules
     norm = RmsNorm if architecture.rms_norm else Norm

@@ -1,6 +1,7 @@
 """Rotary positions: angles of each row's own positions, and queries and keys turned by them.
 
-Shapes: S sequence, B rows, A heads, D head dimension, F = D / 2 frequencies.
+Shapes: S sequence, B rows, A heads, D head dimension, F frequencies: D / 2, or fewer where only a head's first 2 F
+features are turned.
 """
 
 import math
@@ -33,8 +34,8 @@ class Rotary:
 
 
 def compute_frequencies(model: ModelConfig) -> torch.Tensor:
-    """[F] fp32, theta^(-2 f / D), scaled as model.rope_scaling says."""
-    exponents_F = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
+    """[F] fp32, theta^(-f / F), scaled as model.rope_scaling says."""
+    exponents_F = torch.arange(0, model.rotary_size, 2, dtype=torch.float32) / model.rotary_size
     frequencies_F = 1.0 / model.rope_theta**exponents_F
     scaling = model.rope_scaling
     if "low_freq_factor" in scaling:
@@ -79,17 +80,24 @@ class _Rotate(torch.autograd.Function):
 
 
 def _write_turned(x_SBAD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x_SBAD.chunk(2, dim=-1)
+    first, second, rest = _split(x_SBAD, cos)
     turned_SBAD = torch.empty_like(x_SBAD, memory_format=torch.contiguous_format)
-    turned_first, turned_second = turned_SBAD.chunk(2, dim=-1)
+    turned_first, turned_second, kept = _split(turned_SBAD, cos)
+    kept.copy_(rest)
     torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=turned_second).addcmul_(first, sin)
     return turned_SBAD
 
 
 def _join_turned(x_SBAD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x_SBAD.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    first, second, rest = _split(x_SBAD, cos)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _split(x_SBAD: torch.Tensor, cos: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The two halves that are turned, and the features that are not."""
+    num_frequencies = cos.shape[-1]
+    return x_SBAD.split([num_frequencies, num_frequencies, x_SBAD.shape[-1] - 2 * num_frequencies], dim=-1)
 
 
 _turn = Chain(_write_turned, compiled=_join_turned)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from adapter_files import read_in, write_with_peft
 from family_toy import ONE_EACH, build_family_model, compute_family_logits, read_family_config, write_family_checkpoint
-from hf_toy import build_shard, compute_logits, count_processes, draw_adapter_values, draw_tokens
+from hf_toy import build_hf_model, build_shard, compute_logits, count_processes, draw_adapter_values, draw_tokens
 from lora_updates import compute_update
 from processes import run_distributed
 from transformers import AutoModelForCausalLM
@@ -34,8 +34,8 @@ LORA = LoraConfig(rank=3, alpha=4, target_modules=["all-linear"], rank_pattern={
 
 
 def list_specs(model: ModelConfig) -> list[AdapterSpec]:
-    """Mistral, whose layers are Llama's, has DoRA."""
-    specs = build_adapter_specs(replace(LORA, use_dora=model.family == "mistral"), model)
+    """Mistral, whose layers are Llama's, has DoRA, and so has GPT-NeoX."""
+    specs = build_adapter_specs(replace(LORA, use_dora=model.family in ("mistral", "gpt_neox")), model)
     assert len(specs) == model.num_layers * (7 if model.architecture.gated else 6)
     return specs
 
@@ -98,14 +98,17 @@ def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> Non
             assert logits is None or (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+TARGETS = {"opt": ["v_proj", "q_proj", "fc1"], "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"]}
+
+
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_an_adapter_that_peft_wrote_comes_in_and_goes_out_as_it_was(name: str, tmp_path: Path) -> None:
     base, source = tmp_path / "base", tmp_path / "source"
     model = write_family_checkpoint(name, base)
-    targets = ["q_proj", "v_proj", "fc1"] if name == "opt" else ["q_proj", "v_proj", "gate_proj", "down_proj"]
-    write_with_peft(build_family_model(name), source, target_modules=targets, r=2, rank_pattern={"v_proj": 4})
+    targets = TARGETS.get(name, ["v_proj", "q_proj", "gate_proj", "down_proj"])
+    write_with_peft(build_family_model(name), source, target_modules=targets, r=2, rank_pattern={targets[0]: 4})
     stored = read_in(source, tmp_path / "stored", model)
-    for format in ("peft", "peft_split"):
+    for format in ("peft",) if name == "gpt_neox" else ("peft", "peft_split"):
         export_adapter(stored, tmp_path / format, format)
         raw = [(directory / "adapter_model.safetensors").read_bytes() for directory in (source, tmp_path / format)]
         assert raw[0] == raw[1]
@@ -169,3 +172,14 @@ def test_an_adapter_of_another_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gate_proj.* is opt, which has no such linear"):
         read_in(tmp_path / "source", tmp_path / "stored", opt)
     assert read_in(tmp_path / "source", tmp_path / "stored", llama).specs[0].target == "gate_proj"
+
+
+@pytest.mark.parametrize("options", [{"format": "loralib", "alpha": 1.0}, {}], ids=["loralib", "gpt2's"])
+def test_what_has_no_like_on_gpt_neox_is_refused(options: dict, tmp_path: Path) -> None:
+    model = write_family_checkpoint("gpt_neox", tmp_path / "base")
+    write_with_peft(build_hf_model(), tmp_path / "source", target_modules=["c_attn"], r=2)
+    message = (
+        "loralib: its MergedLinear keeps all of q" if options else r"c_attn.* is gpt_neox, which has no such linear"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_in(tmp_path / "source", tmp_path / "stored", model, **options)

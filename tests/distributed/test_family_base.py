@@ -1,5 +1,6 @@
 """Biases and whole modules beside the adapters of every family: gradients, PEFT's files both ways, merging, BitFit."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from adapter_files import read_in, write_with_peft
 from family_toy import FAMILIES, build_family_model, compute_family_logits, write_family_checkpoint
 from hf_toy import count_processes, draw_tokens
 from processes import run_distributed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_baselines import MODEL, RUN, call, run_training
 from test_family_adapters import compute_peft_logits
 from test_family_gradients import MODELS, TOLERANCE, TOPOLOGIES, run_case
@@ -23,6 +24,7 @@ from lora_dist.cli.compose import compose_config
 from lora_dist.cli.inputs import check_inputs
 from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.files.base_values import compute_stored_shapes
+from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.lora.trained_base import list_biases, list_trained_base
 from lora_dist.saved_modules import is_saved, list_saved_modules
@@ -105,6 +107,10 @@ PEFTS_OWN = {
     "mistral": ({"modules_to_save": ["norm"]}, ["input_layernorm", "post_attention_layernorm", "norm"]),
     "qwen2": ({"bias": "all", "modules_to_save": ["model.norm"]}, ["norm"]),
     "qwen3": ({"modules_to_save": ["lm_head", "k_norm"]}, ["lm_head", "k_norm"]),
+    "gpt_neox": (
+        {"bias": "lora_only", "modules_to_save": ["lm_head", "final_layer_norm"]},
+        ["lm_head", "final_layer_norm"],
+    ),
     "opt": ({"bias": "lora_only", "modules_to_save": ["final_layer_norm"]}, ["final_layer_norm"]),
 }
 
@@ -114,7 +120,8 @@ def test_what_peft_trained_comes_in_and_goes_out(name: str, tmp_path: Path) -> N
     options, modules = PEFTS_OWN[name]
     base, source = tmp_path / "base", tmp_path / "source"
     model = write_family_checkpoint(name, base)
-    write_with_peft(build_family_model(name), source, target_modules=_QKV, r=2, **options)
+    targets = ["query_key_value"] if name == "gpt_neox" else _QKV
+    write_with_peft(build_family_model(name), source, target_modules=targets, r=2, **options)
     stored = read_in(source, tmp_path / "stored", model)
     assert set(stored.modules) == set(modules)
     export_adapter(stored, tmp_path / "out", "peft")
@@ -127,6 +134,20 @@ def test_what_peft_trained_comes_in_and_goes_out(name: str, tmp_path: Path) -> N
     assert (
         compute_family_logits(tmp_path / "merged", draw_tokens()) - expected
     ).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_module_by_its_name_before_transformers_5_comes_in(tmp_path: Path) -> None:
+    model = write_family_checkpoint("gpt_neox", tmp_path / "base")
+    options = {"target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}
+    write_with_peft(build_family_model("gpt_neox"), tmp_path / "new", r=2, **options)
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    path = tmp_path / "old" / "adapter_model.safetensors"
+    save_file({key.replace("lm_head", "embed_out"): tensor for key, tensor in load_file(path).items()}, path)
+    config = tmp_path / "old" / "adapter_config.json"
+    config.write_text(config.read_text().replace("lm_head", "embed_out"))
+    old, new = (read_in(tmp_path / name, tmp_path / f"{name}-stored", model).read() for name in ("old", "new"))
+    assert old.modules == new.modules == ["lm_head"]
+    assert all(torch.equal(value, new.values[name]) for name, value in old.values.items())
 
 
 @pytest.mark.parametrize(
@@ -158,9 +179,10 @@ def test_modules_have_transformers_names(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
     for module in list_saved_modules(model):
         names = [each for each in compute_canonical_shapes(model) if is_saved(each, [module], model)]
-        stored = compute_stored_shapes(names, model)
-        assert stored
-        assert {each.split(".")[-2] for each in stored} == {module}
+        found = {HF_FAMILIES[model.family].find_module(each) for each in compute_stored_shapes(names, model)}
+        assert found
+        assert found <= {full for full, _ in build_family_model(name).named_modules()}
+        assert {full.split(".")[-1] for full in found} == {module}
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ MODELS = {
     "qwen2": build_toy("qwen2", num_kv_heads=8, tied_output=True),
     "qwen3": build_toy("qwen3", num_kv_heads=4, head_size=6, tied_output=False),
     "opt": build_toy("opt"),
+    "gpt_neox": build_toy("gpt_neox", tied_output=False, rotary_fraction=0.5),
 }
 
 
@@ -55,6 +56,7 @@ CASES = [
     *(("qwen3", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
     ("qwen2", "full", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
+    *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
 ]
 
 
@@ -97,16 +99,16 @@ def build_packed_batch(tokens_BS: torch.Tensor) -> Batch:
 
 
 def compute_packed_gradients(options: dict, source: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of packed rows and every gradient by Hugging Face's name."""
+    """The loss of packed rows and every gradient by transformers' name."""
     model = read_family_config(source)
     gpt = build_shard(options, model, torch.float64)
     load_hf_checkpoint(gpt, source)
     batch = build_packed_batch(draw_tokens())
     loss, _ = forward_backward(gpt, [batch], seed=0, step=0, scale_loss=None)
-    gradients = {}
+    stored, family = {}, HF_FAMILIES[model.family]
     for name, gradient in reduce_gradients(describe_base_parameters(gpt), gpt.topology).items():
-        gradients |= split_to_hf(gradient, HF_FAMILIES[model.family].find_parts(name, model), model)
-    return loss, gradients
+        stored |= split_to_hf(gradient, family.find_parts(name, model), model)
+    return loss, {f"{family.find_module(name)}.{name.rpartition('.')[2]}": one for name, one in stored.items()}
 
 
 def compute_expected_gradients(name: str) -> tuple[float, dict[str, torch.Tensor]]:

@@ -109,7 +109,17 @@ def test_hf_model_takes_a_llamas_shape_from_the_checkpoint(tmp_path: Path) -> No
     assert replace(read, **given) == replace(written, **given, num_kv_heads=8, head_size=64)
 
 
-HF_NAMES = ["llama3_8b", "llama3_2_1b", "mistral_7b", "qwen2_5_7b", "qwen3_8b", "opt_125m", "opt_175b"]
+HF_NAMES = [
+    "llama3_8b",
+    "llama3_2_1b",
+    "mistral_7b",
+    "qwen2_5_7b",
+    "qwen3_8b",
+    "opt_125m",
+    "opt_175b",
+    "pythia_410m",
+    "gpt_neox_20b",
+]
 
 
 @pytest.mark.parametrize("option", HF_NAMES)
