@@ -35,11 +35,20 @@ class Batch:
     def seq_len(self) -> int:
         return self.input_ids_BS.shape[1]
 
+    def find_targets(self) -> torch.Tensor:
+        """int64 [N]; where the target tokens are in the order [S, B]. On a GPU this would wait for all that runs."""
+        return self.loss_mask_BS.t().flatten().nonzero()[:, 0]
+
     def to(self, device: torch.device) -> "Batch":
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in values.items()
-            if isinstance(value, torch.Tensor)
+            name: move(value, device) for name, value in values.items() if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To `device`, without waiting for what runs there: from pageable memory CUDA would wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -79,23 +79,23 @@ class ShardedGpt(GPTModel):
         return super().shared_embedding_or_output_weight()
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        labels_BS, loss_mask_BS = options.get("labels"), options.get("loss_mask")
+        labels_BS, targets_N = options.get("labels"), options.get("loss_mask")
         if self.post_process and self.only_last_position:
             hidden_states = hidden_states[-1:]
         if not self.post_process or labels_BS is None:
             return super()._postprocess(hidden_states, *args, **options)
-        return self._compute_loss(hidden_states, labels_BS, loss_mask_BS)
+        return self._compute_loss(hidden_states, labels_BS, targets_N)
 
-    def _compute_loss(
-        self, hidden_SBH: torch.Tensor, labels_BS: torch.Tensor, loss_mask_BS: torch.Tensor
-    ) -> torch.Tensor:
-        """Cross-entropy summed over the target tokens (eq. 1 of the paper); the output layer sees no others."""
+    def _compute_loss(self, hidden_SBH: torch.Tensor, labels_BS: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy summed over the target tokens (eq. 1 of the paper); the output layer sees no others.
+
+        `targets_N` are their places in [S, B], where Megatron's argument would be a mask: `Batch.find_targets`.
+        """
         hidden_SBH = self._enter_output_layer(hidden_SBH)
-        chosen_N = loss_mask_BS.t().flatten().nonzero()[:, 0]
         return compute_target_loss(
-            hidden_SBH.flatten(0, 1).index_select(0, chosen_N),
+            hidden_SBH.flatten(0, 1).index_select(0, targets_N),
             self.shared_embedding_or_output_weight(),
-            labels_BS.t().flatten()[chosen_N],
+            labels_BS.t().flatten()[targets_N],
             vocab_size=self.true_vocab_size,
             label_smoothing=self.label_smoothing if self.training else 0.0,
             tp_rank=self.topology.tp_rank,

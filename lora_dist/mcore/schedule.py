@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from lora_dist.batch import Batch
+from lora_dist.batch import Batch, move
 from lora_dist.lora.dropout import DropoutKey
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.stopping import is_stop_requested
@@ -48,7 +48,9 @@ def _run_schedule(
         return loss_sum * weight, loss_sum.detach()
 
     def forward_step(iterator: "object", stage: ShardedGpt) -> tuple[torch.Tensor, Callable]:
-        batch = next(iterator).to(gpt.topology.device)  # type: ignore[call-overload]
+        batch: Batch = next(iterator)  # type: ignore[call-overload]
+        targets_N = move(batch.find_targets(), gpt.topology.device)
+        batch = batch.to(gpt.topology.device)
         gpt.clock.key = None if forward_only else DropoutKey(seed=seed, step=step, row_ids_B=batch.row_ids_B)
         gpt.clock.adapter_of_row = batch.adapter_of_row
         gpt.slots_BS = batch.slots_BS
@@ -57,7 +59,7 @@ def _run_schedule(
             batch.position_ids_BS,
             compute_attention_mask(batch.segment_ids_BS),
             labels=batch.labels_BS,
-            loss_mask=batch.loss_mask_BS,
+            loss_mask=targets_N,
         )
         return output, loss_function
 
