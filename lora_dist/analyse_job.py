@@ -18,7 +18,7 @@ from lora_dist.analysis.subspaces import compute_input_directions, compute_simil
 from lora_dist.checkpoint.store import Adapter, StoredAdapter
 from lora_dist.lora.factors import derive_seed
 from lora_dist.lora.function import read_weight
-from lora_dist.lora.layer import compute_fused_rows
+from lora_dist.lora.layer import compute_fused_rows, find_shared_ranges
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import LINEAR_OF_TARGET, parse_layers
 from lora_dist.mcore.layers import LoraColumnParallelLinear
@@ -137,7 +137,13 @@ def _amplify_one(gpt: ShardedGpt, directory: str, adapter: Adapter, spec: Adapte
 def cut_weight(gpt: ShardedGpt, spec: AdapterSpec) -> WeightShard:
     """The target's rows of the linear that holds it, on this rank, in fp32."""
     linear = gpt.get_submodule(f"decoder.layers.{spec.layer - gpt.first_layer}.{LINEAR_OF_TARGET[spec.target]}")
-    rows = compute_fused_rows(spec.target, gpt.model, gpt.topology.tp_size)
+    tp_size = gpt.topology.tp_size
+    rows = compute_fused_rows(spec.target, gpt.model, tp_size)
+    if spec.target in find_shared_ranges(gpt.model, tp_size):
+        raise ValueError(
+            f"{spec.name}: topology.tp_size={tp_size} keeps each key-value head on several ranks, which analyse would"
+            f" count twice; use at most {gpt.model.num_query_groups}"
+        )
     whole = read_weight(linear.weight, torch.float32)
     weight = whole if rows is None else whole[rows[spec.target].to(whole.device)]
     topology = gpt.topology

@@ -226,6 +226,13 @@ class RunConfig:
         require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
         _validate_model_shards(self.model, self.topology)
         _validate_method(self.method, self.lora, self.model)
+        trains_qkv = self.method in ("full", "bitfit") or (self.method in LORA_METHODS and self.lora.bias != "none")
+        require(
+            not (trains_qkv and self.zero.stage > 0 and self.topology.tp_size > self.model.num_query_groups),
+            f"topology.tp_size={self.topology.tp_size} keeps each of {self.model.num_query_groups} key-value heads on"
+            " several ranks, which DeepSpeed's norm of trained weights or biases of q, k and v would count twice; use"
+            " zero.stage=0 or a smaller tp_size",
+        )
         check_frozen(self.model.base_format, method=self.method, zero_stage=self.zero.stage)
         require(
             not (self.zero.stage == 3 and self.topology.pp_size > 1),
@@ -290,11 +297,16 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
 
 def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None:
     tp_size, pp_size = topology.tp_size, topology.pp_size
-    sizes = {"num_heads": model.num_heads, "num_kv_heads": model.num_query_groups}
-    for key, size in {**sizes, "ffn_hidden_size": model.ffn_hidden_size}.items():
+    for key, size in {"num_heads": model.num_heads, "ffn_hidden_size": model.ffn_hidden_size}.items():
         require(
             size % tp_size == 0, f"tp {tp_size} does not divide {key} {size}; choose a divisor for topology.tp_size"
         )
+    num_groups = model.num_query_groups
+    require(
+        num_groups % tp_size == 0 or tp_size % num_groups == 0,
+        f"tp {tp_size} neither divides num_kv_heads {num_groups} nor is a multiple of it; choose another"
+        " topology.tp_size",
+    )
     require(
         model.num_layers % pp_size == 0,
         f"pp {pp_size} does not divide num_layers {model.num_layers}; choose a divisor for topology.pp_size",

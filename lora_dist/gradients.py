@@ -9,17 +9,32 @@ import torch.distributed as dist
 
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
+from lora_dist.whole import cut_shard
 
 
 def sum_tp_partial_gradients(trainable: Sequence[TrainableParameter], topology: Topology) -> None:
     """Sum the TP-partial gradients over TP, once a step, in one bucket a dtype, before norm and clipping.
 
     These are A of column-parallel linears and B of row-parallel ones (at GPT-3 175B, rank 4 on q and v, 19 MB in
-    all), and what acts on a sequence shard under sequence parallelism.
+    all), what acts on a sequence shard under sequence parallelism, and rows that several ranks have.
     """
     if topology.tp_size > 1:
+        shared = [one for one in trainable if one.tp_ranges is not None]
+        wholes = [_spread(one, topology.tp_rank) for one in shared]
         partial = [_gradient(one) for one in trainable if one.tp_partial_grad]
-        _sum_coalesced(partial, topology.tp_group)
+        _sum_coalesced(partial + wholes, topology.tp_group)
+        for one, whole in zip(shared, wholes, strict=True):
+            _gradient(one).copy_(cut_shard(whole, one, topology))
+
+
+def _spread(one: TrainableParameter, tp_rank: int) -> torch.Tensor:
+    """This rank's gradient in its places of the whole, zero elsewhere."""
+    assert one.tp_ranges is not None
+    gradient, ranges = _gradient(one), one.tp_ranges[tp_rank]
+    whole = gradient.new_zeros(one.full_shape)
+    for own, (start, size) in zip(gradient.split([size for _, size in ranges]), ranges, strict=True):
+        whole[start : start + size] = own
+    return whole
 
 
 def sum_tied_embedding_gradients(trainable: Sequence[TrainableParameter], topology: Topology) -> None:
@@ -60,9 +75,33 @@ def compute_grad_norm(trainable: Sequence[TrainableParameter], topology: Topolog
     for one in trainable:
         counts = one.owned and (one.shard_dim is not None or topology.tp_rank == 0)
         if counts:
-            total += _gradient(one).float().pow(2).sum()
+            for part in _list_first_held(one, topology.tp_rank):
+                total += part.float().pow(2).sum()
     dist.all_reduce(total, group=topology.model_parallel_group)
     return total.sqrt()
+
+
+def _list_first_held(one: TrainableParameter, tp_rank: int) -> list[torch.Tensor]:
+    """The parts of the gradient that no rank before this one has."""
+    if one.tp_ranges is None:
+        return [_gradient(one)]
+    parts = _gradient(one).split([size for _, size in one.tp_ranges[tp_rank]])
+    return [part for part, is_first in zip(parts, _find_first_held(one, tp_rank), strict=True) if is_first]
+
+
+def _find_first_held(one: TrainableParameter, tp_rank: int) -> list[bool]:
+    assert one.tp_ranges is not None
+    before = {part for ranges in one.tp_ranges[:tp_rank] for part in ranges}
+    return [part not in before for part in one.tp_ranges[tp_rank]]
+
+
+def counts_in_norm(one: TrainableParameter, tp_rank: int) -> bool:
+    """Whether this rank's shard counts whole in a norm over TP, or not at all where it is False."""
+    if one.tp_ranges is None:
+        return one.shard_dim is not None
+    first_held = _find_first_held(one, tp_rank)
+    assert len(set(first_held)) == 1, f"{one.name} counts in part"
+    return first_held[0]
 
 
 def all_gradients_finite(trainable: Sequence[TrainableParameter], topology: Topology) -> bool:

@@ -12,7 +12,8 @@ class TrainableParameter:
     """One trainable parameter of this process and its place in the whole, topology-free tensor.
 
     The whole tensor is the concatenation of the TP shards along `shard_dim` (cut to `full_shape`, which leaves out
-    the rows that pad a vocabulary), block by block, or any one of them where `shard_dim` is None.
+    the rows that pad a vocabulary), block by block, or any one of them where `shard_dim` is None. `tp_ranges` says
+    otherwise.
     """
 
     name: str
@@ -27,6 +28,9 @@ class TrainableParameter:
     kind: str
     """lora_A, lora_B, magnitude, bias, bottleneck, prefix or base: its parameter group, and what the report counts it
     under."""
+    tp_ranges: tuple[tuple[tuple[int, int], ...], ...] | None = None
+    """Where TP ranks share rows, as those of one key-value head do: start and length of each rank's parts along
+    `shard_dim`, by tp_rank. Each rank computes one summand of a shared row's gradient."""
     num_blocks: int = 1
     """Parts of equal length along `shard_dim` that are split over TP one by one: [gate | up] of a gated MLP has two."""
     tied: bool = False

@@ -115,6 +115,12 @@ def _gather_over_tp(local: torch.Tensor, one: TrainableParameter, topology: Topo
 def join_shards(parts: Sequence[torch.Tensor], one: TrainableParameter) -> torch.Tensor:
     """The TP ranks' shards as one tensor, padding included."""
     assert one.shard_dim is not None
+    if one.tp_ranges is not None:
+        whole = parts[0].new_empty(one.full_shape[0], *parts[0].shape[1:])
+        for part, ranges in zip(parts, one.tp_ranges, strict=True):
+            for own, (start, size) in zip(part.split([size for _, size in ranges]), ranges, strict=True):
+                whole[start : start + size] = own
+        return whole
     if one.num_blocks == 1:
         return torch.cat(list(parts), one.shard_dim)
     blocks = zip(*(part.chunk(one.num_blocks, one.shard_dim) for part in parts), strict=True)
@@ -151,6 +157,8 @@ def read_shard(read: Callable[[int, int], torch.Tensor], one: TrainableParameter
 def _compute_shard_ranges(one: TrainableParameter, topology: Topology) -> list[tuple[int, int]]:
     """Start and length of each block's part of this TP rank, without vocabulary padding."""
     assert one.shard_dim is not None
+    if one.tp_ranges is not None:
+        return list(one.tp_ranges[topology.tp_rank])
     full_size, size = one.full_shape[one.shard_dim], one.local_shape[one.shard_dim] // one.num_blocks
     block_size = full_size // one.num_blocks
     start = min(block_size, topology.tp_rank * size)

@@ -29,6 +29,7 @@ from lora_dist.parameters import TrainableParameter
 from lora_dist.prefix.spec import build_prefix_specs
 from lora_dist.prefix_config import PREFIX_METHODS, PrefixConfig
 from lora_dist.topology import Topology
+from lora_dist.whole import cut_shard, join_shards
 
 MODEL = ModelConfig(
     name="toy",
@@ -123,9 +124,7 @@ def fill(described: TrainableParameter, topology: Topology, std: float) -> None:
     """Draw the whole tensor from its name and keep this rank's shard."""
     generator = torch.Generator().manual_seed(derive_seed("toy", described.name))
     whole = torch.randn(described.full_shape, generator=generator, dtype=torch.float64) * std
-    if described.shard_dim is not None:
-        whole = whole.chunk(topology.tp_size, described.shard_dim)[topology.tp_rank]
-    described.parameter.data.copy_(whole)
+    described.parameter.data.copy_(cut_shard(whole, described, topology))
 
 
 def build_batches(topology: Topology, *, seed: int = 5, packed: bool = True) -> list[Batch]:
@@ -182,9 +181,7 @@ def gather_whole(local: torch.Tensor, described: TrainableParameter, topology: T
         return local.narrow(0, 0, described.full_shape[0]).clone()
     parts = [torch.empty_like(local) for _ in range(topology.tp_size)]
     dist.all_gather(parts, local.contiguous(), group=topology.tp_group)
-    blocks = [part.chunk(described.num_blocks, described.shard_dim) for part in parts]
-    joined = [torch.cat(block, described.shard_dim) for block in zip(*blocks, strict=True)]
-    return torch.cat(joined, described.shard_dim).narrow(0, 0, described.full_shape[0]).clone()
+    return join_shards(parts, described).narrow(0, 0, described.full_shape[0]).clone()
 
 
 def merge_results(results: list[tuple[float, dict[str, torch.Tensor]]]) -> tuple[float, dict[str, torch.Tensor]]:

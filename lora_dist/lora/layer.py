@@ -3,8 +3,9 @@
 Shapes: S sequence, B rows, H input features, O output features, R the summed ranks of the stacked adapters.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from lora_dist.lora.factors import draw_lora_A, slice_shard
 from lora_dist.lora.function import BaseWeight, ShardCommunication, lora_linear, read_weight
 from lora_dist.lora.spec import AdapterSpec
 
+Ranges = tuple[tuple[tuple[int, int], ...], ...]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardPlace:
@@ -27,6 +30,8 @@ class ShardPlace:
     tp_size: int
     tp_rank: int
     sequence_parallel: bool = False
+    tp_ranges: Mapping[str, Ranges] = field(default_factory=dict)
+    """Of targets whose rows several ranks have, where each rank's lie."""
     row_group: dist.ProcessGroup | None = None
     """Over which an output row is split: the TP group where the input features are; None where rows are whole."""
 
@@ -65,6 +70,8 @@ class LoraShard(nn.Module):
         for spec in specs:
             a = slice_shard(draw_lora_A(spec, seed), place.a_shard_dim, place.tp_size, place.tp_rank)
             out_features = spec.out_features // (place.tp_size if place.column_parallel else 1)
+            if rows is not None:
+                out_features = len(rows[spec.target])
             self.register_parameter(f"{spec.target}_lora_A", nn.Parameter(a.to(device)))
             b = torch.zeros(out_features, spec.lora_rank, device=device)
             self.register_parameter(f"{spec.target}_lora_B", nn.Parameter(b))
@@ -202,5 +209,31 @@ def compute_fused_rows(target: str, model: ModelConfig, tp_size: int = 1) -> dic
         return {"gate_proj": torch.arange(size), "up_proj": torch.arange(size, 2 * size)}
     if target not in ("q_proj", "k_proj", "v_proj"):
         return None
-    num_groups = model.num_query_groups
+    num_groups = max(model.num_query_groups, tp_size)
     return compute_qkv_rows(num_groups // tp_size, model.num_heads // num_groups, model.head_dim)
+
+
+@functools.cache
+def _split_fused_qkv(num_heads: int, num_groups: int, head_dim: int, tp_size: int) -> dict[str, Ranges]:
+    """Of q, k, v alone and of the fused projection where ranks share a key-value head: by tp_rank, start and length."""
+    ranks_of_head, rows_per_group = tp_size // num_groups, (num_heads // num_groups + 2) * head_dim
+    q_size = num_heads // tp_size * head_dim
+    ranges: dict[str, list[tuple[tuple[int, int], ...]]] = {"k_proj": [], "v_proj": [], "fused": []}
+    for tp_rank in range(tp_size):
+        group, place = divmod(tp_rank, ranks_of_head)
+        first, key = group * rows_per_group, (group + 1) * rows_per_group - 2 * head_dim
+        head = (group * head_dim, head_dim)
+        ranges["k_proj"].append((head,))
+        ranges["v_proj"].append((head,))
+        ranges["fused"].append(((first + place * q_size, q_size), (key, head_dim), (key + head_dim, head_dim)))
+    return {name: tuple(each) for name, each in ranges.items()}
+
+
+def find_shared_ranges(model: ModelConfig, tp_size: int) -> Mapping[str, Ranges]:
+    """`TrainableParameter.tp_ranges` of k's and v's rows and of the `fused` projection's; {} where no rank shares any.
+
+    With more TP ranks than key-value heads, each head is on the neighbouring ranks that its query heads are split over.
+    """
+    if tp_size <= model.num_query_groups:
+        return {}
+    return _split_fused_qkv(model.num_heads, model.num_query_groups, model.head_dim, tp_size)

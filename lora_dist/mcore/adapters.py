@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lora_dist.lora.layer import LoraShard, ShardPlace, compute_fused_rows
+from lora_dist.lora.layer import LoraShard, ShardPlace, compute_fused_rows, find_shared_ranges
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import LINEAR_OF_TARGET
+from lora_dist.lora.targets import LINEAR_OF_TARGET, compute_linear_shapes
 from lora_dist.lora.trained_base import list_trained_base
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
@@ -77,6 +77,7 @@ def _build_shard(
         tp_rank=topology.tp_rank,
         sequence_parallel=column_parallel and topology.sequence_parallel,
         row_group=None if column_parallel or topology.tp_size == 1 else topology.tp_group,
+        tp_ranges=find_shared_ranges(gpt.model, topology.tp_size),
     )
     shard = LoraShard(
         specs,
@@ -106,6 +107,7 @@ def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
         ]
         if spec.use_dora:
             parts.append(("magnitude", shard.magnitude(spec), (spec.out_features,), place.b_shard_dim))
+        shared = place.tp_ranges.get(spec.target)
         for kind, parameter, full_shape, shard_dim in parts:
             described.append(
                 TrainableParameter(
@@ -113,6 +115,7 @@ def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
                     parameter=parameter,
                     full_shape=full_shape,
                     shard_dim=shard_dim,
+                    tp_ranges=None if kind == "lora_A" else shared,
                     tp_partial_grad=place.tp_size > 1 and shard_dim is None,
                     kind=kind,
                 )
@@ -137,8 +140,9 @@ def describe_untrained_lengths(gpt: ShardedGpt) -> list[TrainableParameter]:
                     TrainableParameter(
                         name=f"layers.{shard.specs[0].layer}.{target}.magnitude",
                         parameter=nn.Parameter(lengths_O[rows], requires_grad=False),
-                        full_shape=(len(rows) * gpt.topology.tp_size,),
+                        full_shape=(compute_linear_shapes(gpt.model)[target][1],),
                         shard_dim=0,
+                        tp_ranges=shard.place.tp_ranges.get(target),
                         tp_partial_grad=False,
                         kind="constant",
                     )

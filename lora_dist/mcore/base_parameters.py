@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_dist.config import ModelConfig
 from lora_dist.lora.factors import derive_seed
+from lora_dist.lora.layer import find_shared_ranges
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
 from lora_dist.quant.weight import QuantizedWeight
@@ -88,8 +89,11 @@ def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableP
     topology = gpt.topology
     shard_dim = find_shard_dim(name)
     full_shape = list(parameter.shape)
+    tp_ranges = find_shared_ranges(gpt.model, topology.tp_size).get("fused") if ".linear_qkv." in name else None
     if shard_dim is not None:
         full_shape[shard_dim] *= topology.tp_size
+    if tp_ranges is not None:
+        full_shape[0] = gpt.model.query_size + 2 * gpt.model.kv_size
     is_embedding = name.endswith(("word_embeddings.weight", "output_layer.weight"))
     if is_embedding:
         full_shape[0] = gpt.true_vocab_size
@@ -102,6 +106,7 @@ def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableP
         parameter=parameter,
         full_shape=tuple(full_shape),
         shard_dim=shard_dim,
+        tp_ranges=tp_ranges,
         tp_partial_grad=on_sequence_shard or on_own_heads,
         kind="bias" if name.endswith("bias") else "base",
         num_blocks=2 if is_gated else 1,

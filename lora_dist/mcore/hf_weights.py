@@ -13,7 +13,7 @@ from lora_dist.files.hf_checkpoint import CONFIG, INDEX, SINGLE_FILE, HfReader
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import HfPart, split_to_hf
 from lora_dist.files.safetensors_stream import open_writer
-from lora_dist.lora.layer import compute_fused_rows
+from lora_dist.lora.layer import compute_fused_rows, find_shared_ranges
 from lora_dist.mcore.base_parameters import describe_base_parameters, initialize_base, open_value
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
@@ -61,10 +61,11 @@ def _load_rows(gpt: ShardedGpt, value: torch.Tensor, part: HfPart, reader: HfRea
     assert part.target is not None
     rows = compute_fused_rows(part.target, gpt.model, gpt.topology.tp_size)
     assert rows is not None
-    local_rows = rows[part.target]
+    local_rows, tp_rank = rows[part.target], gpt.topology.tp_rank
     size = len(local_rows)
-    stored_dim = 1 if part.transposed else 0
-    stored = reader.read(part.name, dim=stored_dim, start=part.first + gpt.topology.tp_rank * size, size=size)
+    shared = find_shared_ranges(gpt.model, gpt.topology.tp_size).get(part.target)
+    start = tp_rank * size if shared is None else shared[tp_rank][0][0]
+    stored = reader.read(part.name, dim=1 if part.transposed else 0, start=part.first + start, size=size)
     value[local_rows.to(gpt.topology.device)] = _to_local(stored, part, value)
 
 

@@ -168,7 +168,7 @@ def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: tor
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
-        num_query_groups=model.num_query_groups,
+        num_query_groups=max(model.num_query_groups, topology.tp_size),  # each rank a head, if one that others have too
         kv_channels=model.head_dim,
         ffn_hidden_size=model.ffn_hidden_size,
         layernorm_epsilon=model.layernorm_epsilon,

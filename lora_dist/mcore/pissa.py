@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lora_dist.lora.factors import slice_shard
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.pissa import INITIAL_A, INITIAL_B, compute_principal_factors
 from lora_dist.lora.spec import AdapterSpec
@@ -21,6 +20,7 @@ from lora_dist.mcore.adapters import describe_factors
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
+from lora_dist.whole import cut_shard, join_shards
 
 _Factors = tuple[torch.Tensor, torch.Tensor]
 
@@ -33,6 +33,8 @@ class _Site:
     shard: LoraShard
     weight: nn.Parameter
     rows: torch.Tensor | None
+    described_a: TrainableParameter
+    described_b: TrainableParameter
 
     @property
     def local_OH(self) -> torch.Tensor:
@@ -52,12 +54,16 @@ def split_base(gpt: ShardedGpt) -> list[TrainableParameter]:
     for first in range(0, len(sites), at_once):
         round_sites = sites[first : first + at_once]
         for site, factors in zip(round_sites, _decompose(round_sites, topology), strict=True):
-            _start(site, *factors)
+            _start(site, *factors, topology)
     return [one for linear in linears for one in _keep_initial(linear.lora)]
 
 
 def _list_sites(weight: nn.Parameter, shard: LoraShard) -> list[_Site]:
-    return [_Site(spec, shard, weight, rows) for spec, rows in shard.list_rows()]
+    described = {one.name: one for one in describe_factors(shard)}
+    return [
+        _Site(spec, shard, weight, rows, described[f"{spec.name}.lora_A"], described[f"{spec.name}.lora_B"])
+        for spec, rows in shard.list_rows()
+    ]
 
 
 def _decompose(sites: Sequence[_Site], topology: Topology) -> list[_Factors]:
@@ -101,14 +107,16 @@ def _gather(site: _Site, tp_rank: int, topology: Topology) -> torch.Tensor | Non
     if topology.tp_rank == tp_rank:
         parts = [torch.empty_like(local_OH) for _ in range(topology.tp_size)]
     dist.gather(local_OH, parts, group=topology.tp_group, group_dst=tp_rank)
-    return None if parts is None else torch.cat(parts, 0 if site.shard.place.column_parallel else 1)
+    if parts is None:
+        return None
+    return join_shards(parts, site.described_b) if site.shard.place.column_parallel else torch.cat(parts, 1)
 
 
-def _start(site: _Site, whole_a_RH: torch.Tensor, whole_b_OR: torch.Tensor) -> None:
+def _start(site: _Site, whole_a_RH: torch.Tensor, whole_b_OR: torch.Tensor, topology: Topology) -> None:
     """This shard's factors, and the base without what they add to it, formed in fp32 and rounded once."""
-    place, (a, b) = site.shard.place, site.shard.factors(site.spec)
-    a.copy_(slice_shard(whole_a_RH, place.a_shard_dim, place.tp_size, place.tp_rank))
-    b.copy_(slice_shard(whole_b_OR, place.b_shard_dim, place.tp_size, place.tp_rank))
+    a, b = site.shard.factors(site.spec)
+    a.copy_(cut_shard(whole_a_RH, site.described_a, topology))
+    b.copy_(cut_shard(whole_b_OR, site.described_b, topology))
     base_OH = site.local_OH
     dtype = torch.promote_types(base_OH.dtype, a.dtype)
     rest_OH = torch.addmm(base_OH.to(dtype), b.to(dtype), a.to(dtype), alpha=-site.spec.scaling).to(base_OH.dtype)
@@ -126,6 +134,7 @@ def _keep_initial(shard: LoraShard) -> list[TrainableParameter]:
             parameter=nn.Parameter(one.parameter.detach().cpu().clone(), requires_grad=False),
             full_shape=one.full_shape,
             shard_dim=one.shard_dim,
+            tp_ranges=one.tp_ranges,
             tp_partial_grad=False,
             kind="constant",
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 
 from lora_dist.base_format import check_blocks
 from lora_dist.base_shapes import compute_canonical_shapes
@@ -67,10 +67,11 @@ def list_candidates(config: RunConfig) -> list[Candidate]:
     assert config.plan.num_gpus is not None
     num_gpus, model = config.plan.num_gpus, config.model
     found = []
-    for tp_size in _list_divisors(model.num_query_groups, num_gpus):
+    num_groups = model.num_query_groups
+    for tp_size in _list_divisors(gcd(model.num_heads, model.ffn_hidden_size), num_gpus):
+        if num_groups % tp_size and tp_size % num_groups:
+            continue
         for pp_size in _list_divisors(model.num_layers, num_gpus // tp_size):
-            if model.ffn_hidden_size % tp_size:
-                continue
             dp_size = _choose_dp_size(config, num_gpus // (tp_size * pp_size))
             idle = num_gpus - tp_size * pp_size * dp_size
             found.append(Candidate(tp_size=tp_size, pp_size=pp_size, dp_size=dp_size, num_idle=idle, recompute=""))

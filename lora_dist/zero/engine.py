@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_dist.config import OptimConfig, ZeroConfig
-from lora_dist.gradients import all_gradients_finite, compute_grad_norm
+from lora_dist.gradients import all_gradients_finite, compute_grad_norm, counts_in_norm
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
 from lora_dist.zero.ds_config import build_ds_config
@@ -55,9 +55,10 @@ def build_zero_engine(
     """
     deepspeed = _import_deepspeed(topology)
     parameters = [one.parameter for one in trainable] or [_add_placeholder(model, topology.device)]
-    for one in trainable:
-        # What DeepSpeed's norm asks for: sharded parameters count on every TP rank, others on the first alone.
-        one.parameter.tensor_model_parallel = one.shard_dim is not None
+    for one in trainable if zero.stage > 0 else ():
+        # What DeepSpeed's norm asks for: sharded parameters count on every TP rank, others on the first alone. A shard
+        # that ranks share counts on the first of them, and the others are no first rank.
+        one.parameter.tensor_model_parallel = counts_in_norm(one, topology.tp_rank)
         one.parameter.ds_pipe_replicated = not one.owned
     master_dtypes = {p.dtype for p in parameters}
     master_dtype = (

@@ -108,11 +108,6 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
     assert read_family_config(tmp_path).max_position_embeddings == 64
 
 
-def test_a_topology_that_splits_a_shared_head_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"tp 8 does not divide num_kv_heads 4; choose a divisor for topology.tp_size"):
-        compose_config(["model=qwen2_5_7b", "model.num_heads=32", "model.head_size=112", "data=fake", "topology=tp8"])
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
