@@ -6,6 +6,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from lora_dist.topology import check_device, choose_device
 
 _GIB = 2**30
 _SECONDS_TO_MEET = 60.0
+_PROBE = ".preflight-"
 _SECONDS_TO_SEE_A_FILE = 5.0
 
 
@@ -51,8 +53,7 @@ def check_job(config: RunConfig) -> str | None:
         facts = collect_facts(config, Path(store.get("probe").decode()))
         store.set(f"facts/{global_rank}", json.dumps(asdict(facts)))
         return None  # and ask nothing more: process 0, which holds the store, may be gone
-    probe = _find_existing(Path(config.run_dir).absolute()) / f".preflight-{uuid.uuid4().hex}"
-    probe.touch()
+    probe = make_probe(_find_existing(Path(config.run_dir).absolute()))
     try:
         store.set("probe", str(probe))
         first = collect_facts(config, probe)
@@ -62,6 +63,17 @@ def check_job(config: RunConfig) -> str | None:
     if problems := find_problems(everyone):
         raise ValueError("; ".join(problems))
     return f"{describe(everyone)}; passed in {time.monotonic() - started:.1f} s"
+
+
+def make_probe(directory: Path) -> Path:
+    """A new empty file. What killed checks have left there is taken away, once no check can still be using it."""
+    for left in directory.glob(f"{_PROBE}*"):
+        with suppress(FileNotFoundError):  # another job's check may be as tidy
+            if time.time() - left.stat().st_mtime > _SECONDS_TO_MEET + 3600:
+                left.unlink()
+    probe = directory / f"{_PROBE}{uuid.uuid4().hex}"
+    probe.touch()
+    return probe
 
 
 def _meet(global_rank: int, world_size: int) -> Store:

@@ -1,6 +1,7 @@
 """What the check of all nodes needs to hold, and how it words what it finds; the meeting itself with real processes."""
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from lora_dist import preflight
 from lora_dist.cli.compose import compose_config
 from lora_dist.config import RunConfig
 from lora_dist.needed_bytes import compute_needed_bytes
-from lora_dist.preflight import Facts, check_job, find_problems, measure_inputs
+from lora_dist.preflight import Facts, check_job, find_problems, make_probe, measure_inputs
 
 GIB = 2**30
 
@@ -42,6 +43,16 @@ def test_full_fine_tuning_needs_gradients_masters_and_moments_too() -> None:
     assert compute(4, "zero.stage=2") == pytest.approx(2 + 0.5 + 3, rel=1e-3)
     assert compute(4, "zero.stage=0", "dtype=fp32") == pytest.approx(4 + 4 + 8, rel=1e-3)
     assert compute(4, "zero.offload_optimizer=true") == pytest.approx(2 + 2, rel=1e-3)
+
+
+def test_what_a_killed_check_left_is_taken_away(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in (".preflight-1", ".preflight-2", "adapter"))
+    for path in (old, new, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    probe = make_probe(tmp_path)
+    assert {path for path in tmp_path.iterdir()} == {new, other, probe}
 
 
 def test_a_plan_of_the_job_says_it_better(tmp_path: Path) -> None:
