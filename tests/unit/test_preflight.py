@@ -52,7 +52,7 @@ def test_what_a_killed_check_left_is_taken_away(tmp_path: Path) -> None:
     for path in (old, other):
         os.utime(path, (0, 0))
     probe = make_probe(tmp_path)
-    assert {path for path in tmp_path.iterdir()} == {new, other, probe}
+    assert set(tmp_path.iterdir()) == {new, other, probe}
 
 
 def test_a_plan_of_the_job_says_it_better(tmp_path: Path) -> None:
