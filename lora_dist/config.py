@@ -6,6 +6,9 @@ The larger parts have files of their own beside this one, `NAME_config.py`; ever
 from dataclasses import dataclass, field
 
 from lora_dist.base_format import check_blocks, check_frozen
+from lora_dist.bench_config import CONTENDERS as CONTENDERS
+from lora_dist.bench_config import OUR_CONTENDERS as OUR_CONTENDERS
+from lora_dist.bench_config import BenchConfig as BenchConfig
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS, BottleneckConfig
 from lora_dist.data_config import FILE_FORMATS as FILE_FORMATS
 from lora_dist.data_config import DataConfig as DataConfig
@@ -18,44 +21,9 @@ from lora_dist.prefix_config import LORA_PREFIX_METHODS, PREFIX_METHODS
 from lora_dist.prefix_config import PrefixConfig as PrefixConfig
 from lora_dist.refusals import require, require_one_of
 from lora_dist.saved_modules import check_trained_base
-
-
-@dataclass(kw_only=True, slots=True)
-class TopologyConfig:
-    """How many processes share one model, and how many models there are."""
-
-    tp_size: int = 1
-    """Tensor-parallel processes: each weight matrix is split over them."""
-    pp_size: int = 1
-    """Pipeline stages."""
-    dp_size: int | None = None
-    """Data-parallel replicas; null takes what the number of processes leaves (1 when started bare)."""
-    sequence_parallel: bool = False
-    """Split the activations between the tensor-parallel regions along the sequence."""
-    timeout_s: float = 1800.0
-    """A collective that waits longer than this is an error."""
-
-    def __post_init__(self) -> None:
-        for key in ("tp_size", "pp_size", "dp_size"):
-            size = getattr(self, key)
-            require(size is None or size >= 1, f"topology.{key}={size} must be at least 1")
-
-
-@dataclass(kw_only=True, slots=True)
-class ZeroConfig:
-    """What DeepSpeed partitions over the data-parallel replicas."""
-
-    stage: int = 1
-    """0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
-    offload_optimizer: bool = False
-    """Keep the optimizer state in host memory."""
-
-    def __post_init__(self) -> None:
-        require_one_of("zero.stage", self.stage, (0, 1, 2, 3))
-        require(
-            not (self.offload_optimizer and self.stage == 0),
-            "zero.offload_optimizer=true needs zero.stage >= 1, got zero.stage=0",
-        )
+from lora_dist.topology_config import TopologyConfig as TopologyConfig
+from lora_dist.topology_config import ZeroConfig as ZeroConfig
+from lora_dist.topology_config import compute_dp_size as compute_dp_size
 
 
 @dataclass(kw_only=True, slots=True)
@@ -156,34 +124,6 @@ class CompareConfig:
 
 METHODS = ("lora", "full", "bitfit", *BOTTLENECK_METHODS, *PREFIX_METHODS)
 LORA_METHODS = ("lora", *LORA_PREFIX_METHODS)
-OUR_CONTENDERS = ("lora", "full", "lora_recompute", "full_recompute", "lora_compiled", "full_compiled")
-CONTENDERS = (*OUR_CONTENDERS, "peft", "peft_tuned", "hf_full")
-
-
-@dataclass(kw_only=True, slots=True)
-class BenchConfig:
-    """What `lora-dist bench` times side by side, on random tokens of data.seq_len."""
-
-    contenders: list[str] = field(default_factory=lambda: ["lora", "full", "peft", "peft_tuned"])
-    """lora and full are this project's under loop.recompute, lora_recompute and full_recompute with full recomputation,
-    lora_compiled and full_compiled with compile=true; peft, peft_tuned and hf_full are transformers with PEFT or
-    whole."""
-    num_rounds: int = 10
-    """Timed rounds; a round is one step of every contender."""
-    num_warmup_rounds: int = 3
-    target_fraction: float = 1.0
-    """Share of each row's positions, its last ones, that the loss is on."""
-    num_threads: int = 1
-    """CPU threads of a contender; on a GPU torch's default is left alone."""
-
-    def __post_init__(self) -> None:
-        for contender in self.contenders:
-            require_one_of("bench.contenders", contender, CONTENDERS)
-        require(len(self.contenders) == len(set(self.contenders)), "bench.contenders names one twice")
-        require(bool(self.contenders), "bench.contenders is empty; name at least one, e.g. [lora,peft]")
-        for key in ("num_rounds", "num_warmup_rounds", "num_threads"):
-            require(getattr(self, key) >= 1, f"bench.{key}={getattr(self, key)} must be at least 1")
-        require(0.0 < self.target_fraction <= 1.0, f"bench.target_fraction={self.target_fraction} must lie in (0, 1]")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -313,19 +253,6 @@ def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None
     )
     check_blocks(model.base_format, model.hidden_size)
     check_blocks(model.base_format, model.query_size, model.ffn_hidden_size, tp_size=tp_size)
-
-
-def compute_dp_size(topology: TopologyConfig, world_size: int) -> int:
-    """Data-parallel replicas on `world_size` processes; ValueError when the sizes do not multiply out."""
-    model_parallel_size = topology.tp_size * topology.pp_size
-    dp_size = topology.dp_size or max(1, world_size // model_parallel_size)
-    needed = model_parallel_size * dp_size
-    require(
-        needed == world_size,
-        f"tp {topology.tp_size} x pp {topology.pp_size} x dp {dp_size} = {needed} processes,"
-        f" but the launcher started {world_size}; start {needed} or change the topology",
-    )
-    return dp_size
 
 
 def compute_num_microbatches(loop: LoopConfig, dp_size: int) -> int:

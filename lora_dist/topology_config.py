@@ -1,0 +1,56 @@
+"""How many processes share a model and what DeepSpeed partitions over its replicas; standard library only."""
+
+from dataclasses import dataclass
+
+from lora_dist.refusals import require, require_one_of
+
+
+@dataclass(kw_only=True, slots=True)
+class TopologyConfig:
+    """How many processes share one model, and how many models there are."""
+
+    tp_size: int = 1
+    """Tensor-parallel processes: each weight matrix is split over them."""
+    pp_size: int = 1
+    """Pipeline stages."""
+    dp_size: int | None = None
+    """Data-parallel replicas; null takes what the number of processes leaves (1 when started bare)."""
+    sequence_parallel: bool = False
+    """Split the activations between the tensor-parallel regions along the sequence."""
+    timeout_s: float = 1800.0
+    """A collective that waits longer than this is an error."""
+
+    def __post_init__(self) -> None:
+        for key in ("tp_size", "pp_size", "dp_size"):
+            size = getattr(self, key)
+            require(size is None or size >= 1, f"topology.{key}={size} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class ZeroConfig:
+    """What DeepSpeed partitions over the data-parallel replicas."""
+
+    stage: int = 1
+    """0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory."""
+
+    def __post_init__(self) -> None:
+        require_one_of("zero.stage", self.stage, (0, 1, 2, 3))
+        require(
+            not (self.offload_optimizer and self.stage == 0),
+            "zero.offload_optimizer=true needs zero.stage >= 1, got zero.stage=0",
+        )
+
+
+def compute_dp_size(topology: TopologyConfig, world_size: int) -> int:
+    """Data-parallel replicas on `world_size` processes; ValueError when the sizes do not multiply out."""
+    model_parallel_size = topology.tp_size * topology.pp_size
+    dp_size = topology.dp_size or max(1, world_size // model_parallel_size)
+    needed = model_parallel_size * dp_size
+    require(
+        needed == world_size,
+        f"tp {topology.tp_size} x pp {topology.pp_size} x dp {dp_size} = {needed} processes,"
+        f" but the launcher started {world_size}; start {needed} or change the topology",
+    )
+    return dp_size
