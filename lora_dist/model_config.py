@@ -22,8 +22,10 @@ class Architecture:
     """Each head's queries and keys are normalised before they are turned."""
     gated: bool = False
     """The MLP's activation is silu(gate) * up (arXiv:2002.05202)."""
-    activation: str = "gelu_tanh"
-    """Of an MLP without gate, unless a model names its own: one of ACTIVATIONS."""
+    activations: tuple[str, ...] = ("gelu_tanh",)
+    """That an MLP without gate may have, the usual one first: gelu_tanh, gelu (exact), relu."""
+    partial_rotary: bool = False
+    """A model may turn some of a head's features alone."""
     parallel_residual: bool = False
     """Attention and MLP both read the layer's input, and their outputs are added to it together."""
     linear_biases: bool = True
@@ -45,10 +47,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": _LLAMA,
     "qwen2": replace(_LLAMA, qkv_biases=True),
     "qwen3": replace(_LLAMA, qk_norm=True),
-    "opt": Architecture(activation="relu", position_offset=2),
-    "gpt_neox": Architecture(rotary=True, activation="gelu", fused_qkv=True, parallel_residual=True),
+    "opt": Architecture(activations=("relu",), position_offset=2),
+    "gpt_neox": Architecture(
+        rotary=True,
+        partial_rotary=True,
+        activations=("gelu", "gelu_tanh"),
+        fused_qkv=True,
+        parallel_residual=True,
+    ),
 }
-ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 _LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
@@ -74,7 +81,7 @@ class ModelConfig:
     tied_output: bool = True
     """The output layer is the embedding."""
     activation: str | None = None
-    """Of an MLP without gate: gelu_tanh, gelu (exact) or relu; null means the family's."""
+    """Of an MLP without gate, where a family has several: gpt_neox gelu (exact) or gelu_tanh; null means the usual."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
@@ -110,11 +117,11 @@ class ModelConfig:
         for key in ("hidden_dropout", "attention_dropout"):
             require(0.0 <= getattr(self, key) < 1.0, f"model.{key}={getattr(self, key)} must lie in [0, 1)")
         if self.activation is not None:
-            require_one_of("model.activation", self.activation, ACTIVATIONS)
             require(
                 not self.architecture.gated,
                 f"model.activation={self.activation}: {self.family} has a gate; leave it null",
             )
+            require_one_of("model.activation", self.activation, self.architecture.activations)
         self._check_heads()
         if self.architecture.rotary:
             self._check_rotary()
@@ -137,9 +144,16 @@ class ModelConfig:
 
     def _check_rotary(self) -> None:
         require(
-            0 < self.rotary_size <= self.head_dim and self.rotary_size % 2 == 0,
-            f"model.rotary_fraction={self.rotary_fraction} of a head's {self.head_dim} features is"
-            f" {self.rotary_size}, which must be even",
+            0 < self.rotary_fraction <= 1, f"model.rotary_fraction={self.rotary_fraction} must lie above 0, and up to 1"
+        )
+        require(
+            self.rotary_fraction == 1 or self.architecture.partial_rotary,
+            f"model.rotary_fraction={self.rotary_fraction}: {self.family} turns whole heads; leave it 1",
+        )
+        require(
+            self.rotary_size % 2 == 0 and self.rotary_size > 0,
+            f"model.head_size={self.head_dim} must be even for rotary positions, and so must the"
+            f" {self.rotary_size} of its features that model.rotary_fraction={self.rotary_fraction} turns",
         )
         require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta} must be positive")
         given = set(self.rope_scaling)
@@ -169,7 +183,7 @@ class ModelConfig:
     @property
     def mlp_activation(self) -> str:
         """Of an MLP without gate."""
-        return self.architecture.activation if self.activation is None else self.activation
+        return self.architecture.activations[0] if self.activation is None else self.activation
 
     @property
     def query_size(self) -> int:

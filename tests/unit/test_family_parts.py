@@ -30,7 +30,9 @@ from lora_dist.plan.attention import AttentionKernel
 def test_every_canonical_parameter_is_a_stored_one(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
     theirs = {key: tuple(parameter.shape) for key, parameter in build_family_model(name).named_parameters()}
-    assert HF_FAMILIES[model.family].compute_shapes(model) == theirs
+    family = HF_FAMILIES[model.family]
+    shapes = family.compute_shapes(model)
+    assert {f"{family.find_module(key)}.{key.rpartition('.')[2]}": shape for key, shape in shapes.items()} == theirs
     assert sum(torch.Size(shape).numel() for shape in compute_canonical_shapes(model).values()) == model.num_parameters
 
 
@@ -41,7 +43,8 @@ def test_every_target_is_a_linear_of_transformers(name: str, tmp_path: Path) -> 
     assert names.keys() == compute_linear_shapes(model).keys()
     for target, (in_features, out_features) in compute_linear_shapes(model).items():
         linear = theirs.get_submodule(names[target].format(layer=2))
-        assert (linear.in_features, linear.out_features) == (in_features, out_features)
+        is_fused = model.architecture.fused_qkv and target in ("q_proj", "k_proj", "v_proj")
+        assert (linear.in_features, linear.out_features) == (in_features, out_features * (3 if is_fused else 1))
 
 
 def edit(directory: Path, **changes: object) -> None:
@@ -56,6 +59,8 @@ def edit(directory: Path, **changes: object) -> None:
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
+        ("gpt_neox", {"use_parallel_residual": False}, "use_parallel_residual=False is not supported, only True"),
+        ("gpt_neox", {"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' is not supported, only default"),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported, only default, linear, llama3"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "'llama3' has no number low_freq_factor"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
@@ -114,6 +119,9 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
         ("model.family=bert", "model.family='bert' is not one of gpt2, llama, mistral, qwen2, qwen3, opt"),
         ("model.num_kv_heads=0", "model.num_kv_heads=0 must be at least 1"),
         ("model.head_size=7", "model.head_size=7 must be even for rotary positions"),
+        ("model.rotary_fraction=1.5", "model.rotary_fraction=1.5 must lie above 0, and up to 1"),
+        ("model.rotary_fraction=0.01", "model.rotary_fraction=0.01: llama turns whole heads; leave it 1"),
+        ("model.activation=gelu", "model.activation=gelu: llama has a gate; leave it null"),
         ("model.rope_scaling={factor:2,beta:3}", "model.rope_scaling has beta, factor; it takes factor alone, or"),
     ],
 )
@@ -121,6 +129,21 @@ def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
         compose_config(["model=llama3_8b", "data=fake", override])
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=gpt2_small", "model.activation=relu"], "model.activation='relu' is not one of gelu_tanh"),
+        (
+            ["model=pythia_410m", "model.rotary_fraction=0.05"],
+            "3 of its features that model.rotary_fraction=0.05 turns",
+        ),
+    ],
+)
+def test_what_a_family_has_not_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose_config(["data=fake", *overrides])
 
 
 def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
