@@ -12,6 +12,7 @@ from hf_toy import count_processes, draw_tokens
 from processes import run_distributed
 from safetensors.torch import load_file, save_file
 from test_baselines import MODEL, RUN, call, run_training
+from test_dtypes import train as train_in
 from test_family_adapters import compute_peft_logits
 from test_family_gradients import MODELS, TOLERANCE, TOPOLOGIES, run_case
 from test_modules_to_save import load, merge, write
@@ -54,6 +55,15 @@ def test_gradients_equal_one_process(name: str) -> None:
         assert loss == pytest.approx(expected_loss, rel=1e-12)
         for key, gradient in expected.items():
             assert (actual[key] - gradient).abs().max() < TOLERANCE * gradient.abs().max(), (options, key)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gpt_neox"])
+def test_over_a_low_precision_base_they_train_in_fp32(name: str) -> None:
+    case = Case(model=MODELS[name], lora=build_lora(MODELS[name]), dtype=torch.float32)
+    exact = run_distributed(train_in, 1, case, 0)[0][0]
+    for losses, _, dtypes in run_distributed(train_in, 2, replace(case, dtype=torch.bfloat16, tp_size=2), 1):
+        assert losses == pytest.approx(exact, abs=0.02)
+        assert dtypes == {"torch.float32"}
 
 
 @pytest.mark.parametrize("name", ["opt", "qwen2"])
