@@ -14,6 +14,7 @@ from family_toy import _SIZES, compute_family_logits, read_family_config
 from hf_toy import build_shard, compute_logits, count_processes, draw_tokens
 from processes import run_distributed
 from safetensors.torch import load_file
+from test_adapters_mixed import compare_mixed_with_alone
 from test_baselines import call, read_losses, run_training
 from test_family_gradients import TOLERANCE, build_toy, run_case
 from toy import SEVEN_TARGETS, Case
@@ -203,3 +204,12 @@ def test_analyse_refuses_what_it_would_count_twice(tmp_path: Path) -> None:
 
     write_checkpoint(2, "qwen2", tmp_path)
     assert run_distributed(cut, 4, tmp_path) == ["refused"] * 4
+
+
+def test_a_mixed_batch_is_that_of_one_process(tmp_path: Path) -> None:
+    write_checkpoint(2, "qwen2", tmp_path)
+    (expected,) = run_distributed(compare_mixed_with_alone, 1, {}, tmp_path, "none")
+    for actual in run_distributed(compare_mixed_with_alone, 4, {"tp_size": 4}, tmp_path, "none"):
+        assert actual.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (actual[name] - gradient).abs().max() < TOLERANCE * gradient.abs().max(), name
