@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the CPU records of tools/records/bench/ anew: `bash tools/bench_records.sh [NAME ...]`, all of them without a NAME.
-# Needs the tests' installation (launch/install.sh dev: peft) and a clean checkout; about 25 minutes of one core.
+# Needs the tests' installation (launch/install.sh dev: peft) and a clean checkout; about 40 minutes of one core.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,8 +21,11 @@ WANTED=("$@")
 GPT2=(model=gpt2_small loop.micro_batch_size=4)
 record cpu_demo model=demo model.checkpoint=null loop.micro_batch_size=8 bench.num_rounds=20 \
     bench.num_warmup_rounds=5 'bench.contenders=[lora,full,peft,peft_tuned,hf_full]'
-record cpu_gpt2_small "${GPT2[@]}" bench.num_rounds=10 bench.num_warmup_rounds=2
+record cpu_gpt2_small "${GPT2[@]}" bench.num_rounds=10 bench.num_warmup_rounds=2 \
+    'bench.contenders=[lora,full,lora_compiled,peft,peft_tuned]'
 record cpu_gpt2_small_half_targets "${GPT2[@]}" bench.num_rounds=8 bench.num_warmup_rounds=2 \
     bench.target_fraction=0.5 'bench.contenders=[lora,peft,peft_tuned]'
+record cpu_llama3_2_1b model=llama3_2_1b loop.micro_batch_size=2 'lora.target_modules=[all]' lora.rank=16 lora.dropout=0.05 \
+    bench.num_rounds=6 bench.num_warmup_rounds=1 'bench.contenders=[lora,lora_compiled,peft]'
 record cpu_gpt2_small_8k "${GPT2[@]}" loop.global_batch_size=32 bench.num_rounds=5 bench.num_warmup_rounds=1 \
     'bench.contenders=[lora,full,lora_recompute,full_recompute]'
