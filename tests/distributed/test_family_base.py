@@ -8,14 +8,14 @@ import pytest
 import torch
 from adapter_files import read_in, write_with_peft
 from family_toy import FAMILIES, build_family_model, compute_family_logits, write_family_checkpoint
-from hf_toy import count_processes, draw_tokens
+from hf_toy import draw_tokens
 from processes import run_distributed
 from safetensors.torch import load_file, save_file
 from test_baselines import MODEL, RUN, call, run_training
 from test_dtypes import train as train_in
 from test_family_adapters import compute_peft_logits
 from test_family_gradients import MODELS, TOLERANCE, TOPOLOGIES, run_case
-from test_modules_to_save import load, merge, write
+from test_modules_to_save import check_topologies, merge
 from toy import Case
 from transformers import AutoModelForCausalLM
 
@@ -95,21 +95,8 @@ def test_bitfits_biases_are_merged_into_a_checkpoint(family: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_peft_reads_the_one_file_of_every_topology(name: str, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    lora = build_lora(write_family_checkpoint(name, base))
-    run_distributed(write, 1, {}, base, tmp_path / "one", lora)
-    expected = compute_peft_logits(base, tmp_path / "one")
-    assert (expected - compute_family_logits(base, draw_tokens())).abs().max() > 0.1 * expected.abs().max()
-    for options in MANY[1:] if name == "llama" else MANY[:1]:
-        results = run_distributed(write, count_processes(options), options, base, tmp_path / "many", lora)
-        raw = [(tmp_path / each / "adapter_model.safetensors").read_bytes() for each in ("one", "many")]
-        assert raw[0] == raw[1]
-        loaded = run_distributed(load, count_processes(options), options, base, tmp_path / "one", lora)
-        for logits in (next(one for one in each if one is not None) for each in (results, loaded)):
-            assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
-        merged = tmp_path / f"merged{MANY.index(options)}"
-        run_distributed(merge, count_processes(options), options, base, tmp_path / "one", merged)
-        assert (compute_family_logits(merged, draw_tokens()) - expected).abs().max() < 1e-5 * expected.abs().max()
+    lora = build_lora(write_family_checkpoint(name, tmp_path / "base"))
+    check_topologies(tmp_path, lora, MANY[1:] if name == "llama" else MANY[:1])
 
 
 PEFTS_OWN = {

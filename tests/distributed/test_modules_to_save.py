@@ -7,20 +7,22 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import read_in, write_with_peft
+from family_toy import compute_family_logits
 from hf_toy import (
     build_hf_model,
     build_shard,
     compute_hf_logits,
     compute_logits,
-    compute_peft_logits,
     count_processes,
     draw_adapter_values,
+    draw_tokens,
     read_toy_config,
     write_toy_checkpoint,
 )
 from processes import run_distributed
 from safetensors.torch import load_file, save_file
 from test_dtypes import train as train_in
+from test_family_adapters import compute_peft_logits
 from test_parity import TOLERANCE, TOPOLOGIES, compute_error, run_case
 from test_zero import Trained, assert_trained_alike, train, train_oracle
 from toy import Case
@@ -131,21 +133,27 @@ def merge(options: dict, base: Path, adapter: Path, target: Path) -> None:
     "lora", [LORA, HEAD, replace(LORA, modules_to_save=["ln_f", "wpe"])], ids=["all", "wte", "two"]
 )
 def test_peft_reads_the_one_file_of_every_topology(lora: LoraConfig, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    write_toy_checkpoint(base)
-    run_distributed(write, 1, {}, base, tmp_path / "one", lora)
-    expected = compute_peft_logits(base, tmp_path / "one")
-    assert (expected - compute_hf_logits(base)).abs().max() > 0.1 * expected.abs().max()
-    for options in MANY:
-        results = run_distributed(write, count_processes(options), options, base, tmp_path / "many", lora)
-        raw = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "many")]
+    write_toy_checkpoint(tmp_path / "base")
+    check_topologies(tmp_path, lora, MANY)
+
+
+def check_topologies(directory: Path, lora: LoraConfig, topologies: list[dict]) -> None:
+    """Adapters over `directory/base`: PEFT's logits from one process's file, and the same file, logits and merged
+    checkpoint at every topology.
+    """
+    base, one = directory / "base", directory / "one"
+    run_distributed(write, 1, {}, base, one, lora)
+    expected = compute_peft_logits(base, one)
+    assert (expected - compute_family_logits(base, draw_tokens())).abs().max() > 0.1 * expected.abs().max()
+    for number, options in enumerate(topologies):
+        many, merged = directory / "many", directory / f"merged{number}"
+        results = run_distributed(write, count_processes(options), options, base, many, lora)
+        raw = [(each / "adapter_model.safetensors").read_bytes() for each in (one, many)]
         assert raw[0] == raw[1]
-        loaded = run_distributed(load, count_processes(options), options, base, tmp_path / "one", lora)
-        for logits in (next(one for one in each if one is not None) for each in (results, loaded)):
-            assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
-        merged = tmp_path / f"merged{MANY.index(options)}"
-        run_distributed(merge, count_processes(options), options, base, tmp_path / "one", merged)
-        assert (compute_hf_logits(merged) - expected).abs().max() < 1e-5 * expected.abs().max()
+        loaded = run_distributed(load, count_processes(options), options, base, one, lora)
+        run_distributed(merge, count_processes(options), options, base, one, merged)
+        for logits in (*results, *loaded, compute_family_logits(merged, draw_tokens())):
+            assert logits is None or (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def write_pefts_own(tmp_path: Path, *, tie: bool = True, **options: Any) -> None:
