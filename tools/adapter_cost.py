@@ -1,120 +1,198 @@
-"""What several adapters in one batch cost, and what a switch of tasks costs, on a GPT-2 shape: a table on stdout.
+"""What several adapters in one batch cost, and a switch of tasks in the weights: `python tools/adapter_cost.py`.
 
-    python tools/adapter_cost.py [--layers 4] [--rows 32] [--seq-len 64] [--repeats 7]
-
-Times are process CPU time a forward pass on CPU, wall time on a GPU; medians, interleaved.
+GPT-2 medium on one process, weights drawn from a seed, LoRA on q and v; a round is one pass of each batch in turn, so
+that a slow spell of the machine slows all. On a CPU the clock is the process's CPU time, on a GPU wall time. Writes
+tools/records/adapter_cost/NAME.json; needs a clean checkout.
 """
 
 import argparse
-import os
+import json
 import time
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from latency_record import build_shape, draw_adapter, open_single_process
+from tqdm import tqdm
 
-from lora_dist.cli.ranks import become_single_process
-from lora_dist.config import LoraConfig, ModelConfig, TopologyConfig
-from lora_dist.lora.dropout import DropoutClock
+from lora_dist.batch import Batch
+from lora_dist.cli.compose import compose_config
+from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.base_parameters import initialize_base
-from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, load_shards
-from lora_dist.mcore.model import ShardedGpt, build_model
-from lora_dist.mcore.parallel import open_topology
+from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, describe_attached
+from lora_dist.mcore.model import ShardedGpt
+from lora_dist.mcore.schedule import forward_backward
+from lora_dist.measure.environment import describe_environment
+from lora_dist.measure.meter import compute_spread
 from lora_dist.topology import choose_device
 
+RECORDS = Path(__file__).resolve().parent / "records" / "adapter_cost"
 COUNTS = (1, 2, 8, 32)
+"""Adapters in the batch."""
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is timed."""
+
+    rows: int
+    seq_len: int
+    lora_rank: int
+    num_rounds: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("layers", 4), ("rows", 32), ("seq-len", 64), ("lora-rank", 4), ("repeats", 7)):
+    parser.add_argument("--model", default="gpt2_medium", help="a file of conf/model")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    for name, default in (("rows", 32), ("seq-len", 32), ("lora-rank", 4), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
-    become_single_process(os.environ)
-    device = choose_device("auto", 0)
-    with open_topology(TopologyConfig(), device=device, local_rank=0, seed=0) as topology:
-        model = describe_shape(options.layers)
-        gpt = build_model(model, topology, dtype=torch.float32, recompute="none", clock=DropoutClock())
+    options = parser.parse_args(argv)
+    case = Case(rows=options.rows, seq_len=options.seq_len, lora_rank=options.lora_rank, num_rounds=options.rounds)
+    device = choose_device(options.device, 0)
+    model = compose_config([f"model={options.model}", "data=fake", f"data.seq_len={case.seq_len}"]).model
+    record = make_record(model, case, device=device, num_threads=options.threads)
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    path = RECORDS / f"{device.type}_{options.model}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote records/adapter_cost/{path.name}")
+    return 0
+
+
+def make_record(model: ModelConfig, case: Case, *, device: torch.device, num_threads: int) -> dict[str, Any]:
+    """JSON-able: every sample, in seconds, and the spreads and round-by-round ratios that the table shows."""
+    if device.type == "cpu":
+        torch.set_num_threads(num_threads)
+    environment = describe_environment()
+    with open_single_process(device) as topology:
+        gpt = build_shape(model, topology, torch.float32)
         initialize_base(gpt, model, seed=0)
-        gpt.requires_grad_(False).eval()
-        adapters = [draw_adapter(gpt, model, index, options.lora_rank) for index in range(max(COUNTS))]
-        measure_batches(gpt, adapters, options)
-        measure_switch(gpt, adapters, options)
+        specs = build_adapter_specs(LoraConfig(rank=case.lora_rank), model)
+        adapters = [draw_adapter(gpt, specs) for _ in range(max(COUNTS))]
+        measured = {
+            "forward": measure_batches(gpt, adapters, case, run_forward, (0, *COUNTS)),
+            "forward and backward": measure_batches(gpt, adapters, case, run_both, COUNTS),
+        }
+        attach_adapters(gpt, [])
+        switch = measure_switch(gpt, adapters, case)
+    return {
+        "schema": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "clock": "cpu_seconds" if device.type == "cpu" else "seconds",
+        "num_threads": num_threads if device.type == "cpu" else None,
+        "model": {**asdict(model), "num_parameters": model.num_parameters},
+        "environment": environment,
+        "case": asdict(case),
+        "batches": measured,
+        "switch": switch,
+    }
 
 
-def describe_shape(num_layers: int) -> ModelConfig:
-    """GPT-2 medium's layers; a small vocabulary, so that the output layer does not hide them."""
-    return ModelConfig(
-        name="shape",
-        num_layers=num_layers,
-        hidden_size=1024,
-        num_heads=16,
-        ffn_hidden_size=4096,
-        vocab_size=1024,
-        max_position_embeddings=1024,
-    )
-
-
-def draw_adapter(gpt: ShardedGpt, model: ModelConfig, index: int, lora_rank: int) -> LoadedAdapter:
-    specs = build_adapter_specs(LoraConfig(rank=lora_rank), model)
-    values = {}
-    for spec in specs:
-        values[f"{spec.name}.lora_A"] = torch.randn(spec.lora_rank, spec.in_features)
-        values[f"{spec.name}.lora_B"] = 0.01 * torch.randn(spec.out_features, spec.lora_rank)
-    return load_shards(gpt, f"task{index}", specs, values)
-
-
-def measure_batches(gpt: ShardedGpt, adapters: list[LoadedAdapter], options: argparse.Namespace) -> None:
-    """A forward pass of the base, and of batches whose rows share 1, 2, 8 or 32 adapters."""
-    times: dict[int, list[float]] = {count: [] for count in (0, *COUNTS)}
-    for repeat in range(options.repeats + 1):
-        for count, found in times.items():
+def measure_batches(
+    gpt: ShardedGpt,
+    adapters: Sequence[LoadedAdapter],
+    case: Case,
+    run: Callable[[ShardedGpt, Batch], None],
+    counts: Sequence[int],
+) -> dict[str, Any]:
+    """By the number of adapters whose rows take turns in the batch, 0 for the base alone: seconds, and over those of
+    one adapter.
+    """
+    samples: dict[int, list[float]] = {count: [] for count in counts}
+    for round_ in tqdm(range(case.num_rounds + 1), desc=run.__name__, unit="round"):
+        for count, found in samples.items():
             attach_adapters(gpt, adapters[:count])
-            gpt.clock.adapter_of_row = tuple(row % count if count else None for row in range(options.rows))
-            elapsed = measure_once(gpt, lambda: forward(gpt, options))
-            found += [elapsed] if repeat else []  # the first is a warm-up
-    attach_adapters(gpt, [])
-    base = median(times[0])
-    print(
-        f"{options.layers} layers of GPT-2 medium, {options.rows} x {options.seq_len} tokens, rank {options.lora_rank}"
+            train_attached(adapters[:count])
+            batch = build_batch(gpt, case, tuple(row % count if count else None for row in range(case.rows)))
+            seconds = time_once(gpt, lambda batch=batch: run(gpt, batch))
+            found += [seconds] if round_ else []  # the first is a warm-up
+    return {
+        str(count): {
+            "seconds": asdict(compute_spread(found)),
+            "over_one": asdict(compute_spread([a / b for a, b in zip(found, samples[1], strict=True)])),
+            "samples": found,
+        }
+        for count, found in samples.items()
+    }
+
+
+def train_attached(adapters: Sequence[LoadedAdapter]) -> None:
+    """Let their factors train, without gradients yet."""
+    for adapter in adapters:
+        for one in describe_attached(adapter):
+            one.parameter.grad = None
+
+
+def build_batch(gpt: ShardedGpt, case: Case, adapter_of_row: tuple[int | None, ...]) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, gpt.true_vocab_size, (case.rows, case.seq_len + 1), generator=generator)
+    return Batch(
+        input_ids_BS=tokens[:, :-1],
+        labels_BS=tokens[:, 1:],
+        loss_mask_BS=torch.ones(case.rows, case.seq_len, dtype=torch.bool),
+        position_ids_BS=torch.arange(case.seq_len).expand(case.rows, -1),
+        segment_ids_BS=None,
+        row_ids_B=torch.arange(case.rows),
+        num_loss_tokens=case.rows * case.seq_len,
+        num_tokens=case.rows * case.seq_len,
+        adapter_of_row=adapter_of_row,
     )
-    print("adapters in the batch   ms a forward pass   over the base")
-    for count, found in times.items():
-        print(f"{count:21d}   {median(found):17.1f}   {median(found) / base - 1:12.1%}")
-
-
-def measure_switch(gpt: ShardedGpt, adapters: list[LoadedAdapter], options: argparse.Namespace) -> None:
-    live, times = LiveMerge(gpt), []
-    live.merge(adapters[0])
-    for repeat in range(2 * options.repeats):
-        times.append(measure_once(gpt, lambda n=repeat: live.merge(adapters[1 - n % 2])))
-    gpt.clock.adapter_of_row = ()
-    one = argparse.Namespace(rows=1, seq_len=128)
-    forward_ms = median(measure_once(gpt, lambda: forward(gpt, one)) for _ in range(options.repeats))
-    kept = live.kept_bytes / sum(parameter.nbytes for parameter in gpt.decoder.parameters())
-    print(f"switch {median(times):.1f} ms, a forward pass of 1 x 128 tokens {forward_ms:.1f} ms")
-    print(f"base rows kept: {live.kept_bytes / 2**20:.0f} MiB, {kept:.1%} of the layers' weights")
 
 
 @torch.no_grad()
-def forward(gpt: ShardedGpt, options: argparse.Namespace) -> None:
-    tokens_BS = torch.zeros(options.rows, options.seq_len, dtype=torch.long, device=gpt.topology.device)
-    gpt(tokens_BS, torch.arange(options.seq_len, device=tokens_BS.device).expand_as(tokens_BS), None)
+def run_forward(gpt: ShardedGpt, batch: Batch) -> None:
+    """All logits, as in generation's first pass."""
+    gpt.eval()
+    gpt.clock.adapter_of_row = batch.adapter_of_row
+    batch = batch.to(gpt.topology.device)
+    gpt(batch.input_ids_BS, batch.position_ids_BS, None)
 
 
-def measure_once(gpt: ShardedGpt, action: Callable[[], object]) -> float:
-    """Milliseconds."""
+def run_both(gpt: ShardedGpt, batch: Batch) -> None:
+    """The loss and every adapter's gradients."""
+    forward_backward(gpt, [batch], seed=0, step=0, scale_loss=None)
+
+
+def measure_switch(gpt: ShardedGpt, adapters: Sequence[LoadedAdapter], case: Case) -> dict[str, Any]:
+    """Seconds of a switch in the weights, and of a forward pass of one row of 128 positions, in turn."""
+    live = LiveMerge(gpt)
+    live.merge(adapters[0])
+    num_positions = min(128, gpt.max_position_embeddings)
+    short = build_batch(gpt, replace(case, rows=1, seq_len=num_positions), ())
+    switches, passes = [], []
+    for round_ in range(case.num_rounds + 1):
+        switch = time_once(gpt, lambda n=round_: live.merge(adapters[1 - n % 2]))
+        forward = time_once(gpt, lambda: run_forward(gpt, short))
+        switches += [switch] if round_ else []
+        passes += [forward] if round_ else []
+    kept = live.kept_bytes
+    live.unmerge()
+    return {
+        "switch_seconds": asdict(compute_spread(switches)),
+        "forward_seconds": asdict(compute_spread(passes)),
+        "forward_positions": num_positions,
+        "kept_bytes": kept,
+        "layer_weight_bytes": sum(parameter.nbytes for parameter in gpt.decoder.parameters()),
+        "samples": {"switch": switches, "forward": passes},
+    }
+
+
+def time_once(gpt: ShardedGpt, action: Callable[[], object]) -> float:
+    """Seconds."""
     on_gpu = gpt.topology.device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
     if on_gpu:
         torch.cuda.synchronize()
-    start = clock()
+    started = clock()
     action()
     if on_gpu:
         torch.cuda.synchronize()
-    return 1e3 * (clock() - start)
+    return clock() - started
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

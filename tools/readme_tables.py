@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from adapter_cost_table import format_adapter_cost
 from bench_table import format_record
 from latency_table import format_latency
 from plan_table import format_base_formats, format_paper, format_plan, format_search
@@ -46,6 +47,7 @@ def fill(page: str) -> str:
         "kernels": build_kernel_table,
         "base_format": build_base_format_table,
         "latency": build_latency_tables,
+        "adapter_cost": lambda: format_adapter_cost(_read("adapter_cost/cpu_gpt2_medium"), "cpu_gpt2_medium.json"),
     }
 
     def replace(found: re.Match[str]) -> str:
