@@ -9,6 +9,8 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 # Megatron's tensor parallelism overlaps communication rightly only with one hardware queue.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# GPU memory grows in place, so that packed rows and target counts that vary leave no holes in it.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
 # slurm/: how often a job may be queued again, after time limits and lost nodes together.
 export LORA_DIST_MAX_RESTARTS="${LORA_DIST_MAX_RESTARTS:-50}"
