@@ -39,10 +39,14 @@ def _format_row(case: dict[str, Any], name: str) -> list[str]:
         f"{case['rows']} x {case['seq_len']}",
         NAMES[name],
         f"{one['num_parameters']:,}",
-        f"{seconds['median']:.4g} ({seconds['p25']:.4g}-{seconds['p75']:.4g})",
+        "{} ({}-{})".format(*(_format_ms(seconds[key]) for key in ("median", "p25", "p75"))),
         over,
         theirs,
     ]
+
+
+def _format_ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def describe_conditions(record: dict[str, Any], file_name: str) -> str:

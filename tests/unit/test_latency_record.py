@@ -5,10 +5,13 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from processes import run_distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from toy import MODEL
 
 from lora_dist.cli.compose import compose_config
@@ -78,6 +81,38 @@ def test_every_variant_is_another_model_and_merging_changes_nothing() -> None:
     for index, one in enumerate(distinct):
         for other in distinct[:index]:
             assert (one - other).abs().max() > 1e-6
+
+
+class Operators(TorchDispatchMode):
+    """Every operator that runs, with the shapes and strides it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self.seen.append((str(func), *((tuple(one.shape), one.stride(), one.dtype) for one in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def list_operators() -> dict[str, list[tuple]]:
+    found = {}
+    with latency_record.open_single_process(torch.device("cpu")) as topology:
+        base = latency_record.build_shape(MODEL, topology, torch.float32)
+        initialize_base(base, MODEL, seed=0)
+        for name, variant in latency_record.build_variants(base, MODEL, latency_record.SIZES["0.5M"]).items():
+            with torch.no_grad(), Operators() as operators:
+                variant.gpt(torch.arange(16)[None], torch.arange(16)[None], None)
+            found[name] = operators.seen
+    return found
+
+
+def test_a_merged_adapter_runs_the_bases_operators_and_no_other() -> None:
+    """The paper's "no additional inference latency", whatever a machine's clock says of two runs of the same work."""
+    (found,) = run_distributed(list_operators, 1)
+    assert found["lora_merged"] == found["base"]
+    assert all(len(found[name]) > len(found["base"]) for name in ("lora", "adapter_h", "adapter_l"))
 
 
 @pytest.mark.parametrize(
