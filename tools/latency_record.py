@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", default="5,10,50", help="timed rounds of 32 x 512, 16 x 256 and 1 x 128; 0 leaves one out"
     )
+    parser.add_argument("--only", help="these beside the base, e.g. lora_merged; all unless given")
     parser.add_argument("--name", help="of the record; DEVICE_MODEL unless given")
     options = parser.parse_args(argv)
     rounds = [int(number) for number in options.rounds.split(",")]
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=device,
         dtype=options.dtype,
         num_threads=options.threads,
+        only=options.only.split(",") if options.only else (),
     )
     RECORDS.mkdir(parents=True, exist_ok=True)
     path = RECORDS / f"{options.name or f'{device.type}_{options.model}'}.json"
@@ -110,7 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_record(
-    model: ModelConfig, cases: Sequence[Case], *, device: torch.device, dtype: str, num_threads: int
+    model: ModelConfig,
+    cases: Sequence[Case],
+    *,
+    device: torch.device,
+    dtype: str,
+    num_threads: int,
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """JSON-able: every sample, and the spreads and round-by-round ratios that the table shows."""
     if device.type == "cpu":
@@ -120,7 +128,7 @@ def make_record(
     with open_single_process(device) as topology:
         base = build_shape(model, topology, DTYPES[dtype])
         initialize_base(base, model, seed=0)
-        measured = [measure_case(base, model, case, clock) for case in cases]
+        measured = [measure_case(base, model, case, clock, only) for case in cases]
     return {
         "schema": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -146,8 +154,10 @@ def build_shape(model: ModelConfig, topology: Topology, dtype: torch.dtype) -> S
     return gpt.requires_grad_(False).eval()
 
 
-def measure_case(base: ShardedGpt, model: ModelConfig, case: Case, clock: str) -> dict[str, Any]:
+def measure_case(base: ShardedGpt, model: ModelConfig, case: Case, clock: str, only: Sequence[str]) -> dict[str, Any]:
     variants = build_variants(base, model, SIZES[case.budget])
+    if only:
+        variants = {name: variants[name] for name in ("base", *only)}
     samples, loads = measure_rounds(variants, case)
     return {
         **asdict(case),
