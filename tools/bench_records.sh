@@ -25,7 +25,8 @@ record cpu_gpt2_small "${GPT2[@]}" bench.num_rounds=10 bench.num_warmup_rounds=2
     'bench.contenders=[lora,full,lora_compiled,peft,peft_tuned]'
 record cpu_gpt2_small_half_targets "${GPT2[@]}" bench.num_rounds=8 bench.num_warmup_rounds=2 \
     bench.target_fraction=0.5 'bench.contenders=[lora,peft,peft_tuned]'
-record cpu_llama3_2_1b model=llama3_2_1b loop.micro_batch_size=2 'lora.target_modules=[all]' lora.rank=16 lora.dropout=0.05 \
-    bench.num_rounds=6 bench.num_warmup_rounds=1 'bench.contenders=[lora,lora_compiled,peft]'
+record cpu_llama3_2_1b_half model=llama3_2_1b model.name=llama3_2_1b_half model.num_layers=8 loop.micro_batch_size=2 \
+    'lora.target_modules=[all]' lora.rank=16 lora.dropout=0.05 bench.num_rounds=6 bench.num_warmup_rounds=1 \
+    'bench.contenders=[lora,lora_compiled,peft]'
 record cpu_gpt2_small_8k "${GPT2[@]}" loop.global_batch_size=32 bench.num_rounds=5 bench.num_warmup_rounds=1 \
     'bench.contenders=[lora,full,lora_recompute,full_recompute]'
