@@ -22,7 +22,7 @@ def format_latency(record: dict[str, Any], file_name: str) -> str:
     unit = "CPU ms" if record["clock"] == "cpu_seconds" else "ms"
     header = ["rows x positions", "", "added parameters", f"{unit} (quartiles)", "over the base", "paper, RTX 8000"]
     lines = [_join(header), _join([":--", ":--", "--:", "--:", "--:", "--:"])]
-    lines += [_join(_format_row(case, name)) for case in record["cases"] for name in NAMES]
+    lines += [_join(_format_row(case, name)) for case in record["cases"] for name in case["variants"]]
     heading = f"**{record['model']['name']}**, {record['dtype']}, one forward pass, all logits, no gradients"
     return "\n".join([heading, "", *lines, "", describe_conditions(record, file_name)])
 
