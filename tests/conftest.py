@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import pytest
 import torch
 
 torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # loads its lazy modules
@@ -18,3 +20,12 @@ import deepspeed  # noqa: E402, F401
 import megatron.core.models.gpt.gpt_model  # noqa: E402, F401
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _keep_environment() -> Iterator[None]:
+    """A verb that a test runs in this process leaves RANK and its like, which the next test's launches would take."""
+    kept = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(kept)
