@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
-from lora_dist.whole import cut_shard
+from lora_dist.whole import cut_shard, place_shard
 
 
 def sum_tp_partial_gradients(trainable: Sequence[TrainableParameter], topology: Topology) -> None:
@@ -29,11 +29,9 @@ def sum_tp_partial_gradients(trainable: Sequence[TrainableParameter], topology: 
 
 def _spread(one: TrainableParameter, tp_rank: int) -> torch.Tensor:
     """This rank's gradient in its places of the whole, zero elsewhere."""
-    assert one.tp_ranges is not None
-    gradient, ranges = _gradient(one), one.tp_ranges[tp_rank]
+    gradient = _gradient(one)
     whole = gradient.new_zeros(one.full_shape)
-    for own, (start, size) in zip(gradient.split([size for _, size in ranges]), ranges, strict=True):
-        whole[start : start + size] = own
+    place_shard(gradient, whole, one, tp_rank)
     return whole
 
 

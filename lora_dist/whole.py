@@ -117,14 +117,21 @@ def join_shards(parts: Sequence[torch.Tensor], one: TrainableParameter) -> torch
     assert one.shard_dim is not None
     if one.tp_ranges is not None:
         whole = parts[0].new_empty(one.full_shape[0], *parts[0].shape[1:])
-        for part, ranges in zip(parts, one.tp_ranges, strict=True):
-            for own, (start, size) in zip(part.split([size for _, size in ranges]), ranges, strict=True):
-                whole[start : start + size] = own
+        for tp_rank, part in enumerate(parts):
+            place_shard(part, whole, one, tp_rank)
         return whole
     if one.num_blocks == 1:
         return torch.cat(list(parts), one.shard_dim)
     blocks = zip(*(part.chunk(one.num_blocks, one.shard_dim) for part in parts), strict=True)
     return torch.cat([torch.cat(block, one.shard_dim) for block in blocks], one.shard_dim)
+
+
+def place_shard(part: torch.Tensor, whole: torch.Tensor, one: TrainableParameter, tp_rank: int) -> None:
+    """Write the shard of `tp_rank` over its rows of `whole`, where ranks share rows."""
+    assert one.tp_ranges is not None
+    ranges = one.tp_ranges[tp_rank]
+    for own, (start, size) in zip(part.split([size for _, size in ranges]), ranges, strict=True):
+        whole[start : start + size] = own
 
 
 def _cut_padding(whole: torch.Tensor, one: TrainableParameter) -> torch.Tensor:

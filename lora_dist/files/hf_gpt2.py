@@ -32,7 +32,7 @@ _OTHER_TENSORS = {
 }
 
 
-def compute_hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _compute_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a GPT-2 checkpoint must hold, without prefix, in the order it is written."""
     h, f = model.hidden_size, model.ffn_hidden_size
     linears = {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h), "mlp.c_fc": (h, f), "mlp.c_proj": (f, h)}
@@ -114,7 +114,7 @@ GPT2_FAMILY = HfFamily(
     read_fields=_read_fields,
     describe=_describe,
     find_parts=_find_parts,
-    compute_shapes=compute_hf_shapes,
+    compute_shapes=_compute_shapes,
     ignored=re.compile(r"h\.\d+\.attn\.(bias|masked_bias)"),  # the causal mask
     embedding="wte.weight",
 )

@@ -60,17 +60,12 @@ def is_fused(name: str) -> bool:
 
 def find_stored_rows(model: ModelConfig) -> dict[str, torch.Tensor]:
     """Rows of q, k and v in the linear that transformers fuses them in: one after the other in GPT-2, head by head in
-    GPT-NeoX. ValueError for a family with a linear for each.
+    GPT-NeoX, as in Megatron.
     """
-    parts = HF_FAMILIES[model.family].find_parts("decoder.layers.0.self_attention.linear_qkv.bias", model)
-    canonical_rows = compute_fused_rows("q_proj", model)
-    assert canonical_rows is not None
-    if not model.architecture.fused_qkv:
-        raise ValueError(f"{model.family} has a linear for each of q, k and v")
-    if parts[0].target is None:
-        return canonical_rows
-    return {
-        part.target: torch.arange(part.first, part.first + len(canonical_rows[part.target]))
-        for part in parts
-        if part.target
-    }
+    assert model.architecture.fused_qkv, f"{model.family} has a linear for each of q, k and v"
+    rows = compute_fused_rows("q_proj", model)
+    assert rows is not None
+    for part in HF_FAMILIES[model.family].find_parts("decoder.layers.0.self_attention.linear_qkv.bias", model):
+        if part.target is not None:
+            rows[part.target] = torch.arange(part.first, part.first + len(rows[part.target]))
+    return rows

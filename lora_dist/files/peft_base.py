@@ -13,7 +13,7 @@ from lora_dist.lora.targets import LINEAR_OF_TARGET
 from lora_dist.lora.trained_base import list_trained_base
 
 KEY_PREFIX = "base_model.model."
-HEAD_KEY = f"{KEY_PREFIX}{TIED_HEAD}"
+_HEAD_KEY = f"{KEY_PREFIX}{TIED_HEAD}"
 
 
 def find_base_keys(
@@ -30,7 +30,7 @@ def find_base_keys(
         module, _, kind = name.rpartition(".")
         keys[f"{KEY_PREFIX}{family.find_module(name)}{'.base_layer' if module in adapted else ''}.{kind}"] = name
     if model.tied_output and family.embedding in keys.values():
-        keys[HEAD_KEY] = family.embedding
+        keys[_HEAD_KEY] = family.embedding
     return keys
 
 

@@ -84,9 +84,11 @@ def take_modules(
 
     Before transformers 5 a module had the name in PEFT's files that it has in the checkpoint's.
     """
-    shapes, stored = HF_FAMILIES[model.family].compute_shapes(model), dict[str, torch.Tensor]()
+    family, stored = HF_FAMILIES[model.family], dict[str, torch.Tensor]()
+    shapes = family.compute_shapes(model)
     for key, name in find_base_keys([], model, "none", modules).items():
-        found, wanted = tensors.pop(key, tensors.pop(f"{KEY_PREFIX}{name}", None)), shapes[name]
+        old_key = f"{KEY_PREFIX}{family.prefix}{name}"
+        found, wanted = tensors.pop(key if key in tensors else old_key, None), shapes[name]
         if found is None or tuple(found.shape) != wanted:
             shape = "none" if found is None else tuple(found.shape)
             raise ValueError(f"{path}: {key} has shape {shape}, {model.name} needs {wanted}")

@@ -145,6 +145,11 @@ def test_a_module_by_its_name_before_transformers_5_comes_in(tmp_path: Path) -> 
     old, new = (read_in(tmp_path / name, tmp_path / f"{name}-stored", model).read() for name in ("old", "new"))
     assert old.modules == new.modules == ["lm_head"]
     assert all(torch.equal(value, new.values[name]) for name, value in old.values.items())
+    path = tmp_path / "new" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"base_model.model.embed_out.weight": tensors["base_model.model.lm_head.weight"] + 1}, path)
+    with pytest.raises(ValueError, match=r"embed_out\.weight is neither a LoRA factor nor a bias"):
+        read_in(tmp_path / "new", tmp_path / "both-stored", model)
 
 
 @pytest.mark.parametrize(
