@@ -122,6 +122,7 @@ def test_what_peft_trained_comes_in_and_goes_out(name: str, tmp_path: Path) -> N
     stored = read_in(source, tmp_path / "stored", model)
     assert set(stored.modules) == set(modules)
     export_adapter(stored, tmp_path / "out", "peft")
+    assert read_in(tmp_path / "out", tmp_path / "again", model).modules == stored.modules
     tensors = [load_file(directory / "adapter_model.safetensors") for directory in (source, tmp_path / "out")]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
