@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A forked process would wait forever for its parent's compiler threads, which a fork does not copy.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
