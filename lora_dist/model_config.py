@@ -27,7 +27,7 @@ class Architecture:
     partial_rotary: bool = False
     """A model may turn some of a head's features alone."""
     parallel_residual: bool = False
-    """Attention and MLP both read the layer's input, and their outputs are added to it together."""
+    """A model's attention and MLP may both read the layer's input, their outputs being added to it together."""
     linear_biases: bool = True
     """Every linear of a layer has a bias."""
     qkv_biases: bool = False
@@ -86,6 +86,9 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
     """Share of a head's features that positions turn, its first ones."""
+    parallel_residual: bool | None = None
+    """Attention and MLP side by side, where a family has it: gpt_neox; false puts them one after the other, null means
+    as the family usually does."""
     rope_scaling: dict[str, float] = field(default_factory=dict)
     """{factor: ...} divides every frequency; with low_freq_factor, high_freq_factor and
     original_max_position_embeddings as well, Llama 3's rule."""
@@ -122,6 +125,11 @@ class ModelConfig:
                 f"model.activation={self.activation}: {self.family} has a gate; leave it null",
             )
             require_one_of("model.activation", self.activation, self.architecture.activations)
+        require(
+            not self.parallel_residual or self.architecture.parallel_residual,
+            f"model.parallel_residual={self.parallel_residual}: a layer of {self.family} has the MLP after the"
+            " attention; leave it null",
+        )
         self._check_heads()
         if self.architecture.rotary:
             self._check_rotary()
@@ -184,6 +192,11 @@ class ModelConfig:
     def mlp_activation(self) -> str:
         """Of an MLP without gate."""
         return self.architecture.activations[0] if self.activation is None else self.activation
+
+    @property
+    def has_parallel_residual(self) -> bool:
+        """Attention and MLP both read the layer's input."""
+        return self.architecture.parallel_residual if self.parallel_residual is None else self.parallel_residual
 
     @property
     def query_size(self) -> int:

@@ -38,6 +38,7 @@ _SIZES = {
     "pad_token_id": None,
 }
 _NEOX_SIZES = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
+_NEOX_ROPE = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
 _LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(
@@ -53,10 +54,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=48)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=8)),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            **_NEOX_SIZES, rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
-        )
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_NEOX_SIZES, rope_parameters=_NEOX_ROPE)),
+    "gpt_neox_serial": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**_NEOX_SIZES, rope_parameters=_NEOX_ROPE, use_parallel_residual=False)
     ),
     "opt": lambda: OPTForCausalLM(
         OPTConfig(
@@ -73,8 +73,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
 }
-"""Name -> a model of that family; the two Llamas differ in what a checkpoint may choose."""
-ONE_EACH = [name for name in FAMILIES if name != "llama_tied"]
+"""Name -> a model of that family; where there are two, they differ in what a checkpoint may choose."""
+ONE_EACH = [name for name in FAMILIES if name not in ("llama_tied", "gpt_neox_serial")]
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ _SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_hidden_si
 _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
     **{"rotary_fraction": "rotary_fraction", "activation": "mlp_activation"},
-    **{"num_kv_heads": "num_query_groups", "head_size": "head_dim"},
+    **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
 }
 """Key of the configuration -> what of the model must be as config.json has it."""
 
@@ -165,7 +165,7 @@ def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
             shape += [model.family, model.num_query_groups, model.head_dim, model.tied_output]
             shape += [model.rope_theta, sorted(model.rope_scaling.items())]
         if model.family == "gpt_neox":
-            shape += [model.rotary_fraction, model.mlp_activation]
+            shape += [model.rotary_fraction, model.mlp_activation, model.has_parallel_residual]
         return f"seed:{seed}:{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]}"
     with ThreadPoolExecutor(max_workers=8) as pool:
         hashes = sorted(pool.map(compute_sha256, find_weight_files(Path(model.checkpoint))))

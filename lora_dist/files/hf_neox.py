@@ -31,7 +31,7 @@ NEOX_NAMES = SplitNames(
 _ACTIVATIONS = {"gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "hidden_act": ("gelu", tuple(_ACTIVATIONS)),
-    "use_parallel_residual": (True, (True,)),
+    "use_parallel_residual": (True, (True, False)),
     "attention_bias": (True, (True,)),
     "tie_word_embeddings": (False, (False,)),
     "quantization_config": (None, (None,)),
@@ -56,6 +56,7 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "activation": _ACTIVATIONS[config.get("hidden_act", "gelu")],
         "rope_theta": float(rope.get("rope_theta") or config.get("rotary_emb_base") or 10000.0),
         "rotary_fraction": float(rope.get("partial_rotary_factor") or config.get("rotary_pct", 0.25)),
+        "parallel_residual": config.get("use_parallel_residual", True),
         "hidden_dropout": config.get("hidden_dropout") or 0.0,
         "attention_dropout": config.get("attention_dropout") or 0.0,
         "init_std": config.get("initializer_range", 0.02),
@@ -86,7 +87,7 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "initializer_range": model.init_std,
-        "use_parallel_residual": True,
+        "use_parallel_residual": model.has_parallel_residual,
     }
 
 

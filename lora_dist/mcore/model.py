@@ -25,7 +25,6 @@ from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParal
 from lora_dist.mcore.norm import Norm, RmsNorm
 from lora_dist.mcore.rotary import Rotary, RotarySelfAttention
 from lora_dist.mcore.swiglu import SwiGlu
-from lora_dist.model_config import Architecture
 from lora_dist.topology import Topology
 
 _VOCAB_ROWS_MULTIPLE = 8
@@ -128,7 +127,7 @@ def build_model(
     config.base_format = model.base_format  # Megatron hands its configuration to each linear it makes
     gpt = ShardedGpt(
         config=config,
-        transformer_layer_spec=_build_block_spec(model.architecture, model.num_layers // topology.pp_size),
+        transformer_layer_spec=_build_block_spec(model, model.num_layers // topology.pp_size),
         vocab_size=compute_padded_vocab_size(model.vocab_size, topology.tp_size),
         max_sequence_length=model.max_position_embeddings + model.architecture.position_offset,
         pre_process=topology.is_first_stage,
@@ -196,9 +195,9 @@ def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: tor
     )
 
 
-def _build_block_spec(architecture: Architecture, num_stage_layers: int) -> TransformerBlockSubmodules:
-    spec = get_gpt_layer_local_spec()
-    spec.module = ParallelLayer if architecture.parallel_residual else Layer
+def _build_block_spec(model: ModelConfig, num_stage_layers: int) -> TransformerBlockSubmodules:
+    spec, architecture = get_gpt_layer_local_spec(), model.architecture
+    spec.module = ParallelLayer if model.has_parallel_residual else Layer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     mlp = layer.mlp.submodules
     norm = RmsNorm if architecture.rms_norm else Norm

@@ -59,7 +59,7 @@ def edit(directory: Path, **changes: object) -> None:
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
-        ("gpt_neox", {"use_parallel_residual": False}, "use_parallel_residual=False is not supported, only True"),
+        ("gpt_neox", {"use_parallel_residual": False}, "model.parallel_residual=True but"),
         ("gpt_neox", {"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' is not supported, only default"),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported, only default, linear, llama3"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "'llama3' has no number low_freq_factor"),
@@ -122,6 +122,7 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
         ("model.rotary_fraction=1.5", "model.rotary_fraction=1.5 must lie above 0, and up to 1"),
         ("model.rotary_fraction=0.01", "model.rotary_fraction=0.01: llama turns whole heads; leave it 1"),
         ("model.activation=gelu", "model.activation=gelu: llama has a gate; leave it null"),
+        ("model.parallel_residual=true", "a layer of llama has the MLP after the attention; leave it null"),
         ("model.rope_scaling={factor:2,beta:3}", "model.rope_scaling has beta, factor; it takes factor alone, or"),
     ],
 )
@@ -155,6 +156,8 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
             ("llama", {}),
             ("llama", {"rope_theta": 5.0}),
             ("llama", {"num_kv_heads": 1}),
+            ("gpt_neox", {}),
+            ("gpt_neox", {"parallel_residual": False}),
         )
     ]
     assert len({compute_base_fingerprint(model, 0) for model in models}) == len(models)
