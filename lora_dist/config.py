@@ -71,6 +71,9 @@ class LoopConfig:
     """Steps left out of the timing."""
     eval_every: int = 0
     """Steps between validations; 0 validates before the first and after the last step only."""
+    keep_best: bool = False
+    """Write what has been trained also at each validation that is better than all before, as best_adapter/ or
+    best_model/: by the validation loss, or by the first score of a task with labels."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves after the last step only."""
     keep_checkpoints: int = 2
@@ -95,6 +98,11 @@ class LoopConfig:
             require(getattr(self, key) >= 1, f"loop.{key}={getattr(self, key)} must be at least 1")
         for key in ("eval_every", "save_every", "num_warmup_steps_timing", "check_replicas_every"):
             require(getattr(self, key) >= 0, f"loop.{key}={getattr(self, key)} must not be negative")
+        require(
+            not self.keep_best or self.eval_every > 0,
+            f"loop.keep_best=true chooses between validations, got loop.eval_every={self.eval_every}; give the steps"
+            " between them",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -194,6 +202,10 @@ class RunConfig:
                 f"topology.sequence_parallel needs tp_size {self.topology.tp_size}"
                 f" to divide data.seq_len {self.data.seq_len}",
             )
+        require(
+            not self.loop.keep_best or self.data.valid is not None or self.data.format == "fake",
+            "loop.keep_best=true chooses by the validation loss, and data.valid is null; give data.valid=FILE",
+        )
         layers, stage_layers = self.loop.recompute_layers, self.model.num_layers // self.topology.pp_size
         require(
             layers is None or 1 <= layers <= stage_layers,

@@ -1,6 +1,6 @@
 """The training loop: steps, validation, checkpoints. Measuring is called here, not written here."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -9,6 +9,7 @@ from lora_dist.config import LoopConfig, OptimConfig
 from lora_dist.engine import StepResult
 from lora_dist.measure.meter import Meter
 from lora_dist.optim import compute_lr
+from lora_dist.validation import Validate, Validation
 
 Observe = Callable[[dict[str, float | int | bool | None]], None]
 """Takes one step's metrics; called on every process, acts where it has something to write."""
@@ -31,7 +32,6 @@ class Trained(Protocol[_Taken]):
     """What the loop asks of a model that trains: `engine.Engine`, or an encoder's."""
 
     def train_step(self, batches: Sequence[_Taken], *, step: int, lr: float) -> StepResult: ...
-    def evaluate(self, global_batches: Iterable[Sequence[_Taken]]) -> float: ...
     def check_replicas(self) -> None: ...
 
 
@@ -39,7 +39,6 @@ class Source(Protocol[_Batch]):
     """Where batches come from, each a pure function of the step."""
 
     def batches_at(self, step: int) -> list[_Batch]: ...
-    def validation_batches(self) -> Iterator[list[_Batch]]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,8 +54,8 @@ class TrainResult:
 def train_loop(
     engine: Trained[_Batch],
     train_loader: Source[_Batch],
-    valid_loader: Source[_Batch] | None,
     *,
+    validate: Validate | None,
     loop: LoopConfig,
     optim: OptimConfig,
     first_step: int,
@@ -64,18 +63,22 @@ def train_loop(
     open_probe: Callable[[], AbstractContextManager[object]],
     observe: Observe,
     save: Callable[[int, float | None], None],
+    keep_best: Callable[[int, Validation], None],
     valid_loss_before: float | None,
 ) -> TrainResult:
     """Steps `first_step` to `loop.num_steps`; `save(n, valid_loss_before)` after n steps, the last one included.
 
-    The loop ends early, its last step saved, where a signal asks any process to stop.
+    `keep_best(n, validation)` gets every validation of a step, ahead of that step's `save`. The loop ends early, its
+    last step saved, where a signal asks any process to stop.
 
     `open_probe` looks closely at the first of these steps, which is slower for it.
     """
-    valid_loss, done = None, first_step
+    validation: Validation = {}
+    validate, done = validate or dict, first_step
     if first_step == 0:
-        valid_loss_before = valid_loss = validate(engine, valid_loader)
-        observe({"step": 0, "valid_loss": valid_loss})
+        validation = validate()
+        valid_loss_before = validation.get("valid_loss")
+        observe({"step": 0, "valid_loss": None, **validation})
     for step in range(first_step, loop.num_steps):
         batches = train_loader.batches_at(step)
         lr = compute_lr(optim, step=step, num_steps=loop.num_steps)
@@ -86,30 +89,26 @@ def train_loop(
         if _is_due(done, loop.check_replicas_every):
             engine.check_replicas()
         is_last = done == loop.num_steps
-        valid_loss = validate(engine, valid_loader) if is_last or _is_due(done, loop.eval_every) else None
-        observe(_describe_step(done, result, lr, valid_loss))
+        validation = validate() if is_last or _is_due(done, loop.eval_every) else {}
+        observe(_describe_step(done, result, lr) | validation)
+        if validation:
+            keep_best(done, validation)
         if is_last or result.stop_requested or _is_due(done, loop.save_every):
             save(done, valid_loss_before)
         if result.stop_requested:
             break
     if first_step >= loop.num_steps:
-        valid_loss = validate(engine, valid_loader)
+        validation = validate()
+    valid_loss = validation.get("valid_loss")
     return TrainResult(valid_loss_before=valid_loss_before, valid_loss_after=valid_loss, num_steps_done=done)
-
-
-def validate(engine: Trained[_Batch], loader: Source[_Batch] | None) -> float | None:
-    """Mean validation loss a target token; None without a validation split."""
-    return None if loader is None else engine.evaluate(loader.validation_batches())
 
 
 def _is_due(num_steps_done: int, every: int) -> bool:
     return every > 0 and num_steps_done % every == 0
 
 
-def _describe_step(
-    done: int, result: StepResult, lr: float, valid_loss: float | None
-) -> dict[str, float | int | bool | None]:
-    metrics: dict[str, float | int | bool | None] = {
+def _describe_step(done: int, result: StepResult, lr: float) -> dict[str, float | int | bool | None]:
+    return {
         "step": done,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
@@ -117,6 +116,3 @@ def _describe_step(
         "skipped": result.skipped,
         "loss_scale": result.loss_scale,
     }
-    if valid_loss is not None:
-        metrics["valid_loss"] = valid_loss
-    return metrics

@@ -8,23 +8,19 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from lora_dist.checkpoint.adapter import write_adapter
-from lora_dist.checkpoint.identity import describe_method, describe_run
-from lora_dist.checkpoint.method_store import write_method
-from lora_dist.checkpoint.resume import find_newest_checkpoint, load_checkpoint, save_checkpoint
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import Loaders, build_loaders
 from lora_dist.engine import Engine
-from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.fusion import compile_chains
+from lora_dist.keeper import Keeper, open_keeper
 from lora_dist.loop import TrainResult, train_loop
 from lora_dist.lora.dropout import DropoutClock
-from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
+from lora_dist.mcore.hf_weights import fill_base
 from lora_dist.mcore.model import build_model
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.measure.first_step import FirstStep, open_first_step_probe
@@ -39,6 +35,7 @@ from lora_dist.methods import AppliedMethod, apply_method
 from lora_dist.run_dir import prepare_run_dir
 from lora_dist.stopping import note_terminations, raise_stopped
 from lora_dist.topology import DTYPES, Topology, check_device, choose_device, run_on_first
+from lora_dist.validation import Validate
 from lora_dist.zero.engine import build_zero_engine
 
 Settle = Callable[[RunConfig], RunConfig]
@@ -106,7 +103,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     if result.num_steps_done < config.loop.num_steps:
         _stop(config, topology, result.num_steps_done)
     peak_memory = memory.read()
-    keeper.write_model(config.loop.num_steps, {"valid_loss": result.valid_loss_after})
+    keeper.write_model(keeper.model_dir, config.loop.num_steps, {"valid_loss": result.valid_loss_after})
     return build_summary(
         config,
         topology,
@@ -153,7 +150,7 @@ def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) ->
 
 
 def _run_loop(
-    config: RunConfig, topology: Topology, engine: Engine, loaders: Loaders, keeper: "Keeper", meter: Meter
+    config: RunConfig, topology: Topology, engine: Engine, loaders: Loaders, keeper: Keeper, meter: Meter
 ) -> tuple[TrainResult, FirstStep]:
     first_step = FirstStep()
     name = f"{config.method}-{config.model.name}"
@@ -162,7 +159,7 @@ def _run_loop(
         result = train_loop(
             engine,
             loaders.train,
-            loaders.valid,
+            validate=_choose_validation(engine, loaders),
             loop=config.loop,
             optim=config.optim,
             first_step=keeper.num_steps_done,
@@ -170,9 +167,16 @@ def _run_loop(
             open_probe=lambda: open_first_step_probe(engine.gpt, engine.trainable, topology, first_step),
             observe=observe,
             save=keeper.save,
+            keep_best=keeper.keep_best,
             valid_loss_before=keeper.valid_loss_before,
         )
     return result, first_step
+
+
+def _choose_validation(engine: Engine, loaders: Loaders) -> Validate | None:
+    """Mean loss a target token; None without a validation split."""
+    valid = loaders.valid
+    return None if valid is None else lambda: {"valid_loss": engine.evaluate(valid.validation_batches())}
 
 
 def _stop(config: RunConfig, topology: Topology, num_steps_done: int) -> NoReturn:
@@ -180,116 +184,3 @@ def _stop(config: RunConfig, topology: Topology, num_steps_done: int) -> NoRetur
     message = f"stopped after step {num_steps_done} of {config.loop.num_steps}, as asked, and saved in {config.run_dir}"
     run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
     raise_stopped(message)
-
-
-@dataclass(kw_only=True, slots=True)
-class Keeper:
-    """Writes what a run leaves behind: resume checkpoints, and the adapter or the fine-tuned model."""
-
-    config: RunConfig
-    topology: Topology
-    engine: Engine
-    method: AppliedMethod
-    base_fingerprint: str
-    identity: dict[str, Any]
-    num_steps_done: int = 0
-    valid_loss_before: float | None = None
-
-    @property
-    def model_dir(self) -> Path:
-        """What is handed on: `adapter/` (LoRA's in PEFT's format), or `model/` in Hugging Face's."""
-        return Path(self.config.run_dir) / ("model" if self.config.method == "full" else "adapter")
-
-    def save(self, num_steps: int, valid_loss_before: float | None) -> None:
-        """The state after `num_steps` steps. Every process calls it."""
-        save_checkpoint(
-            self.config.run_dir,
-            engine=self.engine.zero,
-            trainable=self.engine.trainable,
-            topology=self.topology,
-            step=num_steps,
-            identity=self.identity,
-            state={"valid_loss_before": valid_loss_before},
-            keep=self.config.loop.keep_checkpoints,
-        )
-
-    def write_model(self, num_steps: int, metrics: dict[str, float | None]) -> None:
-        """Every process calls it; an older one is replaced once the new one is whole."""
-        read = self.engine.zero.read_value
-        if self.config.method == "full":
-            write_hf_checkpoint(self.engine.gpt, self.model_dir, model=self.config.model, read=read)
-            return
-        if self.config.method != "lora":
-            write_method(
-                self.model_dir,
-                options=describe_method(self.config),
-                trainable=self.engine.trainable,
-                topology=self.topology,
-                model=self.config.model,
-                read=read,
-                about={
-                    "base_fingerprint": self.base_fingerprint,
-                    "task": self.config.data.name,
-                    "step": num_steps,
-                    "metrics": metrics,
-                },
-            )
-            return
-        write_adapter(
-            self.model_dir,
-            trainable=self.engine.trainable,
-            specs=self.method.specs,
-            constants=self.method.constants,
-            modules=self.config.lora.modules_to_save,
-            topology=self.topology,
-            model=self.config.model,
-            bias=self.config.lora.bias,
-            read=read,
-            base_fingerprint=self.base_fingerprint,
-            task=self.config.data.name,
-            step=num_steps,
-            metrics=metrics,
-        )
-
-    def resume(self) -> None:
-        """Continue from the newest whole checkpoint, where there is one. ValueError where it is another run's."""
-        newest = run_on_first(self.topology, lambda: find_newest_checkpoint(self.config.run_dir))
-        if newest is None:
-            if self.config.resume == "must":
-                raise ValueError(f"resume=must but {self.config.run_dir} holds no checkpoint; use resume=auto")
-            return
-        content = load_checkpoint(
-            newest,
-            engine=self.engine.zero,
-            trainable=self.engine.trainable,
-            topology=self.topology,
-            identity=self.identity,
-        )
-        self.num_steps_done = content["step"]
-        self.valid_loss_before = content["state"]["valid_loss_before"]
-
-
-def open_keeper(
-    config: RunConfig, topology: Topology, engine: Engine, method: AppliedMethod, loaders: Loaders
-) -> Keeper:
-    """The keeper of this run, its state restored where `config.resume` asks for that."""
-    fingerprint = run_on_first(topology, lambda: compute_base_fingerprint(config.model, config.loop.seed))
-    hashes = {split: file.sha256 for split, file in loaders.report.files.items()}
-    identity = describe_run(
-        config,
-        method.specs,
-        base_fingerprint=fingerprint,
-        data_hashes={**hashes, "num_train_examples": loaders.report.num_train_examples},
-        dp_size=topology.dp_size,
-    )
-    keeper = Keeper(
-        config=config,
-        topology=topology,
-        engine=engine,
-        method=method,
-        base_fingerprint=fingerprint,
-        identity=identity,
-    )
-    if config.resume != "none":
-        keeper.resume()
-    return keeper

@@ -26,7 +26,7 @@ def check(config: ClassifyConfig) -> None:
 
 def run(config: ClassifyConfig) -> None:
     """Every process calls it; lora_dist.encoders is imported late because it brings torch and transformers."""
-    from lora_dist.encoders.job import classify
+    from lora_dist.encoders.classify import classify
 
     classify(adopt_trained(config))
 

@@ -53,17 +53,6 @@ class EncoderEngine:
             stop_requested=total[1].item() > 0.0,
         )
 
-    @torch.no_grad()
-    def evaluate(self, global_batches: Iterable[Sequence[EncoderBatch]]) -> float:
-        """Mean loss a row over the whole split, the same on every process."""
-        self.model.eval()
-        total, num_rows = torch.zeros((), dtype=torch.float64, device=self.topology.device), 0
-        for batches in global_batches:
-            total += sum(self._compute_loss_sum(batch).double() for batch in batches)
-            num_rows += batches[0].num_rows
-        dist.all_reduce(total)
-        return total.item() / max(1, num_rows)
-
     def check_replicas(self) -> None:
         """Nothing is replicated over TP."""
 
@@ -86,10 +75,13 @@ class EncoderEngine:
         return logits
 
     def _compute_loss_sum(self, batch: EncoderBatch) -> torch.Tensor:
-        """Cross-entropy, or the squared error where the head has one output."""
-        logits, labels_B = self._compute_logits(batch).float(), batch.labels_B.to(self.topology.device)
-        if logits.shape[1] == 1:
-            losses_B = F.mse_loss(logits[:, 0], labels_B, reduction="none")
-        else:
-            losses_B = F.cross_entropy(logits, labels_B.long(), reduction="none")
-        return (losses_B * batch.counts_B.to(self.topology.device)).sum()
+        logits, device = self._compute_logits(batch).float(), self.topology.device
+        losses_B = compute_losses(logits, batch.labels_B.to(device))
+        return (losses_B * batch.counts_B.to(device)).sum()
+
+
+def compute_losses(logits: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """[B]: cross-entropy of logits [B, labels], or the squared error where the head has one output."""
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits[:, 0], labels_B, reduction="none")
+    return F.cross_entropy(logits, labels_B.long(), reduction="none")

@@ -1,13 +1,10 @@
-"""What `lora-dist classify` does, from configuration to scores; every process of the job runs it."""
+"""One encoder in training: its data, model and engine, and what it leaves behind."""
 
 import hashlib
 import json
 import math
-import os
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +25,12 @@ from lora_dist.encoders.examples import (
     load_pairs,
     open_tokenizer,
 )
-from lora_dist.encoders.model import Encoder, open_encoder, read_family
+from lora_dist.encoders.model import Encoder, open_encoder
 from lora_dist.encoders.store import load_trained, write_trained
-from lora_dist.files.directories import write_json, write_lines
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
-from lora_dist.loop import TrainResult, train_loop
-from lora_dist.mcore.parallel import open_topology
-from lora_dist.measure.memory import PeakMemoryMeter
-from lora_dist.measure.meter import Meter
-from lora_dist.measure.observers import open_observers
-from lora_dist.run_dir import prepare_run_dir
-from lora_dist.stopping import note_terminations, raise_stopped
-from lora_dist.tasks.items import load_items
-from lora_dist.tasks.scores import Scores
-from lora_dist.tasks.scoring import score, write_scores
-from lora_dist.topology import DTYPES, Topology, check_device, choose_device, run_on_first
+from lora_dist.tasks.items import Item, load_items
+from lora_dist.topology import DTYPES, Topology, run_on_first
+from lora_dist.validation import Best, Validation
 from lora_dist.whole import iterate_model, list_whole, write_together
 from lora_dist.zero.engine import build_zero_engine
 
@@ -54,6 +42,8 @@ class Data:
     train: list[Example]
     """Empty where nothing trains."""
     scored: list[Example]
+    items: list[Item]
+    """What `scored` should be answered."""
     labels: Labels
     tokenizer: PreTrainedTokenizerBase
     train_sha256: str
@@ -69,6 +59,8 @@ class Job:
     engine: EncoderEngine
     data: Data
     base_fingerprint: str
+    best: Best = field(default_factory=lambda: Best(highest=True))
+    """By the task's first score."""
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the run that goes on from it."""
@@ -98,24 +90,11 @@ class Job:
             seed=loop.seed,
         )
 
-
-def classify(config: ClassifyConfig) -> None:
-    """Train where there is a training file, then score. ValueError for what the user can mend, on every process."""
-    read_family(config.encoder)
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = choose_device(config.device, local_rank)
-    check_device(device, config.dtype)
-    with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.loop.seed) as topology:
-        if config.train is not None:
-            run_on_first(topology, lambda: prepare_run_dir(config))
-        data = load_data(config)
-        config = settle_steps(config, len(data.train), topology.dp_size)
-        memory = PeakMemoryMeter(device)
-        job = open_job(config, topology, data)
-        summary: dict[str, Any] = {}
-        if data.train:
-            summary = train(job, memory)
-        score_job(job, summary)
+    def answer(self) -> tuple[torch.Tensor, list[str]]:
+        """The head's outputs [rows, labels] for all of task.references, and what they say; every process calls it."""
+        outputs = torch.stack(self.engine.predict(self.loader(self.data.scored).validation_batches()))
+        words = self.data.labels.words
+        return outputs, [words[int(row.argmax())] if words else f"{row.item():.4f}" for row in outputs]
 
 
 def load_data(config: ClassifyConfig) -> Data:
@@ -129,6 +108,7 @@ def load_data(config: ClassifyConfig) -> Data:
     return Data(
         train=train,
         scored=encode_examples("task.references", task.references, scored, labels, tokenizer, seq_len),
+        items=load_items(task),
         labels=labels,
         tokenizer=tokenizer,
         train_sha256=hashlib.sha256(content.encode()).hexdigest(),
@@ -184,41 +164,11 @@ def check_own_head(config: ClassifyConfig, encoder: Encoder, labels: Labels) -> 
         raise ValueError(f"encoder.checkpoint={config.encoder.checkpoint}: its labels are {own}, the task's {wanted}")
 
 
-def train(job: Job, memory: PeakMemoryMeter) -> dict[str, Any]:
-    """The loop, its checkpoints, and the adapter (or model) at the end; what the summary says of it."""
-    config, topology = job.config, job.topology
-    num_steps_done, valid_loss_before = resume(job)
-    meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
-    name = f"{config.method}-{config.encoder.name}"
-    observers = open_observers(config, topology, meter, name=name, num_steps_done=num_steps_done)
-    with observers as observe, note_terminations():
-        result = train_loop(
-            job.engine,
-            job.loader(job.data.train),
-            job.loader(job.data.scored),
-            loop=config.loop,
-            optim=config.optim,
-            first_step=num_steps_done,
-            meter=meter,
-            open_probe=nullcontext,
-            observe=observe,
-            save=lambda step, before: save(job, step, before),
-            valid_loss_before=valid_loss_before,
-        )
-    if result.num_steps_done < config.loop.num_steps:
-        message = f"stopped after step {result.num_steps_done} of {config.loop.num_steps}, as asked, and saved"
-        run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
-        raise_stopped(message)
-    throughput = meter.summarize()
-    return {
-        **asdict(result),
-        "num_trainable_parameters": sum(math.prod(one.full_shape) for one in job.engine.trainable),
-        "num_trained_of_head": sum(
-            math.prod(one.full_shape) for one in job.engine.trainable if job.encoder.is_head(one.name)
-        ),
-        "throughput": None if throughput is None else asdict(throughput),
-        "peak_memory": asdict(memory.read()),
-    } | {"checkpoint": write(job, result)}
+def keep_best(job: Job, step: int, validation: Validation) -> None:
+    """As `Keeper.keep_best`, by the first score of the task."""
+    first = next(value for name, value in validation.items() if name != "valid_loss")
+    if job.config.loop.keep_best and job.best.take(first):
+        write(job, step, validation, prefix="best_")
 
 
 def resume(job: Job) -> tuple[int, float | None]:
@@ -235,6 +185,7 @@ def resume(job: Job) -> tuple[int, float | None]:
     content = load_checkpoint(
         newest, engine=engine.zero, trainable=engine.trainable, topology=topology, identity=job.describe()
     )
+    job.best.value = content["state"].get("best")  # checkpoints of older versions have none
     return content["step"], content["state"]["valid_loss_before"]
 
 
@@ -246,23 +197,23 @@ def save(job: Job, step: int, valid_loss_before: float | None) -> None:
         topology=job.topology,
         step=step,
         identity=job.describe(),
-        state={"valid_loss_before": valid_loss_before},
+        state={"valid_loss_before": valid_loss_before, "best": job.best.value},
         keep=job.config.loop.keep_checkpoints,
     )
 
 
-def write(job: Job, result: TrainResult) -> str:
+def write(job: Job, step: int, metrics: Validation, *, prefix: str = "") -> str:
     """`adapter/` or `model/` in the run's directory; its name. Every process calls it."""
     config, topology, trainable = job.config, job.topology, job.engine.trainable
-    name = "model" if config.method == "full" else "adapter"
+    name = prefix + ("model" if config.method == "full" else "adapter")
     entries = list_whole(trainable, topology)
     stream = iterate_model(entries, trainable, topology, job.engine.zero.read_value, torch.float32)
     about = {
         "base_fingerprint": job.base_fingerprint,
         "labels": list(job.data.labels.words),
         "task": config.task.name,
-        "step": result.num_steps_done,
-        "metrics": {"valid_loss": result.valid_loss_after},
+        "step": step,
+        "metrics": metrics,
     }
 
     def write_here() -> None:
@@ -271,22 +222,3 @@ def write(job: Job, result: TrainResult) -> str:
 
     write_together(write_here if topology.global_rank == 0 else None, stream)
     return name
-
-
-def score_job(job: Job, summary: dict[str, Any]) -> None:
-    """Predictions as JSON lines that `lora-dist evaluate predictions=FILE` takes, their scores, and summary.json."""
-    config, words = job.config, job.data.labels.words
-    outputs = job.engine.predict(job.loader(job.data.scored).validation_batches())
-    if job.topology.global_rank != 0:
-        return
-    texts = [words[int(row.argmax())] if words else f"{row.item():.4f}" for row in outputs]
-    items = load_items(config.task)
-    path = Path(config.run_dir) / f"classify-{config.task.name}.jsonl"
-    write_lines(path, ({"context": item.context, "text": text} for item, text in zip(items, texts, strict=True)))
-    scores = score(config.task, texts, items)
-    write_scores(config.task, scores, str(path), None)
-    write_json(path.parent / "summary.json", {"method": config.method, **summary, "scores": _list_scores(scores)})
-
-
-def _list_scores(scores: Scores) -> dict[str, float | None]:
-    return {metric: value for row in scores.rows for metric, value in row.values.items()}

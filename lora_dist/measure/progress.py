@@ -23,7 +23,11 @@ class Progress:
 
     def show(self, metrics: Mapping[str, float | int | bool | None]) -> None:
         """One step's metrics by their names in metrics.jsonl."""
-        shown = {name: f"{metrics[name]:.4g}" for name in ("loss", "valid_loss") if metrics.get(name) is not None}
+        shown = {
+            name: f"{value:.4g}"
+            for name, value in metrics.items()
+            if (name == "loss" or name.startswith("valid_")) and value is not None
+        }
         done = int(metrics["step"] or 0)
         if self._on_terminal:
             self._bar.set_postfix(shown, refresh=False)

@@ -21,10 +21,10 @@ from transformers import (
 from lora_dist.checkpoint.listing import list_adapters
 from lora_dist.classify_config import EncoderConfig
 from lora_dist.config import LoraConfig
+from lora_dist.encoders.classify import score_job
 from lora_dist.encoders.examples import encode_examples, find_label_words, load_pairs
-from lora_dist.encoders.job import load_data, score_job, write
+from lora_dist.encoders.job import load_data, write
 from lora_dist.encoders.model import read_family
-from lora_dist.loop import TrainResult
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.task_config import TaskConfig
 
@@ -147,10 +147,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
     def write_it() -> None:
         with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
-            write(
-                open_alone(config, topology),
-                TrainResult(valid_loss_before=None, valid_loss_after=None, num_steps_done=0),
-            )
+            write(open_alone(config, topology), 0, {})
 
     run_distributed(write_it, 1)
     assert load_refused(tmp_path) == ""

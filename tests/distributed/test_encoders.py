@@ -24,11 +24,11 @@ from transformers import (
 from lora_dist.classify_config import ClassifyConfig, EncoderConfig
 from lora_dist.config import LoopConfig, LoraConfig, ModelConfig, TopologyConfig, ZeroConfig
 from lora_dist.encoders.adapt import put_adapters
+from lora_dist.encoders.classify import validate
 from lora_dist.encoders.job import Job, write
 from lora_dist.encoders.model import FAMILIES as ENCODER_FAMILIES
 from lora_dist.encoders.model import Encoder, open_encoder
 from lora_dist.encoders.store import list_shards
-from lora_dist.loop import TrainResult
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.task_config import TaskConfig
@@ -52,7 +52,7 @@ def train(config: ClassifyConfig) -> tuple[list[float], float, dict[str, torch.T
         loader = job.loader(job.data.train)
         steps = range(config.loop.num_steps)
         losses = [job.engine.train_step(loader.batches_at(step), step=step, lr=1e-2).loss for step in steps]
-        valid_loss = job.engine.evaluate(job.loader(job.data.scored).validation_batches())
+        valid_loss = validate(job)["valid_loss"]
         trained = {one.name: job.engine.zero.read_value(one)["value"] for one in job.engine.trainable}
         return losses, valid_loss, trained
 
@@ -94,7 +94,7 @@ def test_peft_reads_what_was_trained_and_has_the_same_logits_and_gradients(famil
         with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
             job = open_alone(config, topology)
             set_b(job)
-            write(job, TrainResult(valid_loss_before=None, valid_loss_after=None, num_steps_done=0))
+            write(job, 0, {})
             batch = job.loader(job.data.train).batches_at(0)[0]
             logits = job.engine.model.eval()(**batch.inputs).logits
             torch.nn.functional.cross_entropy(logits, batch.labels_B.long()).backward()
@@ -132,7 +132,7 @@ def test_what_is_written_is_loaded(family: str, tmp_path: Path) -> None:
         with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
             job = open_alone(config, topology)
             set_b(job)
-            write(job, TrainResult(valid_loss_before=None, valid_loss_after=None, num_steps_done=0))
+            write(job, 0, {})
             jobs = (job, open_alone(again, topology))
             first, second = ({one.name: one.parameter.detach() for one in one_job.engine.trainable} for one_job in jobs)
             return first, second

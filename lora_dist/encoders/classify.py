@@ -1,0 +1,111 @@
+"""What `lora-dist classify` does, from configuration to scores; every process of the job runs it."""
+
+import math
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_dist.classify_config import ClassifyConfig
+from lora_dist.encoders.engine import compute_losses
+from lora_dist.encoders.job import Job, keep_best, load_data, open_job, resume, save, settle_steps, write
+from lora_dist.encoders.model import read_family
+from lora_dist.files.directories import write_json, write_lines
+from lora_dist.loop import train_loop
+from lora_dist.mcore.parallel import open_topology
+from lora_dist.measure.memory import PeakMemoryMeter
+from lora_dist.measure.meter import Meter
+from lora_dist.measure.observers import open_observers
+from lora_dist.run_dir import prepare_run_dir
+from lora_dist.stopping import note_terminations, raise_stopped
+from lora_dist.tasks.scores import Scores
+from lora_dist.tasks.scoring import score, write_scores
+from lora_dist.topology import check_device, choose_device, run_on_first
+from lora_dist.validation import Validation
+
+
+def classify(config: ClassifyConfig) -> None:
+    """Train where there is a training file, then score. ValueError for what the user can mend, on every process."""
+    read_family(config.encoder)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = choose_device(config.device, local_rank)
+    check_device(device, config.dtype)
+    with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.loop.seed) as topology:
+        if config.train is not None:
+            run_on_first(topology, lambda: prepare_run_dir(config))
+        data = load_data(config)
+        config = settle_steps(config, len(data.train), topology.dp_size)
+        memory = PeakMemoryMeter(device)
+        job = open_job(config, topology, data)
+        summary: dict[str, Any] = {}
+        if data.train:
+            summary = train(job, memory)
+        score_job(job, summary)
+
+
+def train(job: Job, memory: PeakMemoryMeter) -> dict[str, Any]:
+    """The loop, its checkpoints, and the adapter (or model) at the end; what the summary says of it."""
+    config, topology = job.config, job.topology
+    num_steps_done, valid_loss_before = resume(job)
+    meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
+    name = f"{config.method}-{config.encoder.name}"
+    observers = open_observers(config, topology, meter, name=name, num_steps_done=num_steps_done)
+    with observers as observe, note_terminations():
+        result = train_loop(
+            job.engine,
+            job.loader(job.data.train),
+            validate=lambda: validate(job),
+            loop=config.loop,
+            optim=config.optim,
+            first_step=num_steps_done,
+            meter=meter,
+            open_probe=nullcontext,
+            observe=observe,
+            save=lambda step, before: save(job, step, before),
+            keep_best=lambda step, validation: keep_best(job, step, validation),
+            valid_loss_before=valid_loss_before,
+        )
+    if result.num_steps_done < config.loop.num_steps:
+        message = f"stopped after step {result.num_steps_done} of {config.loop.num_steps}, as asked, and saved"
+        run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
+        raise_stopped(message)
+    throughput = meter.summarize()
+    return {
+        **asdict(result),
+        "num_trainable_parameters": sum(math.prod(one.full_shape) for one in job.engine.trainable),
+        "num_trained_of_head": sum(
+            math.prod(one.full_shape) for one in job.engine.trainable if job.encoder.is_head(one.name)
+        ),
+        "throughput": None if throughput is None else asdict(throughput),
+        "peak_memory": asdict(memory.read()),
+    } | {"checkpoint": write(job, result.num_steps_done, {"valid_loss": result.valid_loss_after})}
+
+
+def validate(job: Job) -> Validation:
+    """The mean loss a row, and the task's scores; every process calls it."""
+    outputs, texts = job.answer()
+    labels_B = torch.tensor([example.label for example in job.data.scored])
+    loss = compute_losses(outputs, labels_B).double().mean().item()
+    scores = _list_scores(score(job.config.task, texts, job.data.items))
+    return {"valid_loss": loss, **{f"valid_{metric.lower()}": value for metric, value in scores.items()}}
+
+
+def score_job(job: Job, summary: dict[str, Any]) -> None:
+    """Predictions as JSON lines that `lora-dist evaluate predictions=FILE` takes, their scores, and summary.json."""
+    config, items = job.config, job.data.items
+    _, texts = job.answer()
+    if job.topology.global_rank != 0:
+        return
+    path = Path(config.run_dir) / f"classify-{config.task.name}.jsonl"
+    write_lines(path, ({"context": item.context, "text": text} for item, text in zip(items, texts, strict=True)))
+    scores = score(config.task, texts, items)
+    write_scores(config.task, scores, str(path), None)
+    write_json(path.parent / "summary.json", {"method": config.method, **summary, "scores": _list_scores(scores)})
+
+
+def _list_scores(scores: Scores) -> dict[str, float | None]:
+    return {metric: value for row in scores.rows for metric, value in row.values.items()}
