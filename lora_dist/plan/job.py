@@ -2,7 +2,6 @@
 
 import gc
 import multiprocessing
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -116,7 +115,6 @@ def execute_all(tasks: Sequence[tuple[RunConfig, int, int]], num_processes: int)
 
 def _execute(task: tuple[RunConfig, int, int]) -> ProcessPlan:
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     config, world_size, pp_rank = task
     return execute_process(config, world_size=world_size, pp_rank=pp_rank)
 
