@@ -55,6 +55,8 @@ class ClassifyConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     num_epochs: float | None = None
     """Times through the training file, in place of loop.num_steps."""
+    eval_every_epochs: float | None = None
+    """Times through the training file between validations, in place of loop.eval_every."""
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
@@ -77,7 +79,13 @@ class ClassifyConfig:
             self.warmup_ratio is None or 0.0 <= self.warmup_ratio <= 1.0,
             f"warmup_ratio={self.warmup_ratio} must lie in [0, 1]",
         )
-        require(self.num_epochs is None or self.num_epochs > 0, f"num_epochs={self.num_epochs} must be positive")
+        for key in ("num_epochs", "eval_every_epochs"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"{key}={value} must be positive")
+        require(
+            not self.loop.keep_best or self.loop.eval_every > 0 or self.eval_every_epochs is not None,
+            "loop.keep_best=true chooses between validations, and loop.eval_every=0; give it, or eval_every_epochs",
+        )
         self._check_topology()
         self._check_lora()
         require(

@@ -98,11 +98,6 @@ class LoopConfig:
             require(getattr(self, key) >= 1, f"loop.{key}={getattr(self, key)} must be at least 1")
         for key in ("eval_every", "save_every", "num_warmup_steps_timing", "check_replicas_every"):
             require(getattr(self, key) >= 0, f"loop.{key}={getattr(self, key)} must not be negative")
-        require(
-            not self.keep_best or self.eval_every > 0,
-            f"loop.keep_best=true chooses between validations, got loop.eval_every={self.eval_every}; give the steps"
-            " between them",
-        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -202,6 +197,10 @@ class RunConfig:
                 f"topology.sequence_parallel needs tp_size {self.topology.tp_size}"
                 f" to divide data.seq_len {self.data.seq_len}",
             )
+        require(
+            not self.loop.keep_best or self.loop.eval_every > 0,
+            "loop.keep_best=true chooses between validations, and loop.eval_every=0; give the steps between them",
+        )
         require(
             not self.loop.keep_best or self.data.valid is not None or self.data.format == "fake",
             "loop.keep_best=true chooses by the validation loss, and data.valid is null; give data.valid=FILE",

@@ -12,7 +12,7 @@ import torch
 
 from lora_dist.classify_config import ClassifyConfig
 from lora_dist.encoders.engine import compute_losses
-from lora_dist.encoders.job import Job, keep_best, load_data, open_job, resume, save, settle_steps, write
+from lora_dist.encoders.job import Job, keep_best, load_data, open_job, read_best, resume, save, settle_steps, write
 from lora_dist.encoders.model import read_family
 from lora_dist.files.directories import write_json, write_lines
 from lora_dist.loop import train_loop
@@ -73,6 +73,7 @@ def train(job: Job, memory: PeakMemoryMeter) -> dict[str, Any]:
         message = f"stopped after step {result.num_steps_done} of {config.loop.num_steps}, as asked, and saved"
         run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
         raise_stopped(message)
+    write(job, job.trained_dir, result.num_steps_done, {"valid_loss": result.valid_loss_after})
     throughput = meter.summarize()
     return {
         **asdict(result),
@@ -82,7 +83,9 @@ def train(job: Job, memory: PeakMemoryMeter) -> dict[str, Any]:
         ),
         "throughput": None if throughput is None else asdict(throughput),
         "peak_memory": asdict(memory.read()),
-    } | {"checkpoint": write(job, result.num_steps_done, {"valid_loss": result.valid_loss_after})}
+        "checkpoint": job.trained_dir.name,
+        "best": run_on_first(topology, lambda: read_best(job)),
+    }
 
 
 def validate(job: Job) -> Validation:
@@ -104,6 +107,9 @@ def score_job(job: Job, summary: dict[str, Any]) -> None:
     write_lines(path, ({"context": item.context, "text": text} for item, text in zip(items, texts, strict=True)))
     scores = score(config.task, texts, items)
     write_scores(config.task, scores, str(path), None)
+    if summary.get("best"):
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items() if value is not None)
+        print(f"best validation: {shown}; in {job.best_dir}", flush=True)
     write_json(path.parent / "summary.json", {"method": config.method, **summary, "scores": _list_scores(scores)})
 
 

@@ -27,6 +27,7 @@ from lora_dist.encoders.examples import (
 )
 from lora_dist.encoders.model import Encoder, open_encoder
 from lora_dist.encoders.store import load_trained, write_trained
+from lora_dist.files.directories import read_manifest
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.tasks.items import Item, load_items
 from lora_dist.topology import DTYPES, Topology, run_on_first
@@ -90,6 +91,16 @@ class Job:
             seed=loop.seed,
         )
 
+    @property
+    def trained_dir(self) -> Path:
+        """What is handed on."""
+        return Path(self.config.run_dir) / ("model" if self.config.method == "full" else "adapter")
+
+    @property
+    def best_dir(self) -> Path:
+        """The same, of the best validation."""
+        return self.trained_dir.with_name(f"best_{self.trained_dir.name}")
+
     def answer(self) -> tuple[torch.Tensor, list[str]]:
         """The head's outputs [rows, labels] for all of task.references, and what they say; every process calls it."""
         outputs = torch.stack(self.engine.predict(self.loader(self.data.scored).validation_batches()))
@@ -116,11 +127,13 @@ def load_data(config: ClassifyConfig) -> Data:
 
 
 def settle_steps(config: ClassifyConfig, num_examples: int, dp_size: int) -> ClassifyConfig:
-    """num_epochs and warmup_ratio as numbers of steps."""
+    """num_epochs, eval_every_epochs and warmup_ratio as numbers of steps."""
     loop, optim = config.loop, config.optim
-    if config.num_epochs is not None and num_examples:
-        batch = loop.micro_batch_size * dp_size * compute_num_microbatches(loop, dp_size)
-        loop = replace(loop, num_steps=max(1, math.ceil(config.num_epochs * num_examples / batch)))
+    steps_per_epoch = num_examples / (loop.micro_batch_size * dp_size * compute_num_microbatches(loop, dp_size))
+    if config.num_epochs is not None:
+        loop = replace(loop, num_steps=max(1, math.ceil(config.num_epochs * steps_per_epoch)))
+    if config.eval_every_epochs is not None:
+        loop = replace(loop, eval_every=max(1, math.ceil(config.eval_every_epochs * steps_per_epoch)))
     if config.warmup_ratio is not None:
         optim = replace(optim, num_warmup_steps=round(config.warmup_ratio * loop.num_steps))
     return replace(config, loop=loop, optim=optim)
@@ -164,13 +177,6 @@ def check_own_head(config: ClassifyConfig, encoder: Encoder, labels: Labels) -> 
         raise ValueError(f"encoder.checkpoint={config.encoder.checkpoint}: its labels are {own}, the task's {wanted}")
 
 
-def keep_best(job: Job, step: int, validation: Validation) -> None:
-    """As `Keeper.keep_best`, by the first score of the task."""
-    first = next(value for name, value in validation.items() if name != "valid_loss")
-    if job.config.loop.keep_best and job.best.take(first):
-        write(job, step, validation, prefix="best_")
-
-
 def resume(job: Job) -> tuple[int, float | None]:
     """Steps done and the validation loss before them, from the newest checkpoint where config.resume asks for it."""
     config, topology = job.config, job.topology
@@ -202,10 +208,24 @@ def save(job: Job, step: int, valid_loss_before: float | None) -> None:
     )
 
 
-def write(job: Job, step: int, metrics: Validation, *, prefix: str = "") -> str:
-    """`adapter/` or `model/` in the run's directory; its name. Every process calls it."""
+def keep_best(job: Job, step: int, validation: Validation) -> None:
+    """As `Keeper.keep_best`, by the first score of the task."""
+    first = next(value for name, value in validation.items() if name != "valid_loss")
+    if job.config.loop.keep_best and job.best.take(first):
+        write(job, job.best_dir, step, validation)
+
+
+def read_best(job: Job) -> dict[str, Any] | None:
+    """Step and validation of what `keep_best` wrote; None where it wrote nothing."""
+    if not job.best_dir.exists():
+        return None
+    manifest = read_manifest(job.best_dir)
+    return {"step": manifest["step"], **manifest["metrics"]}
+
+
+def write(job: Job, directory: Path, step: int, metrics: Validation) -> None:
+    """What has been trained. Every process calls it; an older one is replaced once the new one is whole."""
     config, topology, trainable = job.config, job.topology, job.engine.trainable
-    name = prefix + ("model" if config.method == "full" else "adapter")
     entries = list_whole(trainable, topology)
     stream = iterate_model(entries, trainable, topology, job.engine.zero.read_value, torch.float32)
     about = {
@@ -218,7 +238,6 @@ def write(job: Job, step: int, metrics: Validation, *, prefix: str = "") -> str:
 
     def write_here() -> None:
         values = {key: whole for key, whole in stream if whole is not None}
-        write_trained(Path(config.run_dir) / name, job.encoder, config, values, about)
+        write_trained(directory, job.encoder, config, values, about)
 
     write_together(write_here if topology.global_rank == 0 else None, stream)
-    return name

@@ -73,8 +73,8 @@ def test_an_encoders_is_the_best_by_its_tasks_score(tmp_path: Path) -> None:
     assert run_distributed(call, 2, describe_command(tmp_path, "run", *long, "topology=dp2")) == [0, 0]
     step, accuracy = find_best(run, "valid_accuracy", highest=True)
     assert step < 15
-    manifest = json.loads((run / "best_adapter" / "manifest.json").read_text())
-    assert (manifest["step"], manifest["metrics"]["valid_accuracy"]) == (step, accuracy)
+    best = json.loads((run / "summary.json").read_text())["best"]
+    assert (best["step"], best["valid_accuracy"]) == (step, accuracy)
 
     scored = describe_command(tmp_path, "scored", f"adapter={run / 'best_adapter'}")
     assert run_distributed(call, 1, scored) == [0]
@@ -102,10 +102,25 @@ def test_what_is_no_number_is_never_the_best() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "loop.keep_best=true chooses between validations, got loop.eval_every=0; give the steps between them"),
+        ([], "loop.keep_best=true chooses between validations, and loop.eval_every=0; give the steps between them"),
         (["loop.eval_every=2", "data=jsonl", "data.train=x.jsonl"], "data.valid is null; give data.valid=FILE"),
     ],
 )
 def test_what_leaves_no_choice_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         compose_config([*RUN, "loop.keep_best=true", *overrides])
+
+
+def test_an_encoder_is_validated_once_an_epoch(tmp_path: Path) -> None:
+    """48 examples, 16 a step; the last step is validated in any case."""
+    words = [f"train={tmp_path / 'train.tsv'}", "num_epochs=2.3", "eval_every_epochs=1", "loop.keep_best=true"]
+    assert run_distributed(call, 1, describe_command(tmp_path, "run", *words)) == [0]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "valid_accuracy" in line] == [0, 3, 6, 7]
+    assert (tmp_path / "run" / "best_adapter").is_dir()
+
+
+def test_an_encoder_has_to_be_validated_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = describe_command(tmp_path, "run", f"train={tmp_path / 'train.tsv'}", "loop.keep_best=true")
+    assert run_distributed(call, 1, words) == [2]
+    assert "loop.eval_every=0; give it, or eval_every_epochs" in capfd.readouterr().err

@@ -147,7 +147,8 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
     def write_it() -> None:
         with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
-            write(open_alone(config, topology), 0, {})
+            job = open_alone(config, topology)
+            write(job, job.trained_dir, 0, {})
 
     run_distributed(write_it, 1)
     assert load_refused(tmp_path) == ""

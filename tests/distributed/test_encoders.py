@@ -94,7 +94,7 @@ def test_peft_reads_what_was_trained_and_has_the_same_logits_and_gradients(famil
         with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
             job = open_alone(config, topology)
             set_b(job)
-            write(job, 0, {})
+            write(job, job.trained_dir, 0, {})
             batch = job.loader(job.data.train).batches_at(0)[0]
             logits = job.engine.model.eval()(**batch.inputs).logits
             torch.nn.functional.cross_entropy(logits, batch.labels_B.long()).backward()
@@ -132,7 +132,7 @@ def test_what_is_written_is_loaded(family: str, tmp_path: Path) -> None:
         with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
             job = open_alone(config, topology)
             set_b(job)
-            write(job, 0, {})
+            write(job, job.trained_dir, 0, {})
             jobs = (job, open_alone(again, topology))
             first, second = ({one.name: one.parameter.detach() for one in one_job.engine.trainable} for one_job in jobs)
             return first, second
