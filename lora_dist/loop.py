@@ -55,7 +55,7 @@ def train_loop(
     engine: Trained[_Batch],
     train_loader: Source[_Batch],
     *,
-    validate: Validate | None,
+    validate: Validate,
     loop: LoopConfig,
     optim: OptimConfig,
     first_step: int,
@@ -74,7 +74,7 @@ def train_loop(
     `open_probe` looks closely at the first of these steps, which is slower for it.
     """
     validation: Validation = {}
-    validate, done = validate or dict, first_step
+    done = first_step
     if first_step == 0:
         validation = validate()
         valid_loss_before = validation.get("valid_loss")

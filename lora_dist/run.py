@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lora_dist.config import RunConfig
-from lora_dist.data.loader import Loaders, build_loaders
+from lora_dist.data.loader import Loader, Loaders, build_loaders
 from lora_dist.engine import Engine
 from lora_dist.fusion import compile_chains
 from lora_dist.keeper import Keeper, open_keeper
@@ -35,7 +35,7 @@ from lora_dist.methods import AppliedMethod, apply_method
 from lora_dist.run_dir import prepare_run_dir
 from lora_dist.stopping import note_terminations, raise_stopped
 from lora_dist.topology import DTYPES, Topology, check_device, choose_device, run_on_first
-from lora_dist.validation import Validate
+from lora_dist.validation import Validation
 from lora_dist.zero.engine import build_zero_engine
 
 Settle = Callable[[RunConfig], RunConfig]
@@ -159,7 +159,7 @@ def _run_loop(
         result = train_loop(
             engine,
             loaders.train,
-            validate=_choose_validation(engine, loaders),
+            validate=lambda: _validate(engine, loaders.valid),
             loop=config.loop,
             optim=config.optim,
             first_step=keeper.num_steps_done,
@@ -173,10 +173,9 @@ def _run_loop(
     return result, first_step
 
 
-def _choose_validation(engine: Engine, loaders: Loaders) -> Validate | None:
-    """Mean loss a target token; None without a validation split."""
-    valid = loaders.valid
-    return None if valid is None else lambda: {"valid_loss": engine.evaluate(valid.validation_batches())}
+def _validate(engine: Engine, valid: Loader | None) -> Validation:
+    """The mean loss a target token; nothing without a validation split."""
+    return {} if valid is None else {"valid_loss": engine.evaluate(valid.validation_batches())}
 
 
 def _stop(config: RunConfig, topology: Topology, num_steps_done: int) -> NoReturn:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Validation = dict[str, float | None]
-"""`valid_loss` and, where the task has them, scores by name; None where one could not be computed."""
+"""`valid_loss` and, where the task has them, scores by name; None where one could not be computed. Empty without a
+validation split."""
 Validate = Callable[[], Validation]
 """Takes the whole validation split; every process calls it and gets the same."""
 
