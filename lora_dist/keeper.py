@@ -14,6 +14,7 @@ from lora_dist.engine import Engine
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.mcore.hf_weights import write_hf_checkpoint
 from lora_dist.methods import AppliedMethod
+from lora_dist.run_dir import name_trained
 from lora_dist.topology import Topology, run_on_first
 from lora_dist.validation import Best, Validation
 
@@ -32,11 +33,6 @@ class Keeper:
     valid_loss_before: float | None = None
     best: Best = field(default_factory=lambda: Best(highest=False))
 
-    @property
-    def model_dir(self) -> Path:
-        """What is handed on: `adapter/` (LoRA's in PEFT's format), or `model/` in Hugging Face's."""
-        return Path(self.config.run_dir) / ("model" if self.config.method == "full" else "adapter")
-
     def save(self, num_steps: int, valid_loss_before: float | None) -> None:
         """The state after `num_steps` steps. Every process calls it."""
         save_checkpoint(
@@ -53,10 +49,13 @@ class Keeper:
     def keep_best(self, num_steps: int, validation: Validation) -> None:
         """Where config.loop.keep_best asks for it, `best_adapter/` or `best_model/` is the best so far."""
         if self.config.loop.keep_best and self.best.take(validation["valid_loss"]):
-            self.write_model(self.model_dir.with_name(f"best_{self.model_dir.name}"), num_steps, validation)
+            self.write_model(name_trained(self.config, best=True), num_steps, validation)
 
     def write_model(self, directory: Path, num_steps: int, metrics: Validation) -> None:
-        """Every process calls it; an older one is replaced once the new one is whole."""
+        """LoRA's adapter in PEFT's format, a model in Hugging Face's.
+
+        Every process calls it; an older one is replaced once the new one is whole.
+        """
         read = self.engine.zero.read_value
         if self.config.method == "full":
             write_hf_checkpoint(self.engine.gpt, directory, model=self.config.model, read=read)

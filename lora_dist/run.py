@@ -32,7 +32,7 @@ from lora_dist.measure.optimizer_state import check_optimizer_state
 from lora_dist.measure.report import write_comparison
 from lora_dist.measure.summary import Summary, build_summary
 from lora_dist.methods import AppliedMethod, apply_method
-from lora_dist.run_dir import prepare_run_dir
+from lora_dist.run_dir import name_trained, prepare_run_dir
 from lora_dist.stopping import note_terminations, raise_stopped
 from lora_dist.topology import DTYPES, Topology, check_device, choose_device, run_on_first
 from lora_dist.validation import Validation
@@ -103,7 +103,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     if result.num_steps_done < config.loop.num_steps:
         _stop(config, topology, result.num_steps_done)
     peak_memory = memory.read()
-    keeper.write_model(keeper.model_dir, config.loop.num_steps, {"valid_loss": result.valid_loss_after})
+    keeper.write_model(name_trained(config), config.loop.num_steps, {"valid_loss": result.valid_loss_after})
     return build_summary(
         config,
         topology,
@@ -116,7 +116,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
         data=asdict(loaders.report),
         valid_loss_before=result.valid_loss_before,
         valid_loss_after=result.valid_loss_after,
-        checkpoint_dir=keeper.model_dir,
+        checkpoint_dir=name_trained(config),
     )
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 CONFIG_FILE = "config.yaml"
+_ADAPTER = "adapter"
 
 
 def check_run_dir(run_dir: Path, resume: str) -> None:
@@ -60,18 +61,26 @@ def format_config(config: "DataclassInstance") -> str:
     return text
 
 
+def name_trained(config: RunConfig | ClassifyConfig, *, best: bool = False) -> Path:
+    """What a run hands on: `adapter/`, or `model/` where everything trained; its best validation's with `best_`."""
+    return Path(config.run_dir) / f"{'best_' if best else ''}{'model' if config.method == 'full' else _ADAPTER}"
+
+
 def find_adapter(directory: str) -> str:
     """The adapter's own directory, given that or the run's that wrote it (a comparison's, too)."""
-    for inside in ("adapter", "lora/adapter"):
+    for inside in (_ADAPTER, f"lora/{_ADAPTER}"):
         if (Path(directory) / inside).is_dir():
             return str(Path(directory) / inside)
     return directory
 
 
 def find_run(adapter: str) -> Path | None:
-    """The directory of the run that wrote an adapter (`find_adapter` gives its own); None where it is no run's."""
+    """The directory of the run that ended with an adapter (`find_adapter` gives its own); None where none did.
+
+    Scores and texts of `best_adapter/` stay beside it: those in the run's directory are its last adapter's.
+    """
     parent = Path(adapter).parent
-    return parent if Path(adapter).name == "adapter" and (parent / CONFIG_FILE).is_file() else None
+    return parent if Path(adapter).name == _ADAPTER and (parent / CONFIG_FILE).is_file() else None
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:

@@ -32,12 +32,19 @@ def run(config: ClassifyConfig) -> None:
 
 
 def adopt_trained(config: ClassifyConfig) -> ClassifyConfig:
-    """`config.adapter` as the adapter's own directory; what only scores a run has the method and factors of it."""
+    """`config.adapter` as the adapter's own directory; what only scores a run has the method and factors of it.
+
+    The run may be named by its own directory, or by `adapter/` or `best_adapter/` in it.
+    """
     if config.adapter is None:
         return config
-    trained = read_run(Path(config.adapter)) if (Path(config.adapter) / CONFIG_FILE).is_file() else None
+    given = Path(config.adapter)
+    run_dir = next((place for place in (given, given.parent) if (place / CONFIG_FILE).is_file()), None)
     config = replace(config, adapter=find_adapter(config.adapter))
-    if trained is None or config.train is not None:
+    if run_dir is None or config.train is not None:
         return config
+    trained = read_run(run_dir)
+    if "encoder" not in trained:
+        raise ValueError(f"adapter={given} is of a decoder's run; give a run of lora-dist classify")
     encoder = replace(config.encoder, method=trained["encoder"]["method"])
     return replace(config, encoder=encoder, lora=LoraConfig(**trained["lora"]))

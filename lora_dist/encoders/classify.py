@@ -20,7 +20,7 @@ from lora_dist.mcore.parallel import open_topology
 from lora_dist.measure.memory import PeakMemoryMeter
 from lora_dist.measure.meter import Meter
 from lora_dist.measure.observers import open_observers
-from lora_dist.run_dir import prepare_run_dir
+from lora_dist.run_dir import name_trained, prepare_run_dir
 from lora_dist.stopping import note_terminations, raise_stopped
 from lora_dist.tasks.scores import Scores
 from lora_dist.tasks.scoring import score, write_scores
@@ -73,7 +73,7 @@ def train(job: Job, memory: PeakMemoryMeter) -> dict[str, Any]:
         message = f"stopped after step {result.num_steps_done} of {config.loop.num_steps}, as asked, and saved"
         run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
         raise_stopped(message)
-    write(job, job.trained_dir, result.num_steps_done, {"valid_loss": result.valid_loss_after})
+    write(job, name_trained(config), result.num_steps_done, {"valid_loss": result.valid_loss_after})
     throughput = meter.summarize()
     return {
         **asdict(result),
@@ -83,7 +83,7 @@ def train(job: Job, memory: PeakMemoryMeter) -> dict[str, Any]:
         ),
         "throughput": None if throughput is None else asdict(throughput),
         "peak_memory": asdict(memory.read()),
-        "checkpoint": job.trained_dir.name,
+        "checkpoint": name_trained(config).name,
         "best": run_on_first(topology, lambda: read_best(job)),
     }
 
@@ -109,7 +109,7 @@ def score_job(job: Job, summary: dict[str, Any]) -> None:
     write_scores(config.task, scores, str(path), None)
     if summary.get("best"):
         shown = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items() if value is not None)
-        print(f"best validation: {shown}; in {job.best_dir}", flush=True)
+        print(f"best validation: {shown}; in {name_trained(config, best=True)}", flush=True)
     write_json(path.parent / "summary.json", {"method": config.method, **summary, "scores": _list_scores(scores)})
 
 

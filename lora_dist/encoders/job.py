@@ -29,6 +29,7 @@ from lora_dist.encoders.model import Encoder, open_encoder
 from lora_dist.encoders.store import load_trained, write_trained
 from lora_dist.files.directories import read_manifest
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
+from lora_dist.run_dir import name_trained
 from lora_dist.tasks.items import Item, load_items
 from lora_dist.topology import DTYPES, Topology, run_on_first
 from lora_dist.validation import Best, Validation
@@ -90,16 +91,6 @@ class Job:
             dp_rank=topology.dp_rank,
             seed=loop.seed,
         )
-
-    @property
-    def trained_dir(self) -> Path:
-        """What is handed on."""
-        return Path(self.config.run_dir) / ("model" if self.config.method == "full" else "adapter")
-
-    @property
-    def best_dir(self) -> Path:
-        """The same, of the best validation."""
-        return self.trained_dir.with_name(f"best_{self.trained_dir.name}")
 
     def answer(self) -> tuple[torch.Tensor, list[str]]:
         """The head's outputs [rows, labels] for all of task.references, and what they say; every process calls it."""
@@ -212,14 +203,15 @@ def keep_best(job: Job, step: int, validation: Validation) -> None:
     """As `Keeper.keep_best`, by the first score of the task."""
     first = next(value for name, value in validation.items() if name != "valid_loss")
     if job.config.loop.keep_best and job.best.take(first):
-        write(job, job.best_dir, step, validation)
+        write(job, name_trained(job.config, best=True), step, validation)
 
 
 def read_best(job: Job) -> dict[str, Any] | None:
     """Step and validation of what `keep_best` wrote; None where it wrote nothing."""
-    if not job.best_dir.exists():
+    directory = name_trained(job.config, best=True)
+    if not directory.exists():
         return None
-    manifest = read_manifest(job.best_dir)
+    manifest = read_manifest(directory)
     return {"step": manifest["step"], **manifest["metrics"]}
 
 

@@ -67,7 +67,8 @@ def test_without_it_nothing_more_is_written(tmp_path: Path) -> None:
 
 def test_an_encoders_is_the_best_by_its_tasks_score(tmp_path: Path) -> None:
     """The base is random, so the head learns all, within a few steps: of equal scores the first stays."""
-    words = [f"train={tmp_path / 'train.tsv'}", "optim.schedule=constant", "optim.lr=3e-2"]
+    # Scoring takes the rank from the run.
+    words = [f"train={tmp_path / 'train.tsv'}", "optim.schedule=constant", "optim.lr=3e-2", "lora.rank=3"]
     long = [*words, "loop.num_steps=20", "loop.save_every=15", "loop.eval_every=1", "loop.keep_best=true"]
     run, short = tmp_path / "run", tmp_path / "short"
     assert run_distributed(call, 2, describe_command(tmp_path, "run", *long, "topology=dp2")) == [0, 0]

@@ -1,6 +1,7 @@
 """`lora-dist classify`: runs that train, resume, are scored and begun from; what their files hold; what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,15 @@ from transformers import (
 
 from lora_dist.checkpoint.listing import list_adapters
 from lora_dist.classify_config import EncoderConfig
+from lora_dist.cli.classify import adopt_trained
+from lora_dist.cli.compose import compose_config
 from lora_dist.config import LoraConfig
 from lora_dist.encoders.classify import score_job
 from lora_dist.encoders.examples import encode_examples, find_label_words, load_pairs
 from lora_dist.encoders.job import load_data, write
 from lora_dist.encoders.model import read_family
 from lora_dist.mcore.parallel import open_topology
+from lora_dist.run_dir import name_trained, prepare_run_dir
 from lora_dist.task_config import TaskConfig
 
 
@@ -148,7 +152,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     def write_it() -> None:
         with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
             job = open_alone(config, topology)
-            write(job, job.trained_dir, 0, {})
+            write(job, name_trained(config), 0, {})
 
     run_distributed(write_it, 1)
     assert load_refused(tmp_path) == ""
@@ -192,6 +196,15 @@ def test_a_decoder_is_no_encoder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="model_type='llama' is none of roberta, deberta"):
         read_family(EncoderConfig(name="llama", checkpoint=str(tmp_path)))
+
+
+def test_a_decoders_run_is_not_scored(tmp_path: Path) -> None:
+    """Named by itself or by what it wrote."""
+    run_dir = prepare_run_dir(compose_config(["model=tiny", "data=fake", f"run_dir={tmp_path / 'decoder'}"]))
+    config = build_config(tmp_path, "roberta", train=None)
+    for adapter in (run_dir, run_dir / "best_adapter"):
+        with pytest.raises(ValueError, match=r"is of a decoder's run; give a run of lora-dist classify"):
+            adopt_trained(replace(config, adapter=str(adapter)))
 
 
 def test_a_label_that_training_lacks_is_named_with_its_line(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from lora_dist.encoders.model import Encoder, open_encoder
 from lora_dist.encoders.store import list_shards
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.parallel import open_topology
+from lora_dist.run_dir import name_trained
 from lora_dist.task_config import TaskConfig
 
 DATA = Path(__file__).parents[1] / "data"
@@ -94,7 +95,7 @@ def test_peft_reads_what_was_trained_and_has_the_same_logits_and_gradients(famil
         with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
             job = open_alone(config, topology)
             set_b(job)
-            write(job, job.trained_dir, 0, {})
+            write(job, name_trained(config), 0, {})
             batch = job.loader(job.data.train).batches_at(0)[0]
             logits = job.engine.model.eval()(**batch.inputs).logits
             torch.nn.functional.cross_entropy(logits, batch.labels_B.long()).backward()
@@ -132,7 +133,7 @@ def test_what_is_written_is_loaded(family: str, tmp_path: Path) -> None:
         with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
             job = open_alone(config, topology)
             set_b(job)
-            write(job, job.trained_dir, 0, {})
+            write(job, name_trained(config), 0, {})
             jobs = (job, open_alone(again, topology))
             first, second = ({one.name: one.parameter.detach() for one in one_job.engine.trainable} for one_job in jobs)
             return first, second
