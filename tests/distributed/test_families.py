@@ -73,7 +73,7 @@ def write_drawn(options: dict, source: Path, target: Path) -> None:
     write_hf_checkpoint(gpt, target, model=model)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "gpt_neox_serial"])
 def test_a_drawn_model_is_the_same_at_every_topology_and_transformers_reads_it(name: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     model = write_family_checkpoint(name, source)
