@@ -58,7 +58,7 @@ def seed_base_dropout(topology: Topology, *, seed: int, step: int) -> None:
 def build_topology(config: TopologyConfig, *, device: torch.device, local_rank: int, seed: int) -> Topology:
     """Megatron's groups over the processes that torch.distributed already joined, and this process's place."""
     if device.type == "cpu":
-        use_cpu_stand_ins()
+        use_cpu_stand_ins(device)
     world_size = dist.get_world_size()
     dp_size = compute_dp_size(config, world_size)
     ps.initialize_model_parallel(config.tp_size, config.pp_size, create_gloo_process_groups=False)
