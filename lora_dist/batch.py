@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,9 +36,13 @@ class Batch:
     def seq_len(self) -> int:
         return self.input_ids_BS.shape[1]
 
-    def find_targets(self) -> torch.Tensor:
-        """int64 [N]; where the target tokens are in the order [S, B]. On a GPU this would wait for all that runs."""
-        return self.loss_mask_BS.t().flatten().nonzero()[:, 0]
+    def find_targets(self, multiple: int = 1) -> torch.Tensor:
+        """int64 [N]; where the target tokens are in the order [S, B], -1 up to a `multiple` of places.
+
+        On a GPU this would wait for all that runs.
+        """
+        targets_N = self.loss_mask_BS.t().flatten().nonzero()[:, 0]
+        return F.pad(targets_N, (0, -len(targets_N) % multiple), value=-1)
 
     def to(self, device: torch.device) -> "Batch":
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}

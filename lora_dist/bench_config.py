@@ -4,7 +4,10 @@ from dataclasses import dataclass, field
 
 from lora_dist.refusals import require, require_one_of
 
-OUR_CONTENDERS = ("lora", "full", "lora_recompute", "full_recompute", "lora_compiled", "full_compiled")
+OUR_CONTENDERS = (
+    *("lora", "full", "lora_recompute", "full_recompute", "lora_compiled", "full_compiled"),
+    *("lora_graphs", "full_graphs"),
+)
 CONTENDERS = (*OUR_CONTENDERS, "peft", "peft_tuned", "hf_full")
 
 
@@ -14,8 +17,8 @@ class BenchConfig:
 
     contenders: list[str] = field(default_factory=lambda: ["lora", "full", "peft", "peft_tuned"])
     """lora and full are this project's under loop.recompute, lora_recompute and full_recompute with full recomputation,
-    lora_compiled and full_compiled with compile=true; peft, peft_tuned and hf_full are transformers with PEFT or
-    whole."""
+    lora_compiled and full_compiled with compile=true, lora_graphs and full_graphs with cuda_graphs=true; peft,
+    peft_tuned and hf_full are transformers with PEFT or whole."""
     num_rounds: int = 10
     """Timed rounds; a round is one step of every contender."""
     num_warmup_rounds: int = 3

@@ -154,6 +154,8 @@ class RunConfig:
     """Of the base weights and activations; adapters and optimizer state are always fp32."""
     compile: bool = False
     """Make each chain of elementwise work (norms, gates, rotations, dropout, softmax) one kernel with torch.compile."""
+    cuda_graphs: bool = False
+    """Record a microbatch's forward and backward pass as a CUDA graph, which the GPU repeats without Python."""
     hardware: HardwareConfig | None = None
     """What `lora-dist plan` predicts for."""
     shrink: bool = False
@@ -205,6 +207,8 @@ class RunConfig:
             not self.loop.keep_best or self.data.valid is not None or self.data.format == "fake",
             "loop.keep_best=true chooses by the validation loss, and data.valid is null; give data.valid=FILE",
         )
+        if self.cuda_graphs:
+            _validate_graphs(self)
         layers, stage_layers = self.loop.recompute_layers, self.model.num_layers // self.topology.pp_size
         require(
             layers is None or 1 <= layers <= stage_layers,
@@ -219,6 +223,17 @@ class RunConfig:
     def slots(self) -> PrefixConfig | None:
         """The positions that the method adds to every example; None where it adds none."""
         return self.prefix if self.method in PREFIX_METHODS else None
+
+
+def _validate_graphs(config: RunConfig) -> None:
+    """A recording repeats what it saw: no schedule of stages, no gathered weights, no generator's next numbers."""
+    prefix = "cuda_graphs=true"
+    require(config.topology.pp_size == 1, f"{prefix} needs topology.pp_size=1, got {config.topology.pp_size}")
+    require(config.zero.stage < 3, f"{prefix} needs zero.stage<=2, got {config.zero.stage}")
+    require(config.loop.recompute == "none", f"{prefix} needs loop.recompute=none, got {config.loop.recompute}")
+    for key in ("hidden_dropout", "attention_dropout"):
+        value = getattr(config.model, key)
+        require(value == 0, f"{prefix} needs model.{key}=0, got {value}; lora.dropout may be used")
 
 
 def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:

@@ -12,7 +12,7 @@ from lora_dist.gradients import (
 )
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.mcore.parallel import seed_base_dropout
-from lora_dist.mcore.schedule import evaluate_loss, forward_backward
+from lora_dist.mcore.schedule import Passes, evaluate_loss, forward_backward
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
 from lora_dist.zero.engine import ZeroEngine
@@ -44,9 +44,11 @@ class Engine:
         topology: Topology,
         *,
         seed: int,
+        passes: Passes | None = None,
     ) -> None:
+        """`passes` stands in for Megatron's schedule from the second step on: `mcore.graphs.MicrobatchGraphs`."""
         self.gpt, self.zero, self.trainable, self.topology, self.seed = gpt, zero, trainable, topology, seed
-        self._gradients_checked = False
+        self._passes, self._gradients_checked = passes, False
 
     def train_step(self, batches: Sequence[Batch], *, step: int, lr: float) -> StepResult:
         """Forward and backward over this replica's microbatches, then one optimizer step. All processes call it.
@@ -58,7 +60,12 @@ class Engine:
             seed_base_dropout(self.topology, seed=self.seed, step=step)
         with self.zero.accumulate():
             loss, stop_requested = forward_backward(
-                self.gpt, batches, seed=self.seed, step=step, scale_loss=self.zero.scale_loss
+                self.gpt,
+                batches,
+                seed=self.seed,
+                step=step,
+                scale_loss=self.zero.scale_loss,
+                passes=self._passes if self._gradients_checked else None,
             )
             if not self._gradients_checked:
                 assert_every_gradient(self.trainable)
@@ -74,6 +81,10 @@ class Engine:
             loss_scale=loss_scale,
             stop_requested=stop_requested,
         )
+
+    def run_as_written(self) -> None:
+        """From now on by Megatron's schedule, operation by operation, for what watches them."""
+        self._passes = None
 
     def evaluate(self, global_batches: Iterable[Sequence[Batch]]) -> float:
         """Mean loss a target token over the whole split."""

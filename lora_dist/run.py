@@ -20,6 +20,7 @@ from lora_dist.fusion import compile_chains
 from lora_dist.keeper import Keeper, open_keeper
 from lora_dist.loop import TrainResult, train_loop
 from lora_dist.lora.dropout import DropoutClock
+from lora_dist.mcore.graphs import CudaRecorder, MicrobatchGraphs
 from lora_dist.mcore.hf_weights import fill_base
 from lora_dist.mcore.model import build_model
 from lora_dist.mcore.parallel import open_topology
@@ -34,7 +35,7 @@ from lora_dist.measure.summary import Summary, build_summary
 from lora_dist.methods import AppliedMethod, apply_method
 from lora_dist.run_dir import name_trained, prepare_run_dir
 from lora_dist.stopping import note_terminations, raise_stopped
-from lora_dist.topology import DTYPES, Topology, check_device, choose_device, run_on_first
+from lora_dist.topology import DTYPES, Topology, check_device, check_device_records, choose_device, run_on_first
 from lora_dist.validation import Validation
 from lora_dist.zero.engine import build_zero_engine
 
@@ -87,6 +88,8 @@ def open_job(config: RunConfig) -> Iterator[Topology]:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = choose_device(config.device, local_rank)
     check_device(device, config.dtype)
+    if config.cuda_graphs:
+        check_device_records(device)
     with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.loop.seed) as topology:
         yield topology
 
@@ -146,7 +149,10 @@ def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) ->
         dtype=dtype,
         topology=topology,
     )
-    return Engine(gpt, zero, method.trainable, topology, seed=config.loop.seed), method
+    graphs = None
+    if config.cuda_graphs:
+        graphs = MicrobatchGraphs(gpt, method.trainable, lambda: zero.loss_scale, CudaRecorder())
+    return Engine(gpt, zero, method.trainable, topology, seed=config.loop.seed, passes=graphs), method
 
 
 def _run_loop(

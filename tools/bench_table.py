@@ -11,6 +11,8 @@ NAMES = {
     "full": "lora_dist full fine-tuning",
     "lora_compiled": "lora_dist LoRA, compiled",
     "full_compiled": "lora_dist full fine-tuning, compiled",
+    "lora_graphs": "lora_dist LoRA, CUDA graphs",
+    "full_graphs": "lora_dist full fine-tuning, CUDA graphs",
     "lora_recompute": "lora_dist LoRA, full recompute",
     "full_recompute": "lora_dist full fine-tuning, full recompute",
     "peft": "HF PEFT",

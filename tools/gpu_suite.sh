@@ -48,7 +48,7 @@ run_check() { "$PYTHON" -m pytest -m gpu tests || FAILED+=(check); }
 run_train() {
     local ours='bench.contenders=[lora,full,lora_recompute,full_recompute]'
     bench gpu_gpt2_medium model=gpt2_medium data.seq_len=1024 loop.micro_batch_size=8 \
-        'bench.contenders=[lora,full,lora_recompute,full_recompute,lora_compiled,full_compiled,peft,peft_tuned]'
+        'bench.contenders=[lora,full,lora_recompute,full_recompute,lora_compiled,full_compiled,lora_graphs,full_graphs,peft,peft_tuned]'
     bench gpu_gpt3_1_3b model=gpt3_1_3b data.seq_len=2048 loop.micro_batch_size=2 loop.global_batch_size=16 "$ours"
     bench gpu_gpt3_6_7b model=gpt3_6_7b data.seq_len=2048 loop.micro_batch_size=4 'bench.contenders=[lora,lora_recompute]'
     bench gpu_gpt3_6_7b_peft model=gpt3_6_7b data.seq_len=2048 loop.micro_batch_size=2 \

@@ -15,6 +15,10 @@ class Contender(Protocol):
         """Forward and backward over the microbatches, clip, one AdamW step; the loss a target token before it."""
         ...
 
+    def run_as_written(self) -> None:
+        """From now on step operation by operation: a recorded graph would hide them from what counts them."""
+        ...
+
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """All of the model's, frozen ones too."""
         ...

@@ -26,6 +26,9 @@ class OurContender:
     def step(self, batches: Sequence[Batch], step: int) -> float:
         return self._engine.train_step(batches, step=step, lr=self._lr).loss
 
+    def run_as_written(self) -> None:
+        self._engine.run_as_written()
+
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         parameters: Iterator[torch.nn.Parameter] = self._engine.gpt.parameters()
         return parameters

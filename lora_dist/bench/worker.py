@@ -49,17 +49,23 @@ def build_contender(name: str, config: RunConfig, device: torch.device) -> Conte
     if name in OUR_CONTENDERS:
         from lora_dist.bench.ours import OurContender
 
-        return OurContender(_choose_method(config, name), device)
+        return OurContender(choose_method(config, name), device)
     from lora_dist.bench.peers import PeerContender
 
     return PeerContender(config, device, dtype, lora=name != "hf_full", tuned=name != "peft")
 
 
-def _choose_method(config: RunConfig, name: str) -> RunConfig:
+def choose_method(config: RunConfig, name: str) -> RunConfig:
+    """The run of one of OUR_CONTENDERS. ValueError where it could not be one."""
     method, _, variant = name.partition("_")
     if variant == "recompute":
         config = replace(config, loop=replace(config.loop, recompute="full", recompute_layers=None))
-    return replace(config, method=method, compile=config.compile or variant == "compiled")
+    return replace(
+        config,
+        method=method,
+        compile=config.compile or variant == "compiled",
+        cuda_graphs=config.cuda_graphs or variant == "graphs",
+    )
 
 
 def serve(connection: Connection, name: str, config: RunConfig) -> None:
@@ -111,6 +117,7 @@ def _start_timer(device: torch.device) -> Callable[[], float]:
 
 def take_account(contender: Contender, batches: Sequence[Batch], step: int, memory: PeakMemoryMeter) -> Account:
     peak_memory = memory.read()
+    contender.run_as_written()
     with open_activation_ledger(contender.parameters) as activations:
         contender.step(batches, step)
     with count_flops() as counter:

@@ -14,12 +14,16 @@ from lora_dist.lora.factors import derive_seed
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DropoutKey:
-    """What identifies the tokens of one microbatch of one step."""
+    """What tells the rows of one microbatch of one step from all others: a tensor, so that a recorded step can have
+    another one written in its place."""
 
-    seed: int
-    step: int
-    row_ids_B: torch.Tensor
-    """Rows' numbers within the global batch."""
+    row_keys_B: torch.Tensor
+    """int64; of `compute_row_keys`, on the device."""
+
+
+def compute_row_keys(row_ids_B: torch.Tensor, *, seed: int, step: int) -> torch.Tensor:
+    """Keys of rows, given by their numbers within the global batch of a step."""
+    return _mix64(row_ids_B + derive_seed(seed, "dropout", step) % 2**40)
 
 
 class DropoutClock:
@@ -51,10 +55,10 @@ class DropoutMask:
     def _hash_places(self, shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """int32, of each token [S, B] and of each feature [H]."""
         S, _, H = shape
-        seed = derive_seed(self.key.seed, "dropout", self.key.step, self.adapter_name)
+        seed = derive_seed("dropout", self.adapter_name)
         position_S = torch.arange(self.position_offset, self.position_offset + S, device=device)
         feature_H = torch.arange(self.feature_offset, self.feature_offset + H, device=device)
-        token_SB = _mix64(_mix64(self.key.row_ids_B.to(device) + seed % 2**40)[None, :] + position_S[:, None])
+        token_SB = _mix64(_mix64(self.key.row_keys_B + seed % 2**40)[None, :] + position_S[:, None])
         feature_H = _mix64(feature_H + seed // 2**40)
         return token_SB.to(torch.int32), feature_H.to(torch.int32)
 

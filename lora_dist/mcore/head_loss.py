@@ -24,7 +24,7 @@ def compute_target_loss(
     tp_rank: int,
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Sum over the N tokens of the cross-entropy, fp32 scalar, equal on every TP rank.
+    """Sum over the N tokens of the cross-entropy, fp32 scalar, equal on every TP rank; a label of -1 counts nothing.
 
     With smoothing e the loss of a token is (1 - e) (-log p_label) + e mean_v(-log p_v) over the true vocabulary.
     d(hidden) is this rank's summand: the caller's input must sum it over TP in backward.
@@ -61,7 +61,7 @@ class _HeadLoss(torch.autograd.Function):
             logits_CV = _upcast(torch.mm(hidden_CH, weight_VH.t(), out=buffer_CV[: hidden_CH.shape[0]]))
             logits_CV[:, num_valid:] = float("-inf")
             loss_C, dlogits_CV = _cross_entropy(
-                logits_CV, labels_N[rows] - first_row, num_valid, vocab_size, label_smoothing, group
+                logits_CV, labels_N[rows], (first_row, num_valid), vocab_size, label_smoothing, group
             )
             total += loss_C.sum()
             if dhidden_NH is not None:
@@ -92,19 +92,22 @@ def _upcast(logits: torch.Tensor) -> torch.Tensor:
 
 def _cross_entropy(
     logits_CV: torch.Tensor,
-    local_labels_C: torch.Tensor,
-    num_valid: int,
+    labels_C: torch.Tensor,
+    local_rows: tuple[int, int],
     vocab_size: int,
     label_smoothing: float,
     group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of each token and d(loss)/d(logits) of this rank's rows, written over the logits.
 
-    Two small collectives a chunk: the maximum, then the sums of exponentials, label logits and logits.
+    `local_rows`: the first, and how many of them are no padding. Two small collectives a chunk: the maximum, then the
+    sums of exponentials, label logits and logits.
     """
     max_C = _find_max(logits_CV)
     if group is not None:
         dist.all_reduce(max_C, op=dist.ReduceOp.MAX, group=group)
+    first_row, num_valid = local_rows
+    is_target_C, local_labels_C = labels_C >= 0, labels_C - first_row
     here_C = (local_labels_C >= 0) & (local_labels_C < num_valid)
     row_C = torch.where(here_C, local_labels_C, 0)
     label_logit_C = (logits_CV.gather(1, row_C[:, None])[:, 0] - max_C).masked_fill(~here_C, 0.0)
@@ -114,9 +117,10 @@ def _cross_entropy(
         dist.all_reduce(sums_3C, group=group)
     exp_sum_C, label_logit_C, logit_sum_C = sums_3C
     loss_C = exp_sum_C.log() - (1.0 - label_smoothing) * label_logit_C - label_smoothing / vocab_size * logit_sum_C
-    probabilities_CV = logits_CV.div_(exp_sum_C[:, None])
+    loss_C = loss_C.where(is_target_C, 0.0)
+    probabilities_CV = logits_CV.div_(exp_sum_C.where(is_target_C, float("inf"))[:, None])
     if label_smoothing:
-        probabilities_CV[:, :num_valid] -= label_smoothing / vocab_size
+        probabilities_CV[:, :num_valid] -= (is_target_C.to(loss_C.dtype) * (label_smoothing / vocab_size))[:, None]
     probabilities_CV.scatter_add_(1, row_C[:, None], (here_C.to(loss_C.dtype) * (label_smoothing - 1.0))[:, None])
     return loss_C, probabilities_CV
 

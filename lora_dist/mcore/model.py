@@ -88,13 +88,15 @@ class ShardedGpt(GPTModel):
     def _compute_loss(self, hidden_SBH: torch.Tensor, labels_BS: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         """Cross-entropy summed over the target tokens (eq. 1 of the paper); the output layer sees no others.
 
-        `targets_N` are their places in [S, B], where Megatron's argument would be a mask: `Batch.find_targets`.
+        `targets_N` are their places in [S, B], where Megatron's argument would be a mask, and -1 for nothing:
+        `Batch.find_targets`.
         """
         hidden_SBH = self._enter_output_layer(hidden_SBH)
+        places_N = targets_N.clamp(min=0)
         return compute_target_loss(
-            hidden_SBH.flatten(0, 1).index_select(0, targets_N),
+            hidden_SBH.flatten(0, 1).index_select(0, places_N),
             self.shared_embedding_or_output_weight(),
-            labels_BS.t().flatten()[targets_N],
+            labels_BS.t().flatten()[places_N].where(targets_N >= 0, -1),
             vocab_size=self.true_vocab_size,
             label_smoothing=self.label_smoothing if self.training else 0.0,
             tp_rank=self.topology.tp_rank,

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from lora_dist.config import TopologyConfig, compute_dp_size
 from lora_dist.lora.factors import derive_seed
@@ -53,6 +53,17 @@ def seed_base_dropout(topology: Topology, *, seed: int, step: int) -> None:
     """
     parts = derive_seed(seed, "base dropout", step, topology.dp_rank, topology.pp_rank)
     model_parallel_cuda_manual_seed(parts % 2**31)
+
+
+@contextmanager
+def leave_generators_alone() -> Iterator[None]:
+    """For a base that drops nothing: Megatron switches generators all the same, which CUDA refuses in a recording."""
+    tracker = get_cuda_rng_tracker()
+    tracker.fork = lambda *_: nullcontext()
+    try:
+        yield
+    finally:
+        del tracker.fork  # the class's own again
 
 
 def build_topology(config: TopologyConfig, *, device: torch.device, local_rank: int, seed: int) -> Topology:

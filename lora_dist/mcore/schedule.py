@@ -1,30 +1,47 @@
 """One step's forward and backward passes over a shard, by Megatron's schedules (1F1B where there are stages)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from lora_dist.batch import Batch, move
-from lora_dist.lora.dropout import DropoutKey
+from lora_dist.lora.dropout import DropoutKey, compute_row_keys
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.stopping import is_stop_requested
 
 ScaleLoss = Callable[[torch.Tensor], torch.Tensor]
 
 
+class Passes(Protocol):
+    """Runs a step's microbatches forward and backward, and returns their loss sums on the last stage."""
+
+    def __call__(self, batches: Sequence[Batch], *, seed: int, step: int) -> list[torch.Tensor]: ...
+
+
 def forward_backward(
-    gpt: ShardedGpt, batches: Sequence[Batch], *, seed: int, step: int, scale_loss: ScaleLoss | None
+    gpt: ShardedGpt,
+    batches: Sequence[Batch],
+    *,
+    seed: int,
+    step: int,
+    scale_loss: ScaleLoss | None,
+    passes: Passes | None = None,
 ) -> tuple[float, bool]:
     """Run every microbatch; gradients accumulate in `.grad`, averaged so that a mean over DP gives the step's gradient.
 
-    Returns the mean loss a target token of the global batch, and whether any process was asked to stop: both the same
-    on every process.
+    `passes` stands in for Megatron's schedule, and scales the loss itself. Returns the mean loss a target token of the
+    global batch, and whether any process was asked to stop: both the same on every process.
     """
     gpt.train()
     gpt.config.grad_scale_func = scale_loss
-    losses = _run_schedule(gpt, batches, seed=seed, step=step, forward_only=False)
+    if passes is None:
+        losses = _run_schedule(gpt, batches, seed=seed, step=step, forward_only=False)
+    else:
+        losses = passes(batches, seed=seed, step=step)
     loss_sum, stop_requested = _sum_over_processes(gpt, losses)
     return loss_sum / max(1, batches[0].num_loss_tokens), stop_requested
 
@@ -41,27 +58,16 @@ def _run_schedule(
     gpt: ShardedGpt, batches: Sequence[Batch], *, seed: int, step: int, forward_only: bool
 ) -> list[torch.Tensor]:
     """Loss sums of this stage's microbatches; empty on all but the last stage."""
-    weight = len(batches) * gpt.topology.dp_size / max(1, batches[0].num_loss_tokens)
+    weight = compute_loss_weight(gpt, batches)
 
     def loss_function(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # The schedule divides by the number of microbatches and ZeRO by dp_size.
         return loss_sum * weight, loss_sum.detach()
 
-    def forward_step(iterator: "object", stage: ShardedGpt) -> tuple[torch.Tensor, Callable]:
+    def forward_step(iterator: "object", _stage: ShardedGpt) -> tuple[torch.Tensor, Callable]:
         batch: Batch = next(iterator)  # type: ignore[call-overload]
-        targets_N = move(batch.find_targets(), gpt.topology.device)
-        batch = batch.to(gpt.topology.device)
-        gpt.clock.key = None if forward_only else DropoutKey(seed=seed, step=step, row_ids_B=batch.row_ids_B)
-        gpt.clock.adapter_of_row = batch.adapter_of_row
-        gpt.slots_BS = batch.slots_BS
-        output = stage(
-            batch.input_ids_BS,
-            batch.position_ids_BS,
-            compute_attention_mask(batch.segment_ids_BS),
-            labels=batch.labels_BS,
-            loss_mask=targets_N,
-        )
-        return output, loss_function
+        inputs = prepare_inputs(batch, gpt.topology.device, seed=seed, step=step)
+        return run_forward(gpt, inputs, drops=not forward_only), loss_function
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -72,6 +78,47 @@ def _run_schedule(
         micro_batch_size=batches[0].input_ids_BS.shape[0],
         forward_only=forward_only,
     )
+
+
+def compute_loss_weight(gpt: ShardedGpt, batches: Sequence[Batch]) -> float:
+    """Makes a microbatch's loss sum what a mean over microbatches and replicas turns into the global batch's mean."""
+    return len(batches) * gpt.topology.dp_size / max(1, batches[0].num_loss_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """A microbatch on the device: all that the forward pass reads of it."""
+
+    batch: Batch
+    targets_N: torch.Tensor
+    """Of `Batch.find_targets`."""
+    row_keys_B: torch.Tensor
+    """Of `compute_row_keys`."""
+
+
+def prepare_inputs(batch: Batch, device: torch.device, *, seed: int, step: int, target_multiple: int = 1) -> Inputs:
+    """What depends on values is worked out on the host, which need not wait for the device then."""
+    return Inputs(
+        batch=batch.to(device),
+        targets_N=move(batch.find_targets(target_multiple), device),
+        row_keys_B=move(compute_row_keys(batch.row_ids_B, seed=seed, step=step), device),
+    )
+
+
+def run_forward(gpt: ShardedGpt, inputs: Inputs, *, drops: bool) -> torch.Tensor:
+    """This stage's output: on the last one the loss summed over the target tokens."""
+    batch = inputs.batch
+    gpt.clock.key = DropoutKey(row_keys_B=inputs.row_keys_B) if drops else None
+    gpt.clock.adapter_of_row = batch.adapter_of_row
+    gpt.slots_BS = batch.slots_BS
+    output: torch.Tensor = gpt(
+        batch.input_ids_BS,
+        batch.position_ids_BS,
+        compute_attention_mask(batch.segment_ids_BS),
+        labels=batch.labels_BS,
+        loss_mask=inputs.targets_N,
+    )
+    return output
 
 
 def compute_attention_mask(segment_ids_BS: torch.Tensor | None) -> torch.Tensor | None:

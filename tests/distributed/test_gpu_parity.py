@@ -14,7 +14,7 @@ from lora_dist.bench.batches import build_batches
 from lora_dist.cli.compose import compose_config
 from lora_dist.run import build_engine, open_job
 
-NUM_STEPS = 3
+NUM_STEPS = 4
 OVERRIDES = [
     *("model=tiny", "data=fake", "data.seq_len=64", "track=none", "loop.micro_batch_size=4"),
     *("loop.global_batch_size=8", "lora.rank=4", "lora.target_modules=[all]", "optim.lr=1e-2", "optim.eps=1e-3"),
@@ -25,7 +25,11 @@ CASES = {
     "lora-dropout": (["lora.dropout=0.1"], 1e-5),
     "lora-compiled": (["compile=true", "lora.dropout=0.1"], 1e-5),
     "llama-compiled": (["compile=true", "model.family=llama"], 1e-5),
+    "lora-graphs": (["cuda_graphs=true", "lora.dropout=0.1"], 1e-5),
+    "lora-graphs-compiled": (["cuda_graphs=true", "compile=true", "data.collate=pad"], 1e-5),
+    "llama-graphs-fp16": (["cuda_graphs=true", "model.family=llama", "dtype=fp16"], 5e-3),
     "full": (["method=full", "optim.lr=1e-3"], 1e-5),
+    "full-graphs-bf16": (["method=full", "optim.lr=1e-3", "cuda_graphs=true", "dtype=bf16"], 2e-2),
     "bitfit": (["method=bitfit"], 1e-5),
     "adapter_h": (["method=adapter_h"], 1e-5),
     "dora": (["method=dora"], 1e-5),
@@ -35,7 +39,7 @@ CASES = {
     "lora-fp16": (["dtype=fp16"], 5e-3),
 }
 """Overrides, and the error of the losses that rounding excuses. A CPU's half of a case is fp32 and not compiled."""
-_ON_GPU = ("dtype=", "compile=")
+_ON_GPU = ("dtype=", "compile=", "cuda_graphs=")
 
 
 def train(name: str, device: str, directory: Path) -> list[float]:

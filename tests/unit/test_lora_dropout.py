@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_dist.lora.dropout import DropoutKey, DropoutMask
+from lora_dist.lora.dropout import DropoutKey, DropoutMask, compute_row_keys
 
 S, B, H = 64, 8, 256
 
@@ -11,7 +11,7 @@ S, B, H = 64, 8, 256
 def mask(
     probability: float = 0.3, *, seed: int = 0, step: int = 0, name: str = "a", rows: range = range(B), **offsets: int
 ) -> DropoutMask:
-    key = DropoutKey(seed=seed, step=step, row_ids_B=torch.tensor(list(rows)))
+    key = DropoutKey(row_keys_B=compute_row_keys(torch.tensor(list(rows)), seed=seed, step=step))
     return DropoutMask(key=key, adapter_name=name, probability=probability, **offsets)
 
 

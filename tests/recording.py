@@ -1,0 +1,125 @@
+"""Records what a function does to CPU tensors and does it again, as a CUDA graph would: no Python runs in between.
+
+A replay calls the recorded operations on the recorded tensors. What Python computed on the way, which tensors it chose
+and which numbers it passed, is as it was.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_aten = torch.ops.aten
+_WAITS = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default, _aten.masked_select.default}
+"""What needs a value on the host, which CUDA does not allow in a recording."""
+_Operation = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
+
+
+class CpuRecorder:
+    """`lora_dist.mcore.graphs.Record`; counts its recordings and their replays."""
+
+    def __init__(self) -> None:
+        self.num_records = self.num_replays = 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.num_records += 1
+        recording = _Recording()
+        with recording.undone(), recording.apart_from_waiting(), recording:
+            run()
+
+        def replay() -> None:
+            self.num_replays += 1
+            recording.replay()
+
+        return replay
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._operations: list[_Operation] = []
+        self._made: set[int] = set()
+        self._waits = False
+        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """A recording does nothing: what was there before is put back as it was."""
+        yield
+        for tensor, before in self._before.values():
+            tensor.copy_(before)
+
+    @contextmanager
+    def apart_from_waiting(self) -> Iterator[None]:
+        """What gloo still has to do when a collective is waited for belongs to the collective."""
+        plain_wait = dist.Work.wait
+
+        def wait(work: dist.Work, *args: Any) -> bool:
+            self._waits = True
+            try:
+                return plain_wait(work, *args)
+            finally:
+                self._waits = False
+
+        dist.Work.wait = wait
+        try:
+            yield
+        finally:
+            dist.Work.wait = plain_wait
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._waits:
+            return func(*args, **kwargs)
+        assert func not in _WAITS, f"{func} waits for the device within a recording"
+        for tensor in _list_written(func, args, kwargs):
+            self._keep(tensor)
+        out = func(*args, **kwargs)
+        known = {_identify(one) for one in _find_tensors((args, kwargs))}
+        self._made |= {_identify(one) for one in _find_tensors(out)} - known
+        self._operations.append((func, args, kwargs, out))
+        return out
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        key = _identify(tensor)
+        if key not in self._made and key not in self._before:
+            whole = tensor.new_empty(0).set_(tensor.untyped_storage())
+            self._before[key] = whole, whole.clone()
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, out in self._operations:
+                again = func(*args, **kwargs)
+                if func.namespace == "c10d":
+                    again[-1].wait()
+                elif not func.is_view:
+                    _write_over(out, again)
+
+
+def _write_over(out: Any, again: Any) -> None:
+    """The results of a replay stand where those of the recording did."""
+    for old, new in zip(_find_tensors(out), _find_tensors(again), strict=True):
+        if _identify(old) != _identify(new):
+            old.copy_(new)
+
+
+def _list_written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    if func.namespace == "c10d":
+        return _find_tensors(args)
+    named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    written = [named[one.name] for one in func._schema.arguments if one.is_write and one.name in named]
+    return _find_tensors(written)
+
+
+def _identify(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _find_tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
