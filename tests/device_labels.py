@@ -4,12 +4,14 @@ Both are CPU tensors here: what is asked for on `LABELLED`, and what is computed
 """
 
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from collective_waits import note_waits
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
@@ -28,18 +30,19 @@ _TAKES_VALUES = (torch.tensor, torch.as_tensor, torch.asarray)
 
 
 @contextmanager
-def label_devices() -> Iterator[None]:
+def label_devices() -> Iterator[Counter[str]]:
     """AssertionError within where an operation or a collective mixes the two, as it would on a GPU.
 
-    For use in a process that does nothing else: DeepSpeed's accelerator becomes `LABELLED`.
+    For use in a process that does nothing else: DeepSpeed's accelerator becomes `LABELLED`. Counts, by operation, what
+    is copied from the one to the other.
     """
     accelerator = get_accelerator()
     accelerator.device_name = accelerator.current_device_name = lambda *_: str(LABELLED)
     type(accelerator).FloatTensor = property(lambda _: partial(torch.tensor, dtype=torch.float32, device=LABELLED))
     distributed_c10d._get_object_coll_device = lambda _group=None: LABELLED
     places = _Places()
-    with _Operations(places), _Functions(places):
-        yield
+    with note_waits() as is_waiting, _Operations(places, is_waiting), _Functions(places):
+        yield places.crossings
 
 
 class _Places:
@@ -48,6 +51,7 @@ class _Places:
     def __init__(self) -> None:
         self._on_gpu: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._calls = [True]
+        self.crossings: Counter[str] = Counter()
 
     @contextmanager
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -95,7 +99,9 @@ class _Functions(TorchFunctionMode):
         with self._places.call(func, args, kwargs):
             result = func(*args, **kwargs)
         if func in _TAKES_VALUES:
-            self._places.put(result, on_gpu=_is_labelled(kwargs.get("device")))
+            on_gpu = _is_labelled(kwargs.get("device"))
+            self._places.crossings[func.__name__] += on_gpu
+            self._places.put(result, on_gpu=on_gpu)
         elif func is torch.Tensor.new_tensor:
             self._places.put(result, on_gpu=self._places.has(args[0]))
         return result
@@ -112,6 +118,7 @@ class _Functions(TorchFunctionMode):
         result = source.to(*args, **kwargs)
         if on_gpu != was_on_gpu and _identify(result) == _identify(source):
             result = result.clone()
+        self._places.crossings["to"] += on_gpu != was_on_gpu
         self._places.put(result, on_gpu=on_gpu)
         return result
 
@@ -119,14 +126,16 @@ class _Functions(TorchFunctionMode):
 class _Operations(TorchDispatchMode):
     """Checks the arguments of each operation, and notes where its results are."""
 
-    def __init__(self, places: _Places) -> None:
+    def __init__(self, places: _Places, is_waiting: Callable[[], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._places = places
+        self._places, self._is_waiting = places, is_waiting
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._is_waiting():
+            return func(*args, **kwargs)
         tensors = _find_tensors((args, kwargs))
         places = {self._places.has(one) for one in tensors if one.ndim > 0} or {
             any(self._places.has(one) for one in tensors)
@@ -138,6 +147,8 @@ class _Operations(TorchDispatchMode):
         else:
             on_gpu = _is_labelled(device) or self._places.default_on_gpu
         assert func.namespace != "c10d" or places == {True}, f"{func} gets tensors of the host, which NCCL refuses"
+        if func is _aten.copy_.default and self._places.has(args[0]) != self._places.has(args[1]):
+            self._places.crossings["copy_"] += 1
         known = {_identify(one) for one in tensors}
         out = func(*args, **kwargs)
         for one in _find_tensors(out):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from collective_waits import note_waits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,9 +27,10 @@ class CpuRecorder:
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         self.num_records += 1
-        recording = _Recording()
-        with recording.undone(), recording.apart_from_waiting(), recording:
-            run()
+        with note_waits() as is_waiting:
+            recording = _Recording(is_waiting)
+            with recording.undone(), recording:
+                run()
 
         def replay() -> None:
             self.num_replays += 1
@@ -39,11 +40,11 @@ class CpuRecorder:
 
 
 class _Recording(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, is_waiting: Callable[[], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._is_waiting = is_waiting
         self._operations: list[_Operation] = []
         self._made: set[int] = set()
-        self._waits = False
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
@@ -53,29 +54,11 @@ class _Recording(TorchDispatchMode):
         for tensor, before in self._before.values():
             tensor.copy_(before)
 
-    @contextmanager
-    def apart_from_waiting(self) -> Iterator[None]:
-        """What gloo still has to do when a collective is waited for belongs to the collective."""
-        plain_wait = dist.Work.wait
-
-        def wait(work: dist.Work, *args: Any) -> bool:
-            self._waits = True
-            try:
-                return plain_wait(work, *args)
-            finally:
-                self._waits = False
-
-        dist.Work.wait = wait
-        try:
-            yield
-        finally:
-            dist.Work.wait = plain_wait
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._waits:
+        if self._is_waiting():  # belongs to the collective, which a replay issues and waits for
             return func(*args, **kwargs)
         assert func not in _WAITS, f"{func} waits for the device within a recording"
         for tensor in _list_written(func, args, kwargs):

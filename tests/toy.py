@@ -43,6 +43,7 @@ MODEL = ModelConfig(
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 SEVEN_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NUM_ROWS, SEQ_LEN = 4, 16
+CPU = torch.device("cpu")
 PREFIX = PrefixConfig(num_prefix=2, num_infix=2)
 SLOTS = [1, 2, 0, 3, 4, 0, 0, 0, 0, 1, 2, 0, 3, 4, 0, 0]
 """Of the two packed examples of a row; no method but those with prefixes looks at them."""
@@ -77,12 +78,12 @@ class Case:
         return f"{family}{self.method}-{sizes}{sequence}-{self.recompute}{layers}"
 
 
-def build_case(case: Case) -> tuple[ShardedGpt, list[TrainableParameter], Topology]:
+def build_case(case: Case, device: torch.device = CPU) -> tuple[ShardedGpt, list[TrainableParameter], Topology]:
     """The toy model under the case's method, with B (and every bias) drawn so that nothing is zero."""
     config = TopologyConfig(
         tp_size=case.tp_size, pp_size=case.pp_size, dp_size=case.dp_size, sequence_parallel=case.sequence_parallel
     )
-    topology = build_topology(config, device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
+    topology = build_topology(config, device=device, local_rank=dist.get_rank(), seed=1)
     clock, model = DropoutClock(), case.model or MODEL
     gpt = build_model(
         model,

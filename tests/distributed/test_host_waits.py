@@ -1,14 +1,17 @@
 """A step asks the device for nothing before its end, so that a GPU's queue is never drained on the way."""
 
 from collections import Counter
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
+from device_labels import LABELLED, label_devices
 from processes import run_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import Case, build_batches, build_case
+from toy import MODEL, Case, build_batches, build_case
 
+from lora_dist.config import LoraConfig
 from lora_dist.mcore.schedule import forward_backward
 
 _aten = torch.ops.aten
@@ -49,3 +52,33 @@ def test_a_step_waits_for_its_loss_alone(options: dict, num_rng_checks: int) -> 
         assert counts["nonzero"] == 2, "the targets of each microbatch, from a mask that is still on the host"
         assert counts["_local_scalar_dense"] == 2 + num_rng_checks, "the loss and the wish to stop"
         assert counts.keys() == {"nonzero", "_local_scalar_dense"}
+
+
+def count_crossings(case: Case) -> tuple[Counter[str], int]:
+    """Of the second step, and how many tensors its microbatches are."""
+    with label_devices() as crossings:
+        gpt, _, topology = build_case(case, LABELLED)
+        for step in range(2):
+            batches = build_batches(topology)
+            crossings.clear()
+            forward_backward(gpt, batches, seed=0, step=step, scale_loss=None)
+    given = [value for batch in batches for value in (getattr(batch, one.name) for one in fields(batch))]
+    return +crossings, sum(isinstance(value, torch.Tensor) for value in given)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(tp_size=2, sequence_parallel=True, lora=LoraConfig(rank=2, dropout=0.1)),
+        Case(pp_size=2, recompute="full"),
+        Case(method="full", label_smoothing=0.1),
+        Case(model=replace(MODEL, family="llama", num_kv_heads=2), lora=LoraConfig(rank=2, use_dora=True)),
+        Case(method="prefix_layer"),
+    ],
+    ids=str,
+)
+def test_what_a_step_copies_to_the_device_are_its_microbatches(case: Case) -> None:
+    """From the host's plain memory a copy would wait for all that runs."""
+    for crossings, num_given in run_distributed(count_crossings, case.world_size, case):
+        assert crossings == {"to": num_given + 2 * 2}, "and of each microbatch its targets' places and rows' keys"
