@@ -41,7 +41,8 @@ class SdpaAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         **_: Any,
     ) -> torch.Tensor:
-        """[S, B, A * D]. `attention_mask` [B, 1, S, S] is True where a query may look; None means causal.
+        """[S, B, A * D]. `attention_mask` [B, 1, S, S] is True where a query may look, or added to its scores; None
+        means causal.
 
         Keys and values may have fewer heads, a divisor of A. With a cache the mask has a column for everything kept,
         these S positions last.

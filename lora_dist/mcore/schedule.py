@@ -13,6 +13,8 @@ from lora_dist.lora.dropout import DropoutKey, compute_row_keys
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.stopping import is_stop_requested
 
+_BIAS_ALIGNMENT = 8
+"""Elements; the memory-efficient kernel takes rows that begin at multiples of so many, and copies others."""
 ScaleLoss = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -114,24 +116,28 @@ def run_forward(gpt: ShardedGpt, inputs: Inputs, *, drops: bool) -> torch.Tensor
     output: torch.Tensor = gpt(
         batch.input_ids_BS,
         batch.position_ids_BS,
-        compute_attention_mask(batch.segment_ids_BS),
+        compute_attention_bias(batch.segment_ids_BS, gpt.config.params_dtype),
         labels=batch.labels_BS,
         loss_mask=inputs.targets_N,
     )
     return output
 
 
-def compute_attention_mask(segment_ids_BS: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, 1, S, S], True where a position may look: at or before itself, within its own packed example.
+def compute_attention_bias(segment_ids_BS: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """[B, 1, S, S] to add to the scores: 0 where a position may look, that is at or before itself within its own packed
+    example, else -inf.
 
     None (plain causal) where a row holds one example. Padding looks at itself, so that no row of the softmax is empty.
+    One for all layers: of truth values, attention would make such a tensor in each layer, and keep it for backward.
     """
     if segment_ids_BS is None:
         return None
-    S = segment_ids_BS.shape[1]
+    B, S = segment_ids_BS.shape
     causal_SS = torch.ones(S, S, dtype=torch.bool, device=segment_ids_BS.device).tril()
     same_BSS = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
-    return (same_BSS & causal_SS)[:, None]
+    may_look_B1SS = (same_BSS & causal_SS)[:, None]
+    room = torch.zeros(B, 1, S, -(-S // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT, dtype=dtype, device=segment_ids_BS.device)
+    return room[..., :S].masked_fill_(~may_look_B1SS, float("-inf"))
 
 
 def _sum_over_processes(gpt: ShardedGpt, losses: list[torch.Tensor]) -> tuple[float, bool]:

@@ -11,8 +11,6 @@ from lora_dist.mcore.layers import write_out_heads
 
 _aten = torch.ops.aten
 _FLASH_CAPABILITY = 8.0
-_MASK_ALIGNMENT = 8
-"""Elements; the memory-efficient kernel wants each row of a mask to begin at a multiple of so many."""
 
 
 class AttentionKernel(TorchFunctionMode):
@@ -51,7 +49,7 @@ class AttentionKernel(TorchFunctionMode):
             return _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]  # type: ignore[no-any-return]
         if enable_gqa:
             key, value = write_out_heads(key, query), write_out_heads(value, query)
-        bias = None if attn_mask is None else _expand(_build_bias(attn_mask, query.dtype), query)
+        bias = None if attn_mask is None else attn_mask.expand(query.shape[0], query.shape[1], -1, -1)
         needs_lse = torch.is_grad_enabled() and query.requires_grad
         out = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, needs_lse, dropout_p, is_causal)
         return out[0]  # type: ignore[no-any-return]
@@ -67,19 +65,7 @@ def _attend_on_cpu(
     dropout_p: float,
     enable_gqa: bool,
 ) -> torch.Tensor:
-    bias = None if attn_mask is None else _build_bias(attn_mask, query.dtype)
-    out = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, attn_mask=bias)
+    out = _aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask
+    )
     return out[0]  # type: ignore[no-any-return]
-
-
-def _build_bias(mask_B1SS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The additive mask that torch makes of a boolean one in each call."""
-    return torch.zeros_like(mask_B1SS, dtype=dtype).masked_fill_(mask_B1SS.logical_not(), float("-inf"))
-
-
-def _expand(bias_B1SS: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Over the heads, its rows aligned as the memory-efficient kernel wants them."""
-    S = bias_B1SS.shape[-1]
-    if S % _MASK_ALIGNMENT:
-        bias_B1SS = F.pad(bias_B1SS, (0, -S % _MASK_ALIGNMENT))[..., :S]
-    return bias_B1SS.expand(query.shape[0], query.shape[1], -1, -1)

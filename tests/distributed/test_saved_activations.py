@@ -19,7 +19,9 @@ from lora_dist.measure.ledger import open_activation_ledger
 B, S, H = 2, 64, 128
 
 
-def measure_units(targets: list[str], num_layers: int, recompute: str, **family: object) -> float:
+def measure_units(
+    targets: list[str], num_layers: int, recompute: str, *, packed: bool = False, **family: object
+) -> float:
     """Peak saved bytes over B S H fp32 values."""
     model = ModelConfig(
         name="wide",
@@ -41,7 +43,7 @@ def measure_units(targets: list[str], num_layers: int, recompute: str, **family:
         labels_BS=tokens,
         loss_mask_BS=torch.arange(S).expand(B, S) >= S - 4,  # few targets: the output layer's share is small
         position_ids_BS=torch.arange(S).expand(B, S),
-        segment_ids_BS=None,
+        segment_ids_BS=(torch.arange(S) // 16).expand(B, S) + 1 if packed else None,
         row_ids_B=torch.arange(B),
         num_loss_tokens=4 * B,
         num_tokens=B * S,
@@ -51,11 +53,11 @@ def measure_units(targets: list[str], num_layers: int, recompute: str, **family:
     return ledger.peak_bytes / (B * S * H * 4)
 
 
-def measure_units_a_layer(targets: list[str], recompute: str = "none", **family: object) -> float:
+def measure_units_a_layer(targets: list[str], recompute: str = "none", **options: object) -> float:
     """Of one more layer: the embedding, the last norm and the loss drop out of the difference."""
 
     def measure(num_layers: int) -> float:
-        return measure_units(targets, num_layers, recompute, **family)
+        return measure_units(targets, num_layers, recompute, **options)
 
     few, many = (run_distributed(measure, 1, n)[0] for n in (2, 6))
     return (many - few) / 4
@@ -90,6 +92,11 @@ def test_units_a_layer(targets: list[str], expected: int) -> None:
 def test_units_a_gated_layer(targets: list[str], expected: int, factors: float) -> None:
     units = measure_units_a_layer(targets, family="llama", num_kv_heads=1)
     assert expected <= units < expected + factors
+
+
+def test_packing_keeps_one_bias_for_all_layers() -> None:
+    alone, packed = (measure_units_a_layer(["q_proj", "v_proj"], packed=packed) for packed in (False, True))
+    assert packed == pytest.approx(alone, abs=1e-6)
 
 
 def test_full_recompute_keeps_a_layers_input() -> None:

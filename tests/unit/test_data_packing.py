@@ -11,7 +11,7 @@ from lora_dist.batch import Batch
 from lora_dist.data.collate import collate_rows
 from lora_dist.data.examples import Examples
 from lora_dist.data.packing import Layout, build_layout, shuffle_layout
-from lora_dist.mcore.schedule import compute_attention_mask
+from lora_dist.mcore.schedule import compute_attention_bias
 
 VOCAB_SIZE, SEQ_LEN = 50, 24
 
@@ -115,9 +115,8 @@ def test_padded_tensors() -> None:
 
 def compute_losses(model: GPT2LMHeadModel, batch: Batch) -> list[float]:
     """Cross-entropy of every learnt token, in the batch's order."""
-    mask = compute_attention_mask(batch.segment_ids_BS)
-    additive = None if mask is None else torch.where(mask, 0.0, -1e9).double()
-    logits = model(batch.input_ids_BS, position_ids=batch.position_ids_BS, attention_mask=additive).logits
+    bias = compute_attention_bias(batch.segment_ids_BS, torch.float64)
+    logits = model(batch.input_ids_BS, position_ids=batch.position_ids_BS, attention_mask=bias).logits
     return F.cross_entropy(logits[batch.loss_mask_BS], batch.labels_BS[batch.loss_mask_BS], reduction="none").tolist()
 
 
