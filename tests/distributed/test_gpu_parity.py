@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_dist.bench.batches import build_batches
 from lora_dist.cli.compose import compose_config
+from lora_dist.cli.ranks import become_single_process
 from lora_dist.run import build_engine, open_job
 
 NUM_STEPS = 4
@@ -58,8 +59,8 @@ def train(name: str, device: str, directory: Path) -> list[float]:
 
 
 def train_alone(name: str, device: str, directory: Path) -> list[float]:
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": "29512", "DS_ACCELERATOR": device}
+    environment = dict(os.environ) | {"DS_ACCELERATOR": device}
+    become_single_process(environment)
     done = subprocess.run(
         [sys.executable, __file__, name, device, str(directory)], env=environment, capture_output=True, text=True
     )

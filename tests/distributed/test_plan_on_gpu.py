@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lora_dist.cli.compose import compose_config
+from lora_dist.cli.ranks import become_single_process
 from lora_dist.config import HardwareConfig, RunConfig
 from lora_dist.plan.execute import build_batches, execute_process
 from lora_dist.run import build_engine, open_job
@@ -53,8 +54,8 @@ def measure(name: str) -> int:
 
 def run_alone(what: str, name: str) -> int:
     """In a fresh interpreter: the plan's patches and CUDA's state keep out of each other's way."""
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": "29511", "DS_ACCELERATOR": "cpu" if what == "plan" else "cuda"}
+    environment = dict(os.environ) | {"DS_ACCELERATOR": "cpu" if what == "plan" else "cuda"}
+    become_single_process(environment)
     done = subprocess.run(
         [sys.executable, __file__, what, name], env=environment, capture_output=True, text=True, check=False
     )
