@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 _PACKAGES = (
-    "torch",
     "megatron-core",
     "deepspeed",
     "transformers",
@@ -26,8 +25,10 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 def describe_environment() -> dict[str, Any]:
     """JSON-able. None stands for what is not there or cannot be read."""
+    packages = {name: _read_version(name) for name in _PACKAGES}
     return {
-        "versions": {"python": platform.python_version(), **{name: _read_version(name) for name in _PACKAGES}},
+        # torch's own names what it is built for, as its package's does not always.
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), **packages},
         "git": describe_checkout(Path(__file__).resolve().parents[2]),
         "system": {"platform": platform.platform(), "machine": platform.machine()},
         "cpu": {

@@ -44,19 +44,25 @@ def _count_addmm_(accumulated: Any, left: Any, right: Any, *_: Any, **__: Any) -
     return int(2 * left[0] * left[1] * right[1])
 
 
-def _count_cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+def _count_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, _write_out(key, query), _write_out(value, query)))
 
 
-def _count_cpu_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad_out, query, key, value))
+def _count_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad_out, query, _write_out(key, query), _write_out(value, query)))
+
+
+def _write_out(key: Any, query: Any) -> tuple[int, ...]:
+    """The shape [B, heads, S, D] with each of the query's heads: the counter of torch 2.11 knows no shared ones."""
+    return (key[0], query[1], *key[2:])
 
 
 _aten = torch.ops.aten
+_ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 _MISSING_IN_TORCH = {
     _aten.addmm_: _count_addmm_,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _count_cpu_attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_cpu_attention_backward,
+    **{getattr(_aten, f"_scaled_dot_product_{kernel}"): _count_attention for kernel in _ATTENTION},
+    **{getattr(_aten, f"_scaled_dot_product_{kernel}_backward"): _count_attention_backward for kernel in _ATTENTION},
 }
 
 
