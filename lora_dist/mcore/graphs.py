@@ -21,7 +21,7 @@ Record = Callable[[Callable[[], None]], Replay]
 """Takes down what a function does on the device, without doing it, and gives what does it."""
 
 _TARGET_STEPS = 8
-"""The number of target tokens is rounded up to a multiple of an eighth of all tokens: as many graphs at most."""
+"""The number of target tokens is rounded up to a multiple of an eighth of all tokens, so that few graphs do."""
 
 
 class CudaRecorder:
