@@ -63,7 +63,7 @@ def compute_row_norms(
     `base_squares_O` are W0's, of this shard. `group` sums the parts of rows that are split over it; None where rows
     are whole. The factors are of `base_squares_O`'s dtype.
     """
-    projected_OR = (weight_OH @ a_RH.t().to(weight_OH.dtype)).to(b_OR.dtype)
+    projected_OR = (a_RH.to(weight_OH.dtype) @ weight_OH.t()).t().to(b_OR.dtype)  # A's few rows as rows are quicker
     squares_O = base_squares_O + ((2 * projected_OR + b_OR @ (a_RH @ a_RH.t())) * b_OR).sum(1)
     return sum_row_squares(squares_O, group).clamp(min=0).sqrt()
 

@@ -109,7 +109,7 @@ class _LoraLinear(torch.autograd.Function):
             _add_adapter_input_grad(dx_SBH, dz_SBR, a, ctx.mask)
             if ctx.communication.allreduce_input_grad:
                 pending = dist.all_reduce(dx_SBH, group=ctx.communication.group, async_op=True)
-        db = _multiply_outer(dy_SBO, z_SBR, b.ndim)  # while the collective runs
+        db = _multiply_outer(z_SBR, dy_SBO, b.ndim).mT  # while the collective runs
         dbias_O = dy_SBO.flatten(0, 1).sum(0) if needs_dbias else None
         if ctx.communication.sequence_parallel:
             assert pending is not None
@@ -129,10 +129,22 @@ def read_weight(weight_OH: BaseWeight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _project(x_SBH: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """x A^T [S, B, R]: one product for all rows, or one batched product where each row has its own A [B, R, H]."""
+    """x A^T [S, B, R]: one product for all rows, or one batched product where each row has its own A [B, R, H].
+
+    Computed as A x^T, and d(B) as z^T dy: with its few rows as rows such a product takes a CPU a half to a tenth of
+    what it takes with them as columns.
+    """
     if a.ndim == 2:
-        return x_SBH @ a.t()
+        z_RT = a @ x_SBH.flatten(0, 1).t()
+        return z_RT.t().view(*x_SBH.shape[:2], a.shape[0])
     return torch.bmm(x_SBH.transpose(0, 1), a.mT).transpose(0, 1)
+
+
+def _expand(z_SBR: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """z B^T [S, B, O]."""
+    if b.ndim == 2:
+        return z_SBR @ b.t()
+    return torch.bmm(z_SBR.transpose(0, 1), b.mT).transpose(0, 1)
 
 
 def _add_projected(y_SBO: torch.Tensor, z_SBR: torch.Tensor, b: torch.Tensor) -> None:
@@ -143,11 +155,11 @@ def _add_projected(y_SBO: torch.Tensor, z_SBR: torch.Tensor, b: torch.Tensor) ->
         y_SBO.transpose(0, 1).baddbmm_(z_SBR.transpose(0, 1), b.mT)
 
 
-def _multiply_outer(left_SBO: torch.Tensor, right_SBR: torch.Tensor, ndim: int) -> torch.Tensor:
-    """Gradient of a factor: summed over all tokens [O, R], or over each row's [B, O, R]."""
+def _multiply_outer(z_SBR: torch.Tensor, x_SBH: torch.Tensor, ndim: int) -> torch.Tensor:
+    """Gradient of a factor: summed over all tokens [R, H], or over each row's [B, R, H]."""
     if ndim == 2:
-        return left_SBO.flatten(0, 1).t() @ right_SBR.flatten(0, 1)
-    return torch.bmm(left_SBO.permute(1, 2, 0), right_SBR.transpose(0, 1))
+        return z_SBR.flatten(0, 1).t() @ x_SBH.flatten(0, 1)
+    return torch.bmm(z_SBR.permute(1, 2, 0), x_SBH.transpose(0, 1))
 
 
 def _compute_a_grad(dz_SBR: torch.Tensor, x_SBH: torch.Tensor, ndim: int, mask: DropoutMask | None) -> torch.Tensor:
@@ -161,7 +173,7 @@ def _add_adapter_input_grad(
     if mask is None:
         _add_projected(dx_SBH, dz_SBR, a.mT)
     else:
-        dx_SBH += mask.apply(_project(dz_SBR, a.mT))
+        dx_SBH += mask.apply(_expand(dz_SBR, a.mT))
 
 
 def _all_gather_sequence(x_SBH: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
