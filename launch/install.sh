@@ -2,7 +2,7 @@
 # Makes .venv in the checkout and installs lora_dist there: `bash launch/install.sh [dev]`. Safe to run again.
 #
 #   PYTHON           the interpreter to use (default: python3.11, on which the pinned set was tested, else a newer one)
-#   LORA_DIST_TORCH  the torch to install instead of the one chosen here, e.g. "torch==2.10.0" or a wheel's path
+#   LORA_DIST_TORCH  the torch to install instead of the one chosen here, e.g. "torch==2.11.0" or a wheel's path
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -51,7 +51,7 @@ has_new_enough_torch() {
     .venv/bin/python - 2>/dev/null <<'PY'
 import sys
 from importlib.metadata import version
-sys.exit(tuple(int(part) for part in version("torch").split("+")[0].split(".")[:2]) < (2, 10))
+sys.exit(tuple(int(part) for part in version("torch").split("+")[0].split(".")[:2]) < (2, 11))
 PY
 }
 
