@@ -35,7 +35,7 @@ from lora_dist.measure.summary import Summary, build_summary
 from lora_dist.methods import AppliedMethod, apply_method
 from lora_dist.run_dir import name_trained, prepare_run_dir
 from lora_dist.stopping import note_terminations, raise_stopped
-from lora_dist.topology import DTYPES, Topology, check_device, check_device_records, choose_device, run_on_first
+from lora_dist.topology import DTYPES, Topology, check_cuda_graphs, check_device, choose_device, run_on_first
 from lora_dist.validation import Validation
 from lora_dist.zero.engine import build_zero_engine
 
@@ -89,7 +89,7 @@ def open_job(config: RunConfig) -> Iterator[Topology]:
     device = choose_device(config.device, local_rank)
     check_device(device, config.dtype)
     if config.cuda_graphs:
-        check_device_records(device)
+        check_cuda_graphs(device)
     with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.loop.seed) as topology:
         yield topology
 

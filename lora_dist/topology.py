@@ -101,7 +101,7 @@ def check_device(device: torch.device, dtype: str) -> None:
         raise ValueError(f"dtype=bf16 needs compute capability 8.0, this GPU has {major}.{minor}; use dtype=fp16")
 
 
-def check_device_records(device: torch.device) -> None:
+def check_cuda_graphs(device: torch.device) -> None:
     """ValueError where there are no CUDA graphs."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graphs=true needs a GPU, and this run is on the {device.type}; leave it out")

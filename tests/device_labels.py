@@ -11,12 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from collective_waits import note_waits
 from deepspeed.accelerator import get_accelerator
+from operations import find_tensors, identify_storage, note_waits
 from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 LABELLED = torch.device("cpu", 0)
 """Stands for the GPU: torch computes on it as on `cpu`, and hands it on as it was asked for."""
@@ -57,7 +56,7 @@ class _Places:
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Within a call from Python. What torch makes in it without being told a device is where its arguments are."""
         runs_backward = func in _RUNS_BACKWARD
-        follows = not _names_host(kwargs.get("device")) and any(map(self.has, _find_tensors((args, kwargs))))
+        follows = not _names_host(kwargs.get("device")) and any(map(self.has, find_tensors((args, kwargs))))
         self._calls.append(runs_backward or follows)
         try:
             yield
@@ -69,10 +68,10 @@ class _Places:
         return self._calls[-1]
 
     def has(self, tensor: torch.Tensor) -> bool:
-        return _identify(tensor) in self._on_gpu
+        return identify_storage(tensor) in self._on_gpu
 
     def put(self, tensor: torch.Tensor, *, on_gpu: bool) -> None:
-        key = _identify(tensor)
+        key = identify_storage(tensor)
         self._on_gpu.pop(key, None)
         if on_gpu:
             self._on_gpu[key] = weakref.ref(tensor.untyped_storage(), lambda _: self._on_gpu.pop(key, None))
@@ -116,7 +115,7 @@ class _Functions(TorchFunctionMode):
         args = tuple(_HOST if _is_labelled(one) else one for one in args)
         kwargs = {key: _HOST if _is_labelled(one) else one for key, one in kwargs.items()}
         result = source.to(*args, **kwargs)
-        if on_gpu != was_on_gpu and _identify(result) == _identify(source):
+        if on_gpu != was_on_gpu and identify_storage(result) == identify_storage(source):
             result = result.clone()
         self._places.crossings["to"] += on_gpu != was_on_gpu
         self._places.put(result, on_gpu=on_gpu)
@@ -136,33 +135,23 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._is_waiting():
             return func(*args, **kwargs)
-        tensors = _find_tensors((args, kwargs))
+        tensors = find_tensors((args, kwargs))
         places = {self._places.has(one) for one in tensors if one.ndim > 0} or {
             any(self._places.has(one) for one in tensors)
         }
         assert len(places) == 1 or func in _MAY_MIX, f"{func} mixes tensors of the GPU and of the host"
         device = kwargs.get("device")
-        if device is None:
-            on_gpu = True in places if tensors else False
-        else:
-            on_gpu = _is_labelled(device) or self._places.default_on_gpu
+        follows = self._places.default_on_gpu if device is not None else True in places
+        on_gpu = follows or _is_labelled(device)
         assert func.namespace != "c10d" or places == {True}, f"{func} gets tensors of the host, which NCCL refuses"
         if func is _aten.copy_.default and self._places.has(args[0]) != self._places.has(args[1]):
             self._places.crossings["copy_"] += 1
-        known = {_identify(one) for one in tensors}
+        known = {identify_storage(one) for one in tensors}
         out = func(*args, **kwargs)
-        for one in _find_tensors(out):
-            if _identify(one) not in known:
+        for one in find_tensors(out):
+            if identify_storage(one) not in known:
                 self._places.put(one, on_gpu=on_gpu)
         return out
-
-
-def _identify(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _find_tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _is_labelled(device: Any) -> bool:

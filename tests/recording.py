@@ -9,13 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from collective_waits import note_waits
+from operations import DEVICE_WAITS, find_tensors, identify_storage, note_waits
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-_aten = torch.ops.aten
-_WAITS = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default, _aten.masked_select.default}
-"""What needs a value on the host, which CUDA does not allow in a recording."""
 _Operation = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
 
 
@@ -60,17 +56,17 @@ class _Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._is_waiting():  # belongs to the collective, which a replay issues and waits for
             return func(*args, **kwargs)
-        assert func not in _WAITS, f"{func} waits for the device within a recording"
+        assert func not in DEVICE_WAITS, f"{func} waits for the device within a recording"
         for tensor in _list_written(func, args, kwargs):
             self._keep(tensor)
         out = func(*args, **kwargs)
-        known = {_identify(one) for one in _find_tensors((args, kwargs))}
-        self._made |= {_identify(one) for one in _find_tensors(out)} - known
+        known = {identify_storage(one) for one in find_tensors((args, kwargs))}
+        self._made |= {identify_storage(one) for one in find_tensors(out)} - known
         self._operations.append((func, args, kwargs, out))
         return out
 
     def _keep(self, tensor: torch.Tensor) -> None:
-        key = _identify(tensor)
+        key = identify_storage(tensor)
         if key not in self._made and key not in self._before:
             whole = tensor.new_empty(0).set_(tensor.untyped_storage())
             self._before[key] = whole, whole.clone()
@@ -87,22 +83,14 @@ class _Recording(TorchDispatchMode):
 
 def _write_over(out: Any, again: Any) -> None:
     """The results of a replay stand where those of the recording did."""
-    for old, new in zip(_find_tensors(out), _find_tensors(again), strict=True):
-        if _identify(old) != _identify(new):
+    for old, new in zip(find_tensors(out), find_tensors(again), strict=True):
+        if identify_storage(old) != identify_storage(new):
             old.copy_(new)
 
 
 def _list_written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     if func.namespace == "c10d":
-        return _find_tensors(args)
+        return find_tensors(args)
     named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
     written = [named[one.name] for one in func._schema.arguments if one.is_write and one.name in named]
-    return _find_tensors(written)
-
-
-def _identify(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _find_tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return find_tensors(written)

@@ -21,7 +21,7 @@ from lora_dist.bench.worker import Account, Sample, choose_method, serve
 from lora_dist.config import OUR_CONTENDERS, RunConfig
 from lora_dist.measure.environment import describe_environment
 from lora_dist.run_dir import prepare_run_dir
-from lora_dist.topology import DTYPES, check_device_records, choose_device
+from lora_dist.topology import DTYPES, check_cuda_graphs, choose_device
 
 Context = SpawnContext | ForkContext
 RECORD_FILE = "bench.json"
@@ -43,7 +43,7 @@ def bench(config: RunConfig) -> Path:
     """Run config.bench and write `bench.json` into the run directory; its path."""
     check_bench(config)
     if any(choose_method(config, name).cuda_graphs for name in set(OUR_CONTENDERS) & set(config.bench.contenders)):
-        check_device_records(choose_device(config.device, local_rank=0))
+        check_cuda_graphs(choose_device(config.device, local_rank=0))
     run_dir = prepare_run_dir(config)
     environment = describe_environment()
     with _open_start_weights(config) as checkpoint:

@@ -12,17 +12,11 @@ from lora_dist.fusion import Chain
 from lora_dist.lora.factors import derive_seed
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class DropoutKey:
-    """What tells the rows of one microbatch of one step from all others: a tensor, so that a recorded step can have
-    another one written in its place."""
-
-    row_keys_B: torch.Tensor
-    """int64; of `compute_row_keys`, on the device."""
-
-
 def compute_row_keys(row_ids_B: torch.Tensor, *, seed: int, step: int) -> torch.Tensor:
-    """Keys of rows, given by their numbers within the global batch of a step."""
+    """int64 [B]; tell the rows, given by their numbers within the global batch, from those of all other steps.
+
+    A tensor, so that a recorded step can have another one written in its place.
+    """
     return _mix64(row_ids_B + derive_seed(seed, "dropout", step) % 2**40)
 
 
@@ -30,8 +24,8 @@ class DropoutClock:
     """What a model's adapters have to know of the microbatch that is running forward."""
 
     def __init__(self) -> None:
-        self.key: DropoutKey | None = None
-        """None outside training."""
+        self.row_keys_B: torch.Tensor | None = None
+        """Of `compute_row_keys`, on the device; None outside training."""
         self.adapter_of_row: tuple[int | None, ...] = ()
         """Where several adapters are attached: each row's, None for the base alone."""
 
@@ -40,7 +34,7 @@ class DropoutClock:
 class DropoutMask:
     """The mask of one adapter's input, computed on demand."""
 
-    key: DropoutKey
+    row_keys_B: torch.Tensor
     adapter_name: str
     probability: float
     position_offset: int = 0
@@ -58,7 +52,7 @@ class DropoutMask:
         seed = derive_seed("dropout", self.adapter_name)
         position_S = torch.arange(self.position_offset, self.position_offset + S, device=device)
         feature_H = torch.arange(self.feature_offset, self.feature_offset + H, device=device)
-        token_SB = _mix64(_mix64(self.key.row_keys_B + seed % 2**40)[None, :] + position_S[:, None])
+        token_SB = _mix64(_mix64(self.row_keys_B + seed % 2**40)[None, :] + position_S[:, None])
         feature_H = _mix64(feature_H + seed // 2**40)
         return token_SB.to(torch.int32), feature_H.to(torch.int32)
 

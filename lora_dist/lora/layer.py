@@ -140,11 +140,11 @@ class LoraShard(nn.Module):
 
     def _build_mask(self, x_SBH: torch.Tensor) -> DropoutMask | None:
         probability = self.specs[0].dropout
-        if probability == 0.0 or not self.training or self.clock.key is None:
+        if probability == 0.0 or not self.training or self.clock.row_keys_B is None:
             return None
         place = self.place
         return DropoutMask(
-            key=self.clock.key,
+            row_keys_B=self.clock.row_keys_B,
             adapter_name="+".join(spec.name for spec in self.specs),
             probability=probability,
             position_offset=place.tp_rank * x_SBH.shape[0] if place.sequence_parallel else 0,

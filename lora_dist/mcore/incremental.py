@@ -34,7 +34,7 @@ def open_incremental(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> Ite
     }
     model = IncrementalGpt(gpt, list(caches.values()))
     gpt.eval()
-    gpt.only_last_position, gpt.clock.key = True, None
+    gpt.only_last_position, gpt.clock.row_keys_B = True, None
     for attention, cache in caches.items():
         attention.cache = cache
     try:

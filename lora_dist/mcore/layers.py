@@ -204,15 +204,15 @@ class Layer(TransformerLayer):
     def _checkpoint(self, region: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         assert self.clock is not None
         clock = self.clock
-        mine = clock.key, clock.adapter_of_row
+        mine = clock.row_keys_B, clock.adapter_of_row
 
         def keyed_region(*inputs: torch.Tensor) -> torch.Tensor:
-            outer = clock.key, clock.adapter_of_row
-            clock.key, clock.adapter_of_row = mine
+            outer = clock.row_keys_B, clock.adapter_of_row
+            clock.row_keys_B, clock.adapter_of_row = mine
             try:
                 return region(*inputs)
             finally:
-                clock.key, clock.adapter_of_row = outer
+                clock.row_keys_B, clock.adapter_of_row = outer
 
         if not inputs[0].requires_grad:
             inputs = inputs[0].detach().requires_grad_(), *inputs[1:]

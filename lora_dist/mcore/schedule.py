@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from lora_dist.batch import Batch, move
-from lora_dist.lora.dropout import DropoutKey, compute_row_keys
+from lora_dist.lora.dropout import compute_row_keys
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.stopping import is_stop_requested
 
@@ -110,7 +110,7 @@ def prepare_inputs(batch: Batch, device: torch.device, *, seed: int, step: int, 
 def run_forward(gpt: ShardedGpt, inputs: Inputs, *, drops: bool) -> torch.Tensor:
     """This stage's output: on the last one the loss summed over the target tokens."""
     batch = inputs.batch
-    gpt.clock.key = DropoutKey(row_keys_B=inputs.row_keys_B) if drops else None
+    gpt.clock.row_keys_B = inputs.row_keys_B if drops else None
     gpt.clock.adapter_of_row = batch.adapter_of_row
     gpt.slots_BS = batch.slots_BS
     output: torch.Tensor = gpt(

@@ -16,16 +16,14 @@ from processes import run_distributed
 from test_encoder_runs import describe_command
 
 TINY = [
+    *("train", "model=tiny", "data=fake", "data.seq_len=16", "data.num_fake_examples=16", "track=none"),
     *(
-        "train",
-        "model=tiny",
-        "data=fake",
-        "data.seq_len=16",
-        "data.num_fake_examples=16",
-        "track=none",
         "loop.num_steps=1",
+        "loop.micro_batch_size=2",
+        "loop.global_batch_size=8",
+        "loop.eval_every=1",
+        "loop.keep_best=true",
     ),
-    *("loop.micro_batch_size=2", "loop.global_batch_size=8", "loop.eval_every=1", "loop.keep_best=true"),
     "lora.target_modules=[all]",
 ]
 ADAPTED = {

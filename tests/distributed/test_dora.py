@@ -35,7 +35,7 @@ from lora_dist.checkpoint.convert import export_adapter
 from lora_dist.checkpoint.store import open_adapter
 from lora_dist.config import LoraConfig, ZeroConfig
 from lora_dist.lora.dora import dora_linear
-from lora_dist.lora.dropout import DropoutKey, DropoutMask, compute_row_keys
+from lora_dist.lora.dropout import DropoutMask, compute_row_keys
 from lora_dist.lora.function import NO_COMMUNICATION
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
@@ -79,8 +79,8 @@ def test_one_linear_is_pefts_with_its_dropout(dropout: float) -> None:
     theirs.update_layer(base_layer=base, lora_A=a.weight, lora_B=b.weight, scaling=0.0)
     with torch.no_grad():
         theirs.weight.mul_(torch.linspace(0.5, 2, 5, dtype=torch.float64))
-    key = DropoutKey(row_keys_B=compute_row_keys(torch.arange(3), seed=1, step=2))
-    mask = DropoutMask(key=key, adapter_name="a", probability=dropout) if dropout else None
+    row_keys_B = compute_row_keys(torch.arange(3), seed=1, step=2)
+    mask = DropoutMask(row_keys_B=row_keys_B, adapter_name="a", probability=dropout) if dropout else None
     result = base(x)
     dropped, given = (mask.apply(x), None) if mask is not None else (x, result)
     expected = result + theirs(dropped, lora_A=a, lora_B=b, scaling=scaling, base_layer=base, base_result=given)

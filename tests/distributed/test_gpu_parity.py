@@ -27,7 +27,7 @@ CASES = {
     "lora-compiled": (["compile=true", "lora.dropout=0.1"], 1e-5),
     "llama-compiled": (["compile=true", "model.family=llama"], 1e-5),
     "lora-graphs": (["cuda_graphs=true", "lora.dropout=0.1"], 1e-5),
-    "lora-graphs-compiled": (["cuda_graphs=true", "compile=true", "data.collate=pad"], 1e-5),
+    "lora-graphs-compiled": (["cuda_graphs=true", "compile=true"], 1e-5),
     "llama-graphs-fp16": (["cuda_graphs=true", "model.family=llama", "dtype=fp16"], 5e-3),
     "full": (["method=full", "optim.lr=1e-3"], 1e-5),
     "full-graphs-bf16": (["method=full", "optim.lr=1e-3", "cuda_graphs=true", "dtype=bf16"], 2e-2),

@@ -7,16 +7,13 @@ from typing import Any
 import pytest
 import torch
 from device_labels import LABELLED, label_devices
+from operations import DEVICE_WAITS
 from processes import run_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import MODEL, Case, build_batches, build_case
 
 from lora_dist.config import LoraConfig
 from lora_dist.mcore.schedule import forward_backward
-
-_aten = torch.ops.aten
-WAITS = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default, _aten.masked_select.default}
-"""What needs a value on the host."""
 
 
 class Waits(TorchDispatchMode):
@@ -25,7 +22,7 @@ class Waits(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in WAITS:
+        if func in DEVICE_WAITS:
             self.counts[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 

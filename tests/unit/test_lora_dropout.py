@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_dist.lora.dropout import DropoutKey, DropoutMask, compute_row_keys
+from lora_dist.lora.dropout import DropoutMask, compute_row_keys
 
 S, B, H = 64, 8, 256
 
@@ -11,8 +11,8 @@ S, B, H = 64, 8, 256
 def mask(
     probability: float = 0.3, *, seed: int = 0, step: int = 0, name: str = "a", rows: range = range(B), **offsets: int
 ) -> DropoutMask:
-    key = DropoutKey(row_keys_B=compute_row_keys(torch.tensor(list(rows)), seed=seed, step=step))
-    return DropoutMask(key=key, adapter_name=name, probability=probability, **offsets)
+    row_keys_B = compute_row_keys(torch.tensor(list(rows)), seed=seed, step=step)
+    return DropoutMask(row_keys_B=row_keys_B, adapter_name=name, probability=probability, **offsets)
 
 
 WHOLE = mask().apply(torch.ones(S, B, H))

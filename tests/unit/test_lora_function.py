@@ -4,7 +4,7 @@ import pytest
 import torch
 from lora_updates import compute_update
 
-from lora_dist.lora.dropout import DropoutClock, DropoutKey, DropoutMask, compute_row_keys
+from lora_dist.lora.dropout import DropoutClock, DropoutMask, compute_row_keys
 from lora_dist.lora.factors import draw_lora_A, slice_shard
 from lora_dist.lora.function import NO_COMMUNICATION, lora_linear
 from lora_dist.lora.layer import LoraShard, ShardPlace, compute_qkv_rows
@@ -22,8 +22,8 @@ def test_gradcheck(dropout: float) -> None:
     torch.manual_seed(0)
     mask = None
     if dropout:
-        key = DropoutKey(row_keys_B=compute_row_keys(torch.arange(B), seed=1, step=2))
-        mask = DropoutMask(key=key, adapter_name="layers.0.q_proj", probability=dropout)
+        row_keys_B = compute_row_keys(torch.arange(B), seed=1, step=2)
+        mask = DropoutMask(row_keys_B=row_keys_B, adapter_name="layers.0.q_proj", probability=dropout)
     weight = torch.randn(7, H, dtype=torch.float64)
 
     def apply(x: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
