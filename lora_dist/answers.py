@@ -6,64 +6,21 @@ Every process of the job runs it.
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import Any
-
-from transformers import PreTrainedTokenizerFast
 
 from lora_dist.checkpoint.method_store import StoredMethod
 from lora_dist.checkpoint.row_file import RowFile
 from lora_dist.checkpoint.store import StoredAdapter
-from lora_dist.data.contexts import decode_texts, encode_contexts
 from lora_dist.data.examples import tokenize_texts
-from lora_dist.data.tokenizer import find_target_prefix
 from lora_dist.generation_config import GenerationConfig, check_room
 from lora_dist.mcore.generate import choose_answers, generate_rows
 from lora_dist.mcore.model import ShardedGpt
-from lora_dist.prefix_config import PrefixConfig
+from lora_dist.questions import Questions
 from lora_dist.topology import run_on_first
 
 _CHANGES_NO_TEXT = ("batch_size",)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Questions:
-    """Contexts as a model takes them."""
-
-    prompts: list[list[int]]
-    end_tokens: list[int]
-    tokenizer: PreTrainedTokenizerFast
-    end_context: bool
-    """Whether the end token follows each context, as in training."""
-    adapter_of_row: Sequence[int | None] = ()
-    """Where adapters are attached: each row's, None for the base alone."""
-
-    def choose_adapters(self, rows: Sequence[int]) -> list[int | None]:
-        """Of some rows; empty where none is attached."""
-        return [self.adapter_of_row[row] for row in rows] if self.adapter_of_row else []
-
-    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return decode_texts(rows, self.tokenizer, end_context=self.end_context)
-
-
-def build_questions(
-    contexts: Sequence[str],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    end_context: bool,
-    adapter_of_row: Sequence[int | None] = (),
-    slots: PrefixConfig | None = None,
-) -> Questions:
-    """Tokens of each context, in their order, with the slots of the method that was trained."""
-    prompts, end_tokens = encode_contexts(contexts, tokenizer, end_context=end_context, slots=slots)
-    return Questions(
-        prompts=prompts,
-        end_tokens=end_tokens,
-        tokenizer=tokenizer,
-        end_context=end_context,
-        adapter_of_row=adapter_of_row,
-    )
 
 
 def generate_texts(gpt: ShardedGpt, asked: Questions, config: GenerationConfig, file: RowFile | None) -> list[str]:
@@ -97,7 +54,7 @@ def choose_labels(
     gpt: ShardedGpt, asked: Questions, labels: Sequence[str], *, batch_size: int, file: RowFile | None
 ) -> list[str]:
     """Each row's most likely label, otherwise as `generate_texts`. Collective."""
-    tokens = [[*label, *asked.end_tokens[:1]] for label in encode_labels(labels, asked.tokenizer)]
+    tokens = [[*label, *asked.end_tokens[:1]] for label in encode_labels(labels, asked)]
 
     def answer(rows: list[int]) -> list[str]:
         prompts, adapters = [asked.prompts[row] for row in rows], asked.choose_adapters(rows)
@@ -107,9 +64,9 @@ def choose_labels(
     return _answer_rows(gpt, keys, asked, answer, batch_size=batch_size, file=file)
 
 
-def encode_labels(labels: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+def encode_labels(labels: Sequence[str], asked: Questions) -> list[list[int]]:
     """As targets are in training, without the end token."""
-    return tokenize_texts([find_target_prefix(tokenizer) + label for label in labels], tokenizer, "labels")
+    return tokenize_texts([asked.answer_prefix + label for label in labels], asked.tokenizer, "labels")
 
 
 def _answer_rows(
@@ -145,7 +102,7 @@ def describe_questions(
         "adapters": [_hash(sorted(one.manifest["sha256"].items())) for one in adapters],
         "merge": merge,
         "contexts": _hash([asked.prompts, list(asked.adapter_of_row)]),
-        "end_context": asked.end_context,
+        "end_context": asked.form.end_context,
     }
 
 

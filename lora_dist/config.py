@@ -216,6 +216,11 @@ class RunConfig:
         )
         if self.slots is not None:
             self.slots.check_fits(self.data.seq_len)
+            require(
+                self.data.format not in ("chat", "text"),
+                f"method={self.method} puts its positions around a pair's context, and data.format={self.data.format}"
+                " has no pairs; use data.format=jsonl",
+            )
         for method in [*self.compare.methods, *self.compare.lr]:
             require_one_of("compare.methods", method, METHODS)
 

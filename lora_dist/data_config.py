@@ -1,23 +1,38 @@
 """What a run reads: files, formats and the shape of their rows; standard library only."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 
 from lora_dist.refusals import require, require_one_of
 
+FIELD_FORMATS = ("jsonl", "chat")
+"""Whose rows name their fields."""
 FILE_FORMATS = (
-    *("e2e_text", "e2e_csv", "jsonl", "webnlg", "dart", "wikisql", "samsum", "dialogsum", "banking77", "clinc150"),
+    *FIELD_FORMATS,
+    *("e2e_text", "e2e_csv", "webnlg", "dart", "wikisql", "samsum", "dialogsum", "banking77", "clinc150"),
     *(f"glue_{task}" for task in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")),
 )
+_READ_BY = {
+    "context_fields": FIELD_FORMATS,
+    "target_field": FIELD_FORMATS,
+    "text_field": ("text",),
+    "system": ("chat",),
+    "learn_turns": ("chat",),
+    "train_split": ("clinc150",),
+    "valid_split": ("clinc150",),
+}
+"""Keys that only some formats read."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Pairs of (context, target); the loss is on the target's tokens (eq. 1 of the paper)."""
+    """Pairs of (context, target), the loss being on the target's tokens (eq. 1 of the paper), conversations, whose
+    answers are learnt, or running text, which is learnt whole."""
 
     name: str
     format: str
-    """e2e_text (`context||target`), e2e_csv (`mr,ref`), jsonl (`context`, `target`), webnlg, dart, wikisql, samsum,
-    dialogsum, banking77, clinc150, glue_cola ... glue_wnli (their own files), or fake (random tokens)."""
+    """jsonl (`context`, `target`), chat (`messages`, through the model's chat template), text (documents, all of them
+    learnt), e2e_text (`context||target`), e2e_csv (`mr,ref`), webnlg, dart, wikisql, samsum, dialogsum, banking77,
+    clinc150, glue_cola ... glue_wnli (their own files), or fake (random tokens)."""
     train: str | None = None
     """Path of the training file."""
     valid: str | None = None
@@ -25,8 +40,19 @@ class DataConfig:
     train_split: str | None = None
     """Part of data.train to use, where one file holds several (clinc150)."""
     valid_split: str | None = None
+    context_fields: list[str] = field(default_factory=lambda: ["context"])
+    """Of jsonl's rows, and of chat's that have neither `messages` nor `conversations`: the keys whose texts are the
+    context (of a chat the user's message), a blank line between them, e.g. [instruction,input]."""
+    target_field: str = "target"
+    """The key of the target, of a chat the answer."""
+    text_field: str = "text"
+    """Of format text, where the file is .jsonl or .json: the key of a row's document."""
+    system: str | None = None
+    """Of format chat: the system message of conversations that have none."""
+    learn_turns: str = "all"
+    """Of format chat: all of a conversation's answers are learnt, or the last."""
     seq_len: int = 512
-    """Positions of a row, and the most an example may take up."""
+    """Positions of a row, and the most an example may take up; documents of format text are cut to it."""
     collate: str = "pack"
     """pack: several examples a row, attention kept apart; pad: one example a row, padded to the longest."""
     on_bad_row: str = "error"
@@ -38,7 +64,9 @@ class DataConfig:
     """Training examples of format fake; validation gets an eighth of it."""
 
     def __post_init__(self) -> None:
-        require_one_of("data.format", self.format, (*FILE_FORMATS, "fake"))
+        require_one_of("data.format", self.format, (*FILE_FORMATS, "text", "fake"))
+        require_one_of("data.learn_turns", self.learn_turns, ("all", "last"))
+        require(len(self.context_fields) > 0, "data.context_fields is empty; name at least one key")
         require_one_of("data.collate", self.collate, ("pack", "pad"))
         require_one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
         require(self.seq_len >= 2, f"data.seq_len={self.seq_len} must be at least 2")
@@ -53,3 +81,15 @@ class DataConfig:
         for key in ("max_train_examples", "max_valid_examples", "num_fake_examples"):
             count = getattr(self, key)
             require(count is None or count >= 1, f"data.{key}={count} must be at least 1")
+        self._check_foreign_keys()
+
+    def _check_foreign_keys(self) -> None:
+        """What only some formats read must not be set with another."""
+        for one in fields(self):
+            formats = _READ_BY.get(one.name, ())
+            plain = one.default if one.default_factory is MISSING else one.default_factory()
+            require(
+                not formats or self.format in formats or getattr(self, one.name) == plain,
+                f"data.{one.name}={getattr(self, one.name)}: data.format={self.format} does not read it, only"
+                f" {' and '.join(formats)}; leave it {plain}",
+            )

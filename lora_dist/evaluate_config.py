@@ -24,6 +24,11 @@ class EvaluateConfig(LiveConfig):
     """How texts are generated; tasks with labels take the most likely label instead."""
     merge: bool = False
     """Merge the adapter into the shards first; done in any case for one with trained biases or modules, or DoRA's."""
+    chat: bool | None = None
+    """Ask through the model's chat template: each context is a user's message. null asks as the adapter, or the model
+    in model.checkpoint, was trained by its run, and of task.format=chat always so."""
+    system: str | None = None
+    """The system message before each user's message; null means the run's data.system, where chat is null too."""
     texts: str | None = None
     """File of what the model answers, JSON lines; null writes RUN/evaluate-TASK.jsonl, or ADAPTER.evaluate-TASK.jsonl
     where the adapter is no run's. The same command goes on where an earlier one was ended."""
@@ -46,6 +51,11 @@ class EvaluateConfig(LiveConfig):
         require(
             not self.base_alone or self.texts is not None,
             "base_alone=true has no run's directory to write to; give texts=FILE",
+        )
+        require(
+            self.task.format != "chat" or (self.chat is not False and self.system is None),
+            f"task.format=chat has conversations with their own system messages, got chat={self.chat} and"
+            f" system={self.system}; leave both out",
         )
         require(
             not self.topology.sequence_parallel,

@@ -8,8 +8,6 @@ from typing import Any
 
 from lora_dist.adapter_jobs import Stored, find_slots, open_base, open_on_base, put_adapters, tell
 from lora_dist.answers import (
-    Questions,
-    build_questions,
     choose_labels,
     describe_generation,
     describe_labels,
@@ -18,11 +16,11 @@ from lora_dist.answers import (
 )
 from lora_dist.checkpoint.row_file import RowFile
 from lora_dist.config import TrackConfig
-from lora_dist.data.tokenizer import load_model_tokenizer
 from lora_dist.evaluate_config import EvaluateConfig
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.measure.wandb_sink import open_wandb
+from lora_dist.questions import QuestionForm, Questions, build_questions, choose_form
 from lora_dist.run_dir import find_adapter, find_run, read_run
 from lora_dist.tasks.items import Item, load_items
 from lora_dist.tasks.labels import find_labels
@@ -59,8 +57,8 @@ def _ask(
     put_adapters(gpt, adapters, merge=merge)
     asked = build_questions(
         [item.context for item in items],
-        load_model_tokenizer(config.model),
-        end_context=True,
+        config.model,
+        run_on_first(gpt.topology, lambda: _choose_form(config)),
         adapter_of_row=[0] * len(items) if adapters and not merge else [],
         slots=find_slots(adapters),
     )
@@ -71,6 +69,12 @@ def _ask(
         texts = generate_texts(gpt, asked, config.generate, file)
     run_on_first(gpt.topology, partial(_finish, file, items, texts, config.adapter))
     return texts
+
+
+def _choose_form(config: EvaluateConfig) -> QuestionForm:
+    adapters = [] if config.adapter is None else [find_adapter(config.adapter)]
+    is_chat = config.task.format == "chat"
+    return choose_form(config.model, adapters, chat=config.chat, system=config.system, conversations=is_chat)
 
 
 def _score(config: EvaluateConfig, items: Sequence[Item], labels: Sequence[str], texts: Sequence[str]) -> Scores:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.adapter_jobs import Stored, find_slots, open_base, open_on_base, put_adapters, tell
-from lora_dist.answers import Questions, build_questions, describe_generation, describe_questions, generate_texts
+from lora_dist.answers import describe_generation, describe_questions, generate_texts
 from lora_dist.checkpoint.row_file import RowFile
 from lora_dist.data.contexts import Context, read_contexts
-from lora_dist.data.tokenizer import load_model_tokenizer
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.generation_config import GenerateConfig, GenerateOptions
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.questions import QuestionForm, Questions, build_questions, choose_form
 from lora_dist.run_dir import find_adapter
 from lora_dist.topology import run_on_first
 
@@ -21,14 +21,15 @@ def generate(config: GenerateConfig) -> None:
     """Read contexts, put the adapters to the base, generate, and write or print the texts."""
     options = config.generate
     with open_base(config) as gpt:
-        contexts = run_on_first(gpt.topology, lambda: _read(options))
+        form = run_on_first(gpt.topology, lambda: _choose_form(config))
+        contexts = run_on_first(gpt.topology, lambda: _read(options, form))
         adapter_of_row = choose_adapters(contexts, config)
         adapters = [open_on_base(gpt, config, find_adapter(directory)) for directory in config.directories]
         put_adapters(gpt, adapters, merge=options.merge, mixed=bool(config.adapters))
         asked = build_questions(
             [context.text for context in contexts],
-            load_model_tokenizer(config.model),
-            end_context=options.end_context,
+            config.model,
+            form,
             adapter_of_row=[] if options.merge else adapter_of_row,
             slots=find_slots(adapters),
         )
@@ -69,9 +70,21 @@ def choose_adapters(contexts: Sequence[Context], config: GenerateConfig) -> list
     return [None if context.adapter is None else places[context.adapter] for context in contexts]
 
 
-def _read(options: GenerateOptions) -> list[Context]:
+def _choose_form(config: GenerateConfig) -> QuestionForm:
+    options = config.generate
+    return choose_form(
+        config.model,
+        [find_adapter(directory) for directory in config.directories],
+        chat=options.chat,
+        system=options.system,
+        conversations=options.format == "chat",
+        end_context=options.end_context,
+    )
+
+
+def _read(options: GenerateOptions, form: QuestionForm) -> list[Context]:
     if options.prompt is not None:
-        return [Context(options.prompt.strip() if options.end_context else options.prompt)]
+        return [Context(options.prompt.strip() if form.is_asked else options.prompt)]
     assert options.input is not None  # GenerateConfig has checked it
     return read_contexts(Path(options.input).read_bytes(), options.format, options.input)
 

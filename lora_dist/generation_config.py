@@ -7,7 +7,7 @@ from lora_dist.adapter_config import LiveConfig
 from lora_dist.refusals import require, require_one_of
 
 EARLY_STOPPING = ("heuristic", "when_full", "exhaustive")
-CONTEXT_FORMATS = ("auto", "text", "e2e_text", "e2e_csv", "jsonl")
+CONTEXT_FORMATS = ("auto", "text", "e2e_text", "e2e_csv", "jsonl", "chat")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,19 +67,31 @@ class GenerateOptions(GenerationConfig):
     input: str | None = None
     """File of contexts."""
     format: str = "auto"
-    """text (a context a line), e2e_text, e2e_csv, or jsonl (`context`, and `adapter` where rows choose one); auto
-    goes by the file's name, and in other files by whether the first line holds `||`."""
+    """text (a context a line), e2e_text, e2e_csv, jsonl (`context`, and `adapter` where rows choose one) or chat (jsonl
+    with `messages` that await an answer); auto goes by the file's name, and in other files by whether the first line
+    holds `||`."""
     output: str | None = None
     """File of JSON lines, {context, text} a context in the order of the input; null prints them. The same command
     goes on where an earlier one was ended, and generates nothing again."""
+    chat: bool | None = None
+    """Ask through the model's chat template: each context is a user's message. null asks as the adapter, or the model
+    in model.checkpoint, was trained by its run, and in format chat always so."""
+    system: str | None = None
+    """The system message before each user's message; null means the run's data.system, where chat is null too."""
     end_context: bool = True
-    """Put the end token after each context, which asks for the target as in training; false continues the text."""
+    """Put the end token after each context, which asks for the target as in training; false continues the text. A chat
+    template asks by itself."""
     merge: bool = False
     """Merge the adapter into the shards first; needed where it has trained biases or is DoRA's."""
 
     def __post_init__(self) -> None:
         GenerationConfig.__post_init__(self)
         require_one_of("generate.format", self.format, CONTEXT_FORMATS)
+        require(
+            self.format != "chat" or (self.chat is not False and self.system is None),
+            f"generate.format=chat has conversations with their own system messages, got generate.chat={self.chat} and"
+            f" generate.system={self.system}; leave both out",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """What a base model is: its family's architecture and its own sizes; standard library only."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lora_dist.base_format import BASE_FORMATS
 from lora_dist.refusals import require, require_one_of
@@ -96,6 +97,13 @@ class ModelConfig:
     """Directory with config.json and safetensors; null draws the weights from loop.seed."""
     tokenizer: str | None = None
     """Directory with the tokenizer's files; null means the checkpoint directory."""
+    chat_template: str | None = None
+    """Jinja file of a chat template; null means the tokenizer's own."""
+    chat_values: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is told by name, e.g. {enable_thinking: false}."""
+    chat_date: str | None = None
+    """What a chat template writes as today's date, e.g. 26 Jul 2024; null has it do without, as most can, so that a
+    text is the same tomorrow."""
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_std: float = 0.02

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"
 _ADAPTER = "adapter"
+_MODEL = "model"
 
 
 def check_run_dir(run_dir: Path, resume: str) -> None:
@@ -63,7 +64,7 @@ def format_config(config: "DataclassInstance") -> str:
 
 def name_trained(config: RunConfig | ClassifyConfig, *, best: bool = False) -> Path:
     """What a run hands on: `adapter/`, or `model/` where everything trained; its best validation's with `best_`."""
-    return Path(config.run_dir) / f"{'best_' if best else ''}{'model' if config.method == 'full' else _ADAPTER}"
+    return Path(config.run_dir) / f"{'best_' if best else ''}{_MODEL if config.method == 'full' else _ADAPTER}"
 
 
 def find_adapter(directory: str) -> str:
@@ -81,6 +82,12 @@ def find_run(adapter: str) -> Path | None:
     """
     parent = Path(adapter).parent
     return parent if Path(adapter).name == _ADAPTER and (parent / CONFIG_FILE).is_file() else None
+
+
+def find_model_run(checkpoint: str | None) -> Path | None:
+    """The directory of the run that ended with a whole model in `checkpoint`; None where none did."""
+    parent = Path(checkpoint or "").parent
+    return parent if Path(checkpoint or "").name == _MODEL and (parent / CONFIG_FILE).is_file() else None
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """A task, as `lora-dist evaluate` scores it; standard library only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_dist.config import FILE_FORMATS
-from lora_dist.refusals import require_one_of
+from lora_dist.data_config import FIELD_FORMATS
+from lora_dist.refusals import require, require_one_of
 
 METRICS = ("e2e", "webnlg", "dart", "sql", "rouge", "accuracy", "accuracy_f1", "matthews", "correlation", "exact")
 
@@ -21,6 +22,10 @@ class TaskConfig:
     matthews, correlation, or exact (the output equals a reference)."""
     references: str
     """File of contexts and references."""
+    context_fields: list[str] = field(default_factory=lambda: ["context"])
+    """As data.context_fields."""
+    target_field: str = "target"
+    """As data.target_field."""
     split: str | None = None
     """Part of the file, where it holds several (clinc150)."""
     positive: str | None = None
@@ -31,6 +36,11 @@ class TaskConfig:
     def __post_init__(self) -> None:
         require_one_of("task.format", self.format, FILE_FORMATS)
         require_one_of("task.metric", self.metric, METRICS)
+        require(
+            self.format in FIELD_FORMATS or (self.context_fields, self.target_field) == (["context"], "target"),
+            f"task.context_fields={self.context_fields} and task.target_field={self.target_field}:"
+            f" task.format={self.format} does not read them, only {' and '.join(FIELD_FORMATS)}; leave them out",
+        )
         if (self.metric == "accuracy_f1") != (self.positive is not None):
             raise ValueError(
                 f"task.positive={self.positive} is the label that F1 is of:"

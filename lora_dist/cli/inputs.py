@@ -33,6 +33,9 @@ def _check_data_files(config: RunConfig) -> None:
         raise ValueError(f"data={config.data.name} is text, but there is no tokenizer; give model.tokenizer=DIR")
     if not Path(tokenizer).is_dir():
         raise ValueError(f"{key}={tokenizer} is not a directory; it should hold the tokenizer's files")
+    template = config.model.chat_template
+    if template is not None and not Path(template).is_file():
+        raise ValueError(f"model.chat_template={template} is no file; give the path of a Jinja file")
     for key, path in (("data.train", config.data.train), ("data.valid", config.data.valid)):
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{key}={path} is no file; give the path of a {config.data.format} file")

@@ -23,8 +23,8 @@ def collate_rows(
 ) -> Batch:
     """Lay each row's examples one behind the other; what is left of a row, or an empty row, is padding.
 
-    The label of a position is the next token of the same example. Labels are kept where they are learnt: from the
-    target's first token, predicted at the separator or the slot before it, to its end token.
+    The label of a position is the next token of the same example. Labels are kept where they are learnt: in a pair from
+    the target's first token, predicted at the separator or the slot before it, to its end token.
     """
     shape = (len(rows), seq_len)
     input_ids, labels, positions, segments = (np.zeros(shape, dtype=np.int64) for _ in range(4))
@@ -32,12 +32,12 @@ def collate_rows(
     for row, members in enumerate(rows):
         first = 0
         for segment, example in enumerate(members, 1):
-            tokens = examples.tokens[examples.starts[example] : examples.starts[example + 1]]
-            num_context = examples.num_context_tokens[example]
+            here = slice(examples.starts[example], examples.starts[example + 1])
+            tokens, learnt = examples.tokens[here], examples.is_learnt[here][1:]
             end = first + len(tokens) - 1
             input_ids[row, first:end] = tokens[:-1]
-            labels[row, first + num_context : end] = tokens[num_context + 1 :]
-            loss_mask[row, first + num_context : end] = True
+            labels[row, first:end] = np.where(learnt, tokens[1:], 0)
+            loss_mask[row, first:end] = learnt
             positions[row, first:end] = np.arange(end - first)
             segments[row, first:end] = segment
             first = end

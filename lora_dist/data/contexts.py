@@ -2,14 +2,15 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
+from lora_dist.data.conversations import parse_question, write_question
 from lora_dist.data.examples import tokenize_texts
 from lora_dist.data.readers import read_pairs
-from lora_dist.data.rows import BadRows
+from lora_dist.data.rows import BadRow, BadRows
 from lora_dist.data.tokenizer import find_start_tokens
 from lora_dist.prefix.slots import list_slots
 from lora_dist.prefix_config import PrefixConfig
@@ -38,7 +39,7 @@ def read_contexts(content: bytes, file_format: str, path: str) -> list[Context]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
-    parse = _parse_json if file_format == "jsonl" else _parse_text
+    parse = {"jsonl": _parse_json, "chat": _parse_chat}.get(file_format, _parse_text)
     rows = enumerate(io.StringIO(text, newline="\n"), 1)
     contexts = [parse(row.strip(), f"{path}:{line}") for line, row in rows]
     if not contexts:
@@ -64,10 +65,10 @@ def encode_contexts(
     return [[*before_context, *start, *one, *behind] for one in tokens], end
 
 
-def decode_texts(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerFast, *, end_context: bool) -> list[str]:
-    """The texts; without the space before a target's first word where the context was ended."""
+def decode_texts(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerFast, *, strip: bool) -> list[str]:
+    """The texts; with `strip` without the space before a target's first word."""
     texts = [str(tokenizer.decode(list(row), clean_up_tokenization_spaces=False)) for row in rows]
-    return [text.strip() for text in texts] if end_context else texts
+    return [text.strip() for text in texts] if strip else texts
 
 
 def _guess_format(content: bytes, path: str) -> str:
@@ -83,6 +84,23 @@ def _parse_text(row: str, place: str) -> Context:
     return Context(row)
 
 
+def _parse_chat(row: str, place: str) -> Context:
+    """The row's conversation as `write_question` writes it."""
+    try:
+        asked = parse_question(row)
+    except BadRow as problem:
+        raise ValueError(f"{place}: {problem.reason} ({problem.detail}); correct the row") from None
+    record = json.loads(row)
+    return Context(write_question(asked.messages, asked.tools), _take_adapter(record, place))
+
+
+def _take_adapter(record: Mapping[str, object], place: str) -> str | None:
+    adapter = record.get("adapter")
+    if not isinstance(adapter, str | None):
+        raise ValueError(f"{place}: 'adapter' is {adapter!r}, neither an adapter's directory nor null")
+    return adapter
+
+
 def _parse_json(row: str, place: str) -> Context:
     try:
         record = json.loads(row)
@@ -91,7 +109,4 @@ def _parse_json(row: str, place: str) -> Context:
     context = record.get("context") if isinstance(record, dict) else None
     if not isinstance(context, str):
         raise ValueError(f"{place}: a JSON object with the string 'context' is expected")
-    adapter = record.get("adapter")
-    if not isinstance(adapter, str | None):
-        raise ValueError(f"{place}: 'adapter' is {adapter!r}, neither an adapter's directory nor null")
-    return Context(context.strip(), adapter)
+    return Context(context.strip(), _take_adapter(record, place))

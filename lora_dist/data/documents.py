@@ -1,12 +1,14 @@
-"""JSON documents read entry by entry, each with the line where it starts, so that a bad one can be named."""
+"""JSON read entry by entry, each with the line where it starts, so that a bad one can be named."""
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
-from lora_dist.data.rows import BadRow, BadRows, Pair
+from lora_dist.data.rows import BadRow, BadRows, Pair, check_text
 
+_Row = TypeVar("_Row")
 _SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 
@@ -26,6 +28,29 @@ def read_document(
             bad.add(line, problem.reason, detail)
         else:
             yield from pairs
+
+
+def read_json_rows(text: str, parse: Callable[[int, Any], _Row], bad: BadRows) -> Iterator[_Row]:
+    """What `parse` makes of (line, value) of each row: of JSON lines, or of the entries of one JSON array."""
+    is_array = text.lstrip().startswith("[")
+    rows = _list_entries(text, None, bad.path) if is_array else enumerate(io.StringIO(text, newline="\n"), 1)
+    for line, row in rows:
+        try:
+            parsed = parse(line, row if is_array else _parse_line(row))
+        except BadRow as problem:
+            bad.add(line, problem.reason, problem.detail)
+        else:
+            yield parsed
+
+
+def _parse_line(row: str) -> Any:
+    check_text(row)
+    if not row.strip():
+        raise BadRow("blank line")
+    try:
+        return json.loads(row)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("broken JSON", str(error)) from None
 
 
 def _list_entries(text: str, member: str | None, path: str) -> Iterator[tuple[int, Any]]:

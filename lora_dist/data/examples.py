@@ -6,8 +6,9 @@ token where the tokenizer has one; the target gets one space before it, so that 
 running text. A method's slots (lora_dist.prefix) stand before all that and between the first end token and the target.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from lora_dist.prefix.slots import list_slots
 from lora_dist.prefix_config import PrefixConfig
 
 _TEXTS_PER_CALL = 2000
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -32,12 +34,12 @@ class Examples:
     """Negative at slots."""
     starts: NDArray[np.int64]
     """[N + 1]; example i is tokens[starts[i] : starts[i + 1]]."""
-    num_context_tokens: NDArray[np.int64]
-    """[N]; all before the position that predicts the target's first token, slots and a begin token included."""
+    is_learnt: NDArray[np.bool_]
+    """As tokens: which of them the model learns to predict from those before; never an example's first."""
     has_slots: bool = False
 
     def __len__(self) -> int:
-        return len(self.num_context_tokens)
+        return len(self.starts) - 1
 
     @property
     def num_positions(self) -> NDArray[np.int64]:
@@ -47,8 +49,8 @@ class Examples:
 
     @property
     def num_loss_tokens(self) -> NDArray[np.int64]:
-        """[N]; the target's tokens and its end."""
-        return self.num_positions - self.num_context_tokens
+        """[N]; tokens that are learnt, of a pair the target's and its end."""
+        return np.add.reduceat(self.is_learnt, self.starts[:-1], dtype=np.int64)
 
 
 def encode_pairs(
@@ -66,7 +68,7 @@ def encode_pairs(
     prefix, start, end = find_target_prefix(tokenizer), find_start_tokens(tokenizer), [int(tokenizer.eos_token_id)]
     targets = tokenize_texts([prefix + pair.target for pair in pairs], tokenizer, "targets")
     before_context, before_target = list_slots(slots)
-    rows, num_context_tokens = [], []
+    rows, num_asked = [], []
     for pair, target in zip(pairs, targets, strict=True):
         context = [*before_context, *start, *contexts[pair.context], *end, *before_target]
         num_positions = len(context) + len(target)
@@ -74,8 +76,8 @@ def encode_pairs(
             bad.add(pair.line, "too long", f"{num_positions} tokens, data.seq_len={seq_len}")
             continue
         rows.append([*context, *target, *end])
-        num_context_tokens.append(len(context) - 1)
-    return replace(_join(rows, num_context_tokens), has_slots=slots is not None)
+        num_asked.append(len(context))
+    return replace(_join_pairs(rows, num_asked), has_slots=slots is not None)
 
 
 def draw_fake_examples(
@@ -84,15 +86,15 @@ def draw_fake_examples(
     """Random tokens; each example fills a row of `seq_len` positions, half of those that are no slots context."""
     before_context, before_target = list_slots(slots)
     num_slots = len(before_context) + len(before_target)
-    num_context = num_slots + (seq_len - num_slots - 1) // 2
+    num_asked = num_slots + (seq_len - num_slots - 1) // 2 + 1
     generator = np.random.default_rng(derive_seed(seed, "fake"))
     tokens = generator.integers(0, vocab_size, (num_examples, seq_len + 1), dtype=np.int32)
     tokens[:, : len(before_context)] = before_context
-    tokens[:, num_context + 1 - len(before_target) : num_context + 1] = before_target
+    tokens[:, num_asked - len(before_target) : num_asked] = before_target
     return Examples(
         tokens=tokens.reshape(-1),
         starts=np.arange(num_examples + 1, dtype=np.int64) * (seq_len + 1),
-        num_context_tokens=np.full(num_examples, num_context, dtype=np.int64),
+        is_learnt=np.tile(np.arange(seq_len + 1) >= num_asked, num_examples),
         has_slots=slots is not None,
     )
 
@@ -100,20 +102,33 @@ def draw_fake_examples(
 def tokenize_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, what: str) -> list[list[int]]:
     """Plain text only: `<|endoftext|>` spelt out in a file does not become the end token."""
     ids: list[list[int]] = []
-    silent = dist.is_initialized() and dist.get_rank() != 0
-    with tqdm(total=len(texts), desc=f"tokenizing {what}", delay=2.0, disable=silent) as bar:
-        for first in range(0, len(texts), _TEXTS_PER_CALL):
-            part = list(texts[first : first + _TEXTS_PER_CALL])
-            encoded = tokenizer(
-                part, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-            )
-            ids += encoded["input_ids"]
-            bar.update(len(part))
+    parts = [list(texts[first : first + _TEXTS_PER_CALL]) for first in range(0, len(texts), _TEXTS_PER_CALL)]
+    for part in show_progress(parts, what, scale=_TEXTS_PER_CALL):
+        encoded = tokenizer(
+            part, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        ids += encoded["input_ids"]
     return ids
 
 
-def _join(rows: Sequence[Sequence[int]], num_context_tokens: Sequence[int]) -> Examples:
+def show_progress(items: Sequence[_Item], what: str, *, scale: int = 1) -> Iterator[_Item]:
+    """The items, under a bar on the first process once it takes two seconds; each stands for `scale` of them."""
+    silent = dist.is_initialized() and dist.get_rank() != 0
+    with tqdm(total=len(items) * scale, desc=f"tokenizing {what}", delay=2.0, disable=silent) as bar:
+        for item in items:
+            yield item
+            bar.update(scale)
+
+
+def join_examples(rows: Sequence[Sequence[int]], is_learnt: NDArray[np.bool_]) -> Examples:
+    """The examples whose tokens are `rows`; `is_learnt` has one truth value for each of all their tokens."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     tokens = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(starts[-1]))
-    return Examples(tokens=tokens, starts=starts, num_context_tokens=np.array(num_context_tokens, dtype=np.int64))
+    return Examples(tokens=tokens, starts=starts, is_learnt=is_learnt)
+
+
+def _join_pairs(rows: Sequence[Sequence[int]], num_asked: Sequence[int]) -> Examples:
+    """All is learnt but each row's first `num_asked` tokens."""
+    learnt = [np.arange(len(row)) >= asked for row, asked in zip(rows, num_asked, strict=True)]
+    return join_examples(rows, np.concatenate([np.zeros(0, dtype=np.bool_), *learnt]))

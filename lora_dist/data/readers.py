@@ -2,13 +2,24 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from lora_dist.data import classification, dialogues, glue, triples, wikisql
-from lora_dist.data.rows import BadRow, BadRows, Pair, Texts, check_pair, check_text, read_lines, take_text
+from lora_dist.data import classification, conversations, dialogues, glue, triples, wikisql
+from lora_dist.data.documents import read_json_rows
+from lora_dist.data.rows import (
+    PLAIN_FIELDS,
+    BadRow,
+    BadRows,
+    Fields,
+    Pair,
+    Texts,
+    check_pair,
+    check_text,
+    decode,
+    read_lines,
+)
 
 _SEPARATOR = "||"
 _CSV_COLUMNS = ("mr", "ref")
@@ -20,20 +31,25 @@ _SPACED_SIGNS = re.compile("([\u00a3-])")
 Reader = Callable[[str, BadRows], Iterator[Pair]]
 
 
-def read_pairs(content: bytes, file_format: str, bad: BadRows, *, split: str | None = None) -> Iterator[Pair]:
+def read_pairs(
+    content: bytes, file_format: str, bad: BadRows, *, split: str | None = None, fields: Fields = PLAIN_FIELDS
+) -> Iterator[Pair]:
     """The good rows of a file in order; bad ones go to `bad`. A byte-order mark and CRLF line ends are accepted.
 
-    Contexts and targets are stripped of outer white space. `split` names the part of a file that holds several.
-    ValueError where a file has not the right columns or is no JSON document.
+    Contexts and targets are stripped of outer white space. `split` names the part of a file that holds several,
+    `fields` what rows of jsonl and chat hold. ValueError where a file has not the right columns or is no JSON document.
     """
-    # Broken bytes become lone surrogates, so that the row they stand in can be told.
-    text = content.decode("utf-8-sig", errors="surrogateescape")
+    text = decode(content)
     if file_format == "clinc150":
         if split is None:
             raise ValueError(f"{bad.path}: a clinc150 file holds several splits; name one, e.g. test")
         return classification.read_clinc150(text, split, bad)
     if split is not None:
         raise ValueError(f"{bad.path}: a {file_format} file holds one split, so there is no {split!r} in it; use null")
+    if file_format == "jsonl":
+        return read_json_rows(text, lambda line, record: Pair(line, *fields.take(record)), bad)
+    if file_format == "chat":
+        return conversations.read_questions(text, bad, fields)
     return _READERS[file_format](text, bad)
 
 
@@ -82,15 +98,6 @@ def _parse_csv_row(fields: list[str]) -> Texts:
     return write_meaning(context), target
 
 
-def _parse_json(row: str) -> Texts:
-    """An empty context is allowed: then the target is plain text to be learnt."""
-    try:
-        record = json.loads(row)
-    except (ValueError, RecursionError) as error:
-        raise BadRow("broken JSON", str(error)) from None
-    return check_pair(take_text(record, "context"), take_text(record, "target"), needs_context=False)
-
-
 def write_meaning(meaning: str) -> str:
     """`name[Aromi], eatType[pub], priceRange[less than \u00a320]` in the form of the E2E text files:
     `name : Aromi | Type : pub | price : less than \u00a3 20`.
@@ -107,7 +114,6 @@ def write_meaning(meaning: str) -> str:
 _READERS: dict[str, Reader] = {
     "e2e_text": lambda text, bad: read_lines(text, _parse_e2e_text, bad),
     "e2e_csv": _read_csv,
-    "jsonl": lambda text, bad: read_lines(text, _parse_json, bad),
     "webnlg": triples.read_webnlg,
     "dart": triples.read_dart,
     "wikisql": wikisql.read_wikisql,

@@ -23,6 +23,24 @@ class Pair:
     """What a task tells its examples apart by: seen or unseen in WebNLG, the table in WikiSQL."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fields:
+    """Names of what a JSON row holds."""
+
+    context: tuple[str, ...] = ("context",)
+    """Several are put together, a blank line between them, and empty ones left out."""
+    target: str = "target"
+
+    def take(self, record: object) -> Texts:
+        """Context, which may be empty, and target; BadRow where one is missing."""
+        parts = [take_text(record, key).strip() for key in self.context]
+        context = "\n\n".join(part for part in parts if part)
+        return check_pair(context, take_text(record, self.target), needs_context=False)
+
+
+PLAIN_FIELDS = Fields()
+
+
 class BadRows:
     """What becomes of one file's bad rows: the first is an error, or all are counted by reason."""
 
@@ -54,6 +72,11 @@ def read_file(key: str, path: str) -> bytes:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ValueError(f"{key}={path} cannot be read ({reason}); give the path of a readable file") from None
+
+
+def decode(content: bytes) -> str:
+    """Broken bytes become lone surrogates, so that the row they stand in can be told; see check_text."""
+    return content.decode("utf-8-sig", errors="surrogateescape")
 
 
 def read_lines(text: str, parse: Callable[[str], Texts], bad: BadRows) -> Iterator[Pair]:

@@ -19,11 +19,12 @@ from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
 from lora_dist.whole import ReadState, iterate_model, list_whole, read_shard, read_value, write_together
 
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
@@ -181,3 +182,5 @@ def _write_config(directory: Path, model: ModelConfig, dtype: torch.dtype) -> No
     for name in TOKENIZER_FILES:
         if tokenizer is not None and (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, directory / name)
+    if model.chat_template is not None:
+        shutil.copyfile(model.chat_template, directory / CHAT_TEMPLATE)

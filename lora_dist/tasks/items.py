@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_dist.data.readers import read_pairs
-from lora_dist.data.rows import BadRows, Pair, read_file
+from lora_dist.data.rows import BadRows, Fields, Pair, read_file
 from lora_dist.task_config import TaskConfig
 
 _OF_ROWS = ("sql", "accuracy", "accuracy_f1", "matthews", "correlation")
@@ -29,7 +29,8 @@ def load_items(task: TaskConfig) -> list[Item]:
     path = task.references
     content = read_file("task.references", path)
     bad = BadRows(path, "error", remedy="correct the row")
-    pairs = read_pairs(content, pick_format(task), bad, split=task.split)
+    fields = Fields(context=tuple(task.context_fields), target=task.target_field)
+    pairs = read_pairs(content, pick_format(task), bad, split=task.split, fields=fields)
     items = [_build_item([pair]) for pair in pairs] if task.metric in _OF_ROWS else group_pairs(pairs)
     if not items:
         raise ValueError(f"task.references={path} has no rows; give the file of the references")

@@ -59,7 +59,9 @@ def build_examples() -> Examples:
     return Examples(
         tokens=np.array([token for row in rows for token in row], dtype=np.int32),
         starts=np.cumsum([0, *map(len, rows)]),
-        num_context_tokens=np.array([len(row.context) + 4 for row in ROWS]),
+        is_learnt=np.concatenate(
+            [np.arange(len(row)) > len(row) - 2 - len(one.target) for row, one in zip(rows, ROWS, strict=True)]
+        ),
         has_slots=True,
     )
 

@@ -54,6 +54,6 @@ def test_a_context_is_encoded_and_a_target_decoded_as_in_training() -> None:
     assert tokens[: len(context)] == context
     assert [tokens[-1]] == end
     target = tokens[len(context) : -1]
-    assert decode_texts([target], tokenizer, end_context=True) == [pair.target]
-    assert decode_texts([target], tokenizer, end_context=False) == [" " + pair.target]
+    assert decode_texts([target], tokenizer, strip=True) == [pair.target]
+    assert decode_texts([target], tokenizer, strip=False) == [" " + pair.target]
     assert encode_contexts([pair.context], tokenizer, end_context=False)[0] == [context[:-1]]

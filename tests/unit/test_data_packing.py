@@ -21,10 +21,10 @@ def draw_examples(seed: int, num_examples: int = 40, longest: int = SEQ_LEN) -> 
     generator = np.random.default_rng(seed)
     num_positions = generator.integers(1, longest + 1, num_examples)
     starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(num_positions + 1)])
+    is_learnt = generator.integers(0, 2, starts[-1]).astype(np.bool_)
+    is_learnt[starts[:-1]], is_learnt[starts[1:] - 1] = False, True
     return Examples(
-        tokens=generator.integers(1, VOCAB_SIZE, starts[-1]).astype(np.int32),
-        starts=starts,
-        num_context_tokens=generator.integers(0, num_positions),
+        tokens=generator.integers(1, VOCAB_SIZE, starts[-1]).astype(np.int32), starts=starts, is_learnt=is_learnt
     )
 
 
@@ -84,10 +84,10 @@ def test_packed_tensors(seed: int) -> None:
     for index, row in enumerate(rows):
         first = 0
         for segment, example in enumerate(row, 1):
-            tokens = torch.from_numpy(examples.tokens[examples.starts[example] : examples.starts[example + 1]]).long()
-            length, num_context = len(tokens) - 1, int(examples.num_context_tokens[example])
+            whole = slice(examples.starts[example], examples.starts[example + 1])
+            tokens, learnt = (torch.from_numpy(array[whole]) for array in (examples.tokens, examples.is_learnt))
+            tokens, learnt, length = tokens.long(), learnt[1:], len(tokens) - 1
             here = slice(first, first + length)
-            learnt = torch.arange(length) >= num_context
             assert batch.input_ids_BS[index, here].equal(tokens[:-1])
             assert batch.loss_mask_BS[index, here].equal(learnt)
             assert batch.labels_BS[index, here].equal(torch.where(learnt, tokens[1:], 0))

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from data_files import tiny_tokenizer
+from data_files import build_config
 
 from lora_dist.config import DataConfig
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.rows import BadRows, Pair
-from lora_dist.data.splits import load_split
+from lora_dist.data.splits import Split, choose_encoder, load_split
 
 AROMI = Pair(1, "name : Aromi | Type : pub", "Aromi is a pub .")
 JSON_ROW = b'{"context": "a", "target": "b"}\n'
@@ -111,13 +111,19 @@ def configure(path: Path, content: bytes, **options: object) -> DataConfig:
     return DataConfig(**{"name": "d", "format": "jsonl", "train": str(path), "seq_len": 8, **options})
 
 
+def load(key: str, data: DataConfig, max_examples: int | None = None) -> Split:
+    assert data.train is not None
+    encode = choose_encoder(build_config(data))
+    return load_split(key, data.train, data=data, encode=encode, max_examples=max_examples)
+
+
 def test_row_that_is_too_long(tmp_path: Path) -> None:
     path = tmp_path / "pairs"
     data = configure(path, JSON_ROW + b'{"context": "QWQW", "target": "QWQW"}\n')
     with pytest.raises(ValueError, match=rf"^{path}:2: too long \(10 tokens, data.seq_len=8\); .*on_bad_row=skip"):
-        load_split("data.train", str(path), data, None, tiny_tokenizer())
+        load("data.train", data)
     data.on_bad_row = "skip"
-    split = load_split("data.train", str(path), data, None, tiny_tokenizer())
+    split = load("data.train", data)
     assert split.file is not None
     assert split.file.skipped_rows == {"too long": 1}
     assert len(split.examples) == split.file.num_examples == 1
@@ -126,7 +132,7 @@ def test_row_that_is_too_long(tmp_path: Path) -> None:
 def test_first_good_rows(tmp_path: Path) -> None:
     """Bad rows before the last one wanted are counted; what follows is not read."""
     data = configure(tmp_path / "pairs", b"x\n" + JSON_ROW * 3 + b"x\n", on_bad_row="skip")
-    split = load_split("data.train", str(tmp_path / "pairs"), data, 2, tiny_tokenizer())
+    split = load("data.train", data, max_examples=2)
     assert split.file is not None
     assert (len(split.examples), split.file.skipped_rows) == (2, {"broken JSON": 1})
 
@@ -135,14 +141,14 @@ def test_first_good_rows(tmp_path: Path) -> None:
 def test_no_good_row(tmp_path: Path, content: bytes, found: str) -> None:
     data = configure(tmp_path / "pairs", content, on_bad_row="skip")
     with pytest.raises(ValueError, match=rf"^data.valid=.*/pairs: no row is usable as jsonl \({found}\)"):
-        load_split("data.valid", str(tmp_path / "pairs"), data, None, tiny_tokenizer())
+        load("data.valid", data)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("missing", "No such file or directory"), (".", "Is a directory")])
 def test_file_that_cannot_be_read(tmp_path: Path, name: str, reason: str) -> None:
-    data = DataConfig(name="d", format="jsonl", train="unused")
+    data = DataConfig(name="d", format="jsonl", train=str(tmp_path / name))
     with pytest.raises(ValueError, match=rf"^data.valid={tmp_path / name} cannot be read \({reason}\)"):
-        load_split("data.valid", str(tmp_path / name), data, None, tiny_tokenizer())
+        load("data.valid", data)
 
 
 @pytest.mark.parametrize(

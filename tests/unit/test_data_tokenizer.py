@@ -100,12 +100,13 @@ def test_form_of_an_example() -> None:
     first, second = (examples.tokens[a:b].tolist() for a, b in zip(examples.starts, examples.starts[1:], strict=False))
     assert tiny_tokenizer().decode(first) == f"name : Q{END_OF_TEXT} The Mill{END_OF_TEXT}"
     assert tiny_tokenizer().decode(second) == f"{END_OF_TEXT} Q{END_OF_TEXT}"
-    assert first[examples.num_context_tokens[0]] == END
-    assert examples.num_positions.tolist() == [len(first) - 1, len(second) - 1]
-    assert examples.num_loss_tokens.tolist() == [
-        len(first) - 1 - examples.num_context_tokens[0],
-        len(second) - 1,
+    asks = first.index(END)
+    assert examples.is_learnt.tolist() == [
+        *(at > asks for at in range(len(first))),
+        *(at > 0 for at in range(len(second))),
     ]
+    assert examples.num_positions.tolist() == [len(first) - 1, len(second) - 1]
+    assert examples.num_loss_tokens.tolist() == [len(first) - 1 - asks, len(second) - 1]
 
 
 def test_end_token_spelt_in_a_file_is_plain_text() -> None:
@@ -128,7 +129,7 @@ def test_a_llamas_example_begins_with_its_begin_token(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(directory, 512, family="llama")
     examples = encode_pairs([Pair(1, "The Vaults", "a pub")], tokenizer, seq_len=40, bad=BadRows("f", "error"))
     assert tokenizer.decode(examples.tokens.tolist()) == "<|begin|>The Vaults<|end|> a pub<|end|>"
-    assert examples.tokens[examples.num_context_tokens[0]] == tokenizer.eos_token_id
+    assert examples.tokens[int(examples.is_learnt.argmax()) - 1] == tokenizer.eos_token_id
     [context], end = encode_contexts(["The Vaults"], tokenizer, end_context=True)
     assert context == examples.tokens[: len(context)].tolist()
     assert end == [tokenizer.eos_token_id]

@@ -31,6 +31,11 @@ def cut(examples: Examples) -> list[list[int]]:
     return [examples.tokens[a:b].tolist() for a, b in zip(examples.starts, examples.starts[1:], strict=False)]
 
 
+def count_asked(examples: Examples) -> list[int]:
+    """Of each example, the tokens before the first that is learnt."""
+    return [int(examples.is_learnt[a:b].argmax()) for a, b in zip(examples.starts, examples.starts[1:], strict=False)]
+
+
 def test_slots_are_tokens_of_their_own_until_a_batch_is_made() -> None:
     assert list_slots(SLOTS) == ([-2, -3, -4], [-5, -6])
     assert list_slots(None) == ([], [])
@@ -49,8 +54,8 @@ def test_an_example_is_the_plain_one_with_slots_around_its_prompt(slots: PrefixC
     assert (examples.num_loss_tokens == plain.num_loss_tokens).all()
     assert (examples.num_positions == plain.num_positions + slots.num_slots).all()
     prompts, _ = encode_contexts([pair.context for pair in PAIRS], tiny_tokenizer(), end_context=True, slots=slots)
-    for prompt, whole, num_context in zip(prompts, cut(examples), examples.num_context_tokens, strict=True):
-        assert prompt == whole[: num_context + 1]
+    for prompt, whole, num_asked in zip(prompts, cut(examples), count_asked(examples), strict=True):
+        assert prompt == whole[:num_asked]
     ((going_on, *_), _) = encode_contexts(["name : Q"], tiny_tokenizer(), end_context=False, slots=slots)
     assert going_on == [*before_context, *cut(plain)[0][: cut(plain)[0].index(END)]]
 
@@ -66,9 +71,9 @@ def test_slots_count_in_the_length_of_an_example() -> None:
 @pytest.mark.parametrize("seq_len", [7, 8, 20])
 def test_fake_examples_have_slots_where_examples_have_them(seq_len: int) -> None:
     examples = draw_fake_examples(5, vocab_size=11, seq_len=seq_len, seed=3, slots=SLOTS)
-    for tokens, num_context in zip(cut(examples), examples.num_context_tokens, strict=True):
+    for tokens, num_asked in zip(cut(examples), count_asked(examples), strict=True):
         assert tokens[:3] == [-2, -3, -4]
-        assert tokens[num_context - 1 : num_context + 1] == [-5, -6]
+        assert tokens[num_asked - 2 : num_asked] == [-5, -6]
         assert sum(token < 0 for token in tokens) == 5
     assert (examples.num_loss_tokens >= 1).all()
 

@@ -10,6 +10,7 @@ from lora_dist.config import FILE_FORMATS
 from lora_dist.data import glue, readers, wikisql
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.rows import BadRows, Pair
+from lora_dist.data_config import FIELD_FORMATS
 
 SAMPLES = Path(__file__).parents[1] / "data" / "tasks"
 PLATES = "[State/territory] [Text/background colour] [Format] [Current slogan] [Current series] [Notes]"
@@ -25,7 +26,7 @@ def read_sample(name: str, file_format: str, split: str | None = None) -> list[P
 
 
 def test_every_format_of_the_configuration_has_a_reader() -> None:
-    assert {*readers._READERS, "clinc150"} == set(FILE_FORMATS)
+    assert {*readers._READERS, *FIELD_FORMATS, "clinc150"} == set(FILE_FORMATS)
     assert set(glue.TASKS) == {name.removeprefix("glue_") for name in FILE_FORMATS if name.startswith("glue_")}
 
 
