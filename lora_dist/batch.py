@@ -6,6 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+RowBlocks = tuple[tuple[int, ...], ...]
+"""For each row the lengths of the parts that attend within themselves, one behind the other up to its end."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
@@ -19,8 +22,8 @@ class Batch:
     """bool; True where the label is a target token."""
     position_ids_BS: torch.Tensor
     """int64; starts again at 0 with each packed example."""
-    segment_ids_BS: torch.Tensor | None
-    """int64; 1, 2, ... number the packed examples of a row, 0 is padding. None where a row holds one example."""
+    row_blocks: RowBlocks | None
+    """The packed examples of each row, and its padding. None where a row holds one example."""
     row_ids_B: torch.Tensor
     """int64; the rows' numbers within the global batch, the same at every topology. Keys the LoRA dropout."""
     num_loss_tokens: int
@@ -50,6 +53,12 @@ class Batch:
             name: move(value, device) for name, value in values.items() if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
+
+
+def number_blocks(row_blocks: RowBlocks) -> torch.Tensor:
+    """int64 [B, S]; each position's block, from 0 in each row."""
+    rows = [torch.cat([torch.full((length,), n) for n, length in enumerate(lengths)]) for lengths in row_blocks]
+    return torch.stack(rows)
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

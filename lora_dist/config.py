@@ -125,6 +125,7 @@ class CompareConfig:
     """Learning rate of a method in place of optim.lr."""
 
 
+_SEQ_LEN_OF_BLOCKS = 2048
 METHODS = ("lora", "full", "bitfit", *BOTTLENECK_METHODS, *PREFIX_METHODS)
 LORA_METHODS = ("lora", *LORA_PREFIX_METHODS)
 
@@ -156,6 +157,10 @@ class RunConfig:
     """Make each chain of elementwise work (norms, gates, rotations, dropout, softmax) one kernel with torch.compile."""
     cuda_graphs: bool = False
     """Record a microbatch's forward and backward pass as a CUDA graph, which the GPU repeats without Python."""
+    packed_attention: str = "auto"
+    """How packed examples attend within a row: blocks computes each by itself, one call an example, and nothing between
+    two; mask computes whole rows in one call with what is between two left out. auto takes blocks on a CPU, and on a
+    GPU from data.seq_len=2048 on, where rows are worth several calls; with cuda_graphs, whose calls are fixed, mask."""
     hardware: HardwareConfig | None = None
     """What `lora-dist plan` predicts for."""
     shrink: bool = False
@@ -169,6 +174,7 @@ class RunConfig:
         require_one_of("resume", self.resume, ("none", "auto", "must"))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
+        require_one_of("packed_attention", self.packed_attention, ("auto", "blocks", "mask"))
         _validate_model_shards(self.model, self.topology)
         _validate_method(self.method, self.lora, self.model)
         trains_qkv = self.method in ("full", "bitfit") or (self.method in LORA_METHODS and self.lora.bias != "none")
@@ -224,6 +230,12 @@ class RunConfig:
         for method in [*self.compare.methods, *self.compare.lr]:
             require_one_of("compare.methods", method, METHODS)
 
+    def attends_in_blocks(self, *, on_gpu: bool) -> bool:
+        """What packed_attention means there."""
+        if self.packed_attention == "auto":
+            return not self.cuda_graphs and (not on_gpu or self.data.seq_len >= _SEQ_LEN_OF_BLOCKS)
+        return self.packed_attention == "blocks"
+
     @property
     def slots(self) -> PrefixConfig | None:
         """The positions that the method adds to every example; None where it adds none."""
@@ -235,6 +247,10 @@ def _validate_graphs(config: RunConfig) -> None:
     prefix = "cuda_graphs=true"
     require(config.topology.pp_size == 1, f"{prefix} needs topology.pp_size=1, got {config.topology.pp_size}")
     require(config.zero.stage < 3, f"{prefix} needs zero.stage<=2, got {config.zero.stage}")
+    require(
+        config.packed_attention != "blocks",
+        f"{prefix} needs packed_attention=mask: the calls of blocks are as many as a microbatch has examples",
+    )
     require(config.loop.recompute == "none", f"{prefix} needs loop.recompute=none, got {config.loop.recompute}")
     for key in ("hidden_dropout", "attention_dropout"):
         value = getattr(config.model, key)

@@ -137,6 +137,7 @@ def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) ->
         num_recomputed=config.loop.recompute_layers,
     )
     gpt.label_smoothing = config.optim.label_smoothing
+    gpt.attends_in_blocks = config.attends_in_blocks(on_gpu=topology.device.type == "cuda")
     if fill:
         fill_base(gpt, config.model, seed=config.loop.seed)
     method = apply_method(gpt, config)

@@ -43,6 +43,8 @@ MODEL = ModelConfig(
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 SEVEN_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NUM_ROWS, SEQ_LEN = 4, 16
+BLOCKS = (9, SEQ_LEN - 9)
+"""The two examples of a packed row."""
 CPU = torch.device("cpu")
 PREFIX = PrefixConfig(num_prefix=2, num_infix=2)
 SLOTS = [1, 2, 0, 3, 4, 0, 0, 0, 0, 1, 2, 0, 3, 4, 0, 0]
@@ -133,8 +135,6 @@ def build_batches(topology: Topology, *, seed: int = 5, packed: bool = True) -> 
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, MODEL.vocab_size, (NUM_ROWS, SEQ_LEN + 1), generator=generator)
     loss_mask = torch.rand(NUM_ROWS, SEQ_LEN, generator=generator) > 0.4
-    segments = torch.ones(NUM_ROWS, SEQ_LEN, dtype=torch.long)
-    segments[:, 9:] = 2
     rows_per_pass = NUM_ROWS // 2 // topology.dp_size
     batches = []
     for microbatch in range(2):
@@ -146,7 +146,7 @@ def build_batches(topology: Topology, *, seed: int = 5, packed: bool = True) -> 
                 labels_BS=tokens[rows, 1:],
                 loss_mask_BS=loss_mask[rows],
                 position_ids_BS=torch.arange(SEQ_LEN).expand(rows_per_pass, -1),
-                segment_ids_BS=segments[rows] if packed else None,
+                row_blocks=(BLOCKS,) * rows_per_pass if packed else None,
                 row_ids_B=torch.arange(NUM_ROWS)[rows],
                 num_loss_tokens=int(loss_mask.sum()),
                 num_tokens=NUM_ROWS * SEQ_LEN,

@@ -135,7 +135,7 @@ def build_batch(gpt: ShardedGpt, case: Case, adapter_of_row: tuple[int | None, .
         labels_BS=tokens[:, 1:],
         loss_mask_BS=torch.ones(case.rows, case.seq_len, dtype=torch.bool),
         position_ids_BS=torch.arange(case.seq_len).expand(case.rows, -1),
-        segment_ids_BS=None,
+        row_blocks=None,
         row_ids_B=torch.arange(case.rows),
         num_loss_tokens=case.rows * case.seq_len,
         num_tokens=case.rows * case.seq_len,

@@ -47,6 +47,7 @@ def fill(page: str) -> str:
         "kernels": build_kernel_table,
         "base_format": build_base_format_table,
         "latency": build_latency_tables,
+        "packing": build_packing_table,
         "adapter_cost": lambda: format_adapter_cost(_read("adapter_cost/cpu_gpt2_medium"), "cpu_gpt2_medium.json"),
     }
 
@@ -113,6 +114,26 @@ def build_search_tables() -> str:
 def build_base_format_table() -> str:
     formats = ("native", "fp8", "nf4", "nf4_double")
     return format_base_formats({name: _read(f"plan/gpt3_175b_h200_{name}") for name in formats})
+
+
+def build_packing_table() -> str:
+    """Of every record of packing_record.py."""
+    titles = ["model and data", "way", "real tokens / CPU s", "blocks : this (quartiles)", "saved activations, MB"]
+    lines = [_join(titles), "|:--|:--|--:|--:|--:|"]
+    for path in sorted((RECORDS / "packing").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        case, file = record["case"], record["data"]["files"]["train"]["name"]
+        what = f"{case['model']}, {file}: {case['examples_per_row']} examples in {case['seq_len']:,} positions"
+        for name, way in record["ways"].items():
+            ratio, rate = way["blocks_over_this"], way["tokens_per_cpu_s"]["median"]
+            faster = "" if ratio["p25"] == ratio["p75"] == 1 else _format_ratio(ratio)
+            lines.append(_join([what, name, f"{rate:,.0f}", faster, f"{way['saved_bytes'] / 1e6:,.0f}"]))
+            what = ""
+    return "\n".join(lines)
+
+
+def _format_ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f}x ({ratio['p25']:.2f}-{ratio['p75']:.2f})"
 
 
 def build_kernel_table() -> str:

@@ -25,7 +25,7 @@ def build_batches(config: RunConfig, step: int) -> list[Batch]:
                 labels_BS=(tokens[rows, 1:] * loss_mask[rows]).contiguous(),
                 loss_mask_BS=loss_mask[rows],
                 position_ids_BS=torch.arange(seq_len).expand(rows_per_pass, -1).contiguous(),
-                segment_ids_BS=None,
+                row_blocks=None,
                 row_ids_B=torch.arange(num_rows)[rows],
                 num_loss_tokens=int(loss_mask.sum()),
                 num_tokens=num_rows * seq_len,

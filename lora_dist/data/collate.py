@@ -27,11 +27,11 @@ def collate_rows(
     the target's first token, predicted at the separator or the slot before it, to its end token.
     """
     shape = (len(rows), seq_len)
-    input_ids, labels, positions, segments = (np.zeros(shape, dtype=np.int64) for _ in range(4))
+    input_ids, labels, positions = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     loss_mask = np.zeros(shape, dtype=np.bool_)
     for row, members in enumerate(rows):
         first = 0
-        for segment, example in enumerate(members, 1):
+        for example in members:
             here = slice(examples.starts[example], examples.starts[example + 1])
             tokens, learnt = examples.tokens[here], examples.is_learnt[here][1:]
             end = first + len(tokens) - 1
@@ -39,7 +39,6 @@ def collate_rows(
             labels[row, first:end] = np.where(learnt, tokens[1:], 0)
             loss_mask[row, first:end] = learnt
             positions[row, first:end] = np.arange(end - first)
-            segments[row, first:end] = segment
             first = end
     input_ids_BS, slots_BS = split_slots(torch.from_numpy(input_ids))
     return Batch(
@@ -47,9 +46,16 @@ def collate_rows(
         labels_BS=torch.from_numpy(labels),
         loss_mask_BS=torch.from_numpy(loss_mask),
         position_ids_BS=torch.from_numpy(positions),
-        segment_ids_BS=torch.from_numpy(segments) if packed else None,
+        row_blocks=tuple(_find_blocks(examples, members, seq_len) for members in rows) if packed else None,
         row_ids_B=torch.tensor(row_ids, dtype=torch.int64),
         num_loss_tokens=num_loss_tokens,
         num_tokens=num_tokens,
         slots_BS=slots_BS if examples.has_slots else None,
     )
+
+
+def _find_blocks(examples: Examples, members: NDArray[np.int64], seq_len: int) -> tuple[int, ...]:
+    """Positions of each example of a row, then of its padding."""
+    lengths: list[int] = (examples.starts[members + 1] - examples.starts[members] - 1).tolist()
+    padding = seq_len - sum(lengths)
+    return (*lengths, padding) if padding else tuple(lengths)

@@ -7,6 +7,7 @@ All else is as it was when it was recorded: shapes, Python's numbers, what was d
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ class MicrobatchGraphs:
 
     def _run_one(self, batch: Batch, *, seed: int, step: int) -> torch.Tensor:
         multiple = max(1, batch.input_ids_BS.numel() // _TARGET_STEPS)
-        inputs = prepare_inputs(batch, self._gpt.topology.device, seed=seed, step=step, target_multiple=multiple)
+        inputs = prepare_inputs(self._gpt, batch, seed=seed, step=step, target_multiple=multiple)
         graph = self._graphs.get(key := _describe(inputs))
         if graph is None:
             # Libraries choose their kernels and take their workspaces now, which must not happen in a recording.
@@ -97,24 +98,27 @@ class MicrobatchGraphs:
 
 
 def _list_tensors(inputs: Inputs) -> list[torch.Tensor]:
-    return [*_find_tensors(inputs.batch).values(), inputs.targets_N, inputs.row_keys_B]
+    return [*_find_tensors(inputs.batch).values(), *_find_tensors(inputs).values()]
 
 
-def _find_tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    values = {field.name: getattr(batch, field.name) for field in fields(Batch)}
+def _find_tensors(owner: Batch | Inputs) -> dict[str, torch.Tensor]:
+    """Its own fields that are tensors."""
+    values = {field.name: getattr(owner, field.name) for field in fields(owner)}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def _own(inputs: Inputs) -> Inputs:
     """Copies of its tensors that nothing else has and that can be written; a loader's rows may share positions."""
+    return replace(inputs, batch=replace(inputs.batch, **_clone(inputs.batch)), **_clone(inputs))
+
+
+def _clone(owner: Batch | Inputs) -> dict[str, Any]:
     plain = torch.contiguous_format
-    copies = {name: tensor.clone(memory_format=plain) for name, tensor in _find_tensors(inputs.batch).items()}
-    batch: Batch = replace(inputs.batch, **copies)  # type: ignore[arg-type]
-    return Inputs(batch=batch, targets_N=inputs.targets_N.clone(), row_keys_B=inputs.row_keys_B.clone())
+    return {name: tensor.clone(memory_format=plain) for name, tensor in _find_tensors(owner).items()}
 
 
 def _describe(inputs: Inputs) -> Hashable:
     """What a graph is made for."""
     batch = inputs.batch
-    given = batch.segment_ids_BS is not None, batch.slots_BS is not None
+    given = inputs.block_ids_BS is not None, batch.slots_BS is not None
     return tuple(batch.input_ids_BS.shape), len(inputs.targets_N), batch.adapter_of_row, given

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lora_dist.generation.batches import PromptBatch, compute_mask, compute_positions
 from lora_dist.generation.cache import LayerCache
 from lora_dist.generation.decode import Choice, Search
-from lora_dist.mcore.layers import SdpaAttention
+from lora_dist.mcore.attention import SdpaAttention
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.prefix.slots import split_slots
 

@@ -1,7 +1,4 @@
-"""The modules of one transformer layer that differ from Megatron's own: attention core, LoRA linears, recompute.
-
-Shapes: S sequence, B rows, A attention heads of this rank, D head dimension, H hidden.
-"""
+"""The modules of one transformer layer that differ from Megatron's own: LoRA linears, recompute."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,82 +7,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import nn
 
 from lora_dist.base_format import LinearShape
-from lora_dist.generation.cache import LayerCache
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.function import NO_COMMUNICATION, BaseWeight, ShardCommunication, frozen_linear
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.mixed import MixedLoraShard
 from lora_dist.quant.weight import QuantizedWeight
-
-
-class SdpaAttention(nn.Module):
-    """Attention core through torch's fused kernels: no [S, S] tensor is kept, and V100 has the kernel too."""
-
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        super().__init__()
-        self.dropout = config.attention_dropout
-        self.cache: LayerCache | None = None
-        """Where the model runs step by step: what it has seen of each row."""
-
-    def forward(
-        self,
-        query_SBAD: torch.Tensor,
-        key_SBAD: torch.Tensor,
-        value_SBAD: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **_: Any,
-    ) -> torch.Tensor:
-        """[S, B, A * D]. `attention_mask` [B, 1, S, S] is True where a query may look, or added to its scores; None
-        means causal.
-
-        Keys and values may have fewer heads, a divisor of A. With a cache the mask has a column for everything kept,
-        these S positions last.
-        """
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBAD, key_SBAD, value_SBAD))
-        if self.cache is not None:
-            key, value = self.cache.append(key, value)
-        dropout = self.dropout if self.training else 0.0
-        if dropout:
-            with get_cuda_rng_tracker().fork():
-                out = _attend(query, key, value, attention_mask, dropout)
-        else:
-            out = _attend(query, key, value, attention_mask, 0.0)
-        # In a plain layout, or matmul would make one small product a position of the next linear's one large product.
-        return out.permute(2, 0, 1, 3).flatten(0, 1).view(*query_SBAD.shape[:2], -1)
-
-
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float
-) -> torch.Tensor:
-    is_shared = key.shape[1] < query.shape[1]
-    if is_shared and not takes_shared_heads(query, mask):
-        key, value = write_out_heads(key, query), write_out_heads(value, query)
-        is_shared = False
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=is_shared
-    )
-
-
-def takes_shared_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether the fused kernel takes fewer key heads than query heads: flash attention does, V100's does not.
-
-    torch would take plain products instead, and keep all scores.
-    """
-    if query.device.type != "cuda":
-        return True
-    has_flash = torch.cuda.get_device_capability(query.device) >= (8, 0)
-    return has_flash and mask is None and query.dtype != torch.float32
-
-
-def write_out_heads(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Keys or values [B, heads, S, D] copied for each of the query's heads."""
-    return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
 
 def build_quantized_weight(linear: ColumnParallelLinear | RowParallelLinear, base_format: str) -> QuantizedWeight:

@@ -20,8 +20,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
+from lora_dist.mcore.attention import SdpaAttention
 from lora_dist.mcore.head_loss import compute_target_loss
-from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, ParallelLayer, SdpaAttention
+from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, ParallelLayer
 from lora_dist.mcore.norm import Norm, RmsNorm
 from lora_dist.mcore.rotary import Rotary, RotarySelfAttention
 from lora_dist.mcore.swiglu import SwiGlu
@@ -46,6 +47,8 @@ class ShardedGpt(GPTModel):
         self.label_smoothing = 0.0
         self.only_last_position = False
         """Compute logits for the last position alone."""
+        self.attends_in_blocks = True
+        """Whether packed examples attend one by one, or whole rows with a bias that keeps them apart."""
         self.slots_BS: torch.Tensor | None = None
         """As `Batch.slots_BS` of the microbatch whose forward pass runs."""
 

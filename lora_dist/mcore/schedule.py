@@ -8,13 +8,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from lora_dist.batch import Batch, move
+from lora_dist.batch import Batch, RowBlocks, move, number_blocks
 from lora_dist.lora.dropout import compute_row_keys
+from lora_dist.mcore.attention import compute_attention_bias
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.stopping import is_stop_requested
 
-_BIAS_ALIGNMENT = 8
-"""Elements; the memory-efficient kernel takes rows that begin at multiples of so many, and copies others."""
 ScaleLoss = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -68,7 +67,7 @@ def _run_schedule(
 
     def forward_step(iterator: "object", _stage: ShardedGpt) -> tuple[torch.Tensor, Callable]:
         batch: Batch = next(iterator)  # type: ignore[call-overload]
-        inputs = prepare_inputs(batch, gpt.topology.device, seed=seed, step=step)
+        inputs = prepare_inputs(gpt, batch, seed=seed, step=step)
         return run_forward(gpt, inputs, drops=not forward_only), loss_function
 
     return get_forward_backward_func()(
@@ -96,14 +95,20 @@ class Inputs:
     """Of `Batch.find_targets`."""
     row_keys_B: torch.Tensor
     """Of `compute_row_keys`."""
+    block_ids_BS: torch.Tensor | None
+    """Of `number_blocks`, for packed rows where the model does not attend in blocks."""
 
 
-def prepare_inputs(batch: Batch, device: torch.device, *, seed: int, step: int, target_multiple: int = 1) -> Inputs:
+def prepare_inputs(gpt: ShardedGpt, batch: Batch, *, seed: int, step: int, target_multiple: int = 1) -> Inputs:
     """What depends on values is worked out on the host, which need not wait for the device then."""
+    device, block_ids_BS = gpt.topology.device, None
+    if batch.row_blocks is not None and not gpt.attends_in_blocks:
+        block_ids_BS = move(number_blocks(batch.row_blocks), device)
     return Inputs(
         batch=batch.to(device),
         targets_N=move(batch.find_targets(target_multiple), device),
         row_keys_B=move(compute_row_keys(batch.row_ids_B, seed=seed, step=step), device),
+        block_ids_BS=block_ids_BS,
     )
 
 
@@ -113,31 +118,17 @@ def run_forward(gpt: ShardedGpt, inputs: Inputs, *, drops: bool) -> torch.Tensor
     gpt.clock.row_keys_B = inputs.row_keys_B if drops else None
     gpt.clock.adapter_of_row = batch.adapter_of_row
     gpt.slots_BS = batch.slots_BS
+    mask: torch.Tensor | RowBlocks | None = batch.row_blocks
+    if inputs.block_ids_BS is not None:
+        mask = compute_attention_bias(inputs.block_ids_BS, gpt.config.params_dtype)
     output: torch.Tensor = gpt(
         batch.input_ids_BS,
         batch.position_ids_BS,
-        compute_attention_bias(batch.segment_ids_BS, gpt.config.params_dtype),
+        mask,
         labels=batch.labels_BS,
         loss_mask=inputs.targets_N,
     )
     return output
-
-
-def compute_attention_bias(segment_ids_BS: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """[B, 1, S, S] to add to the scores: 0 where a position may look, that is at or before itself within its own packed
-    example, else -inf.
-
-    None (plain causal) where a row holds one example. Padding looks at itself, so that no row of the softmax is empty.
-    One for all layers: of truth values, attention would make such a tensor in each layer, and keep it for backward.
-    """
-    if segment_ids_BS is None:
-        return None
-    B, S = segment_ids_BS.shape
-    causal_SS = torch.ones(S, S, dtype=torch.bool, device=segment_ids_BS.device).tril()
-    same_BSS = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
-    may_look_B1SS = (same_BSS & causal_SS)[:, None]
-    room = torch.zeros(B, 1, S, -(-S // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT, dtype=dtype, device=segment_ids_BS.device)
-    return room[..., :S].masked_fill_(~may_look_B1SS, float("-inf"))
 
 
 def _sum_over_processes(gpt: ShardedGpt, losses: list[torch.Tensor]) -> tuple[float, bool]:

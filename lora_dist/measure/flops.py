@@ -1,8 +1,8 @@
 """FLOPs of one step: counted on the real operations, and the closed formula they must equal.
 
 Conventions: a multiply-add is 2; only matrix products and attention count; attention is counted in full, not halved for
-causality, as torch and NVIDIA do. Shapes: T tokens of a step with padding, M target tokens, S positions, Q features of
-all query heads.
+causality, as torch and NVIDIA do. Shapes: T tokens of a step with padding, M target tokens, S positions of what attends
+within itself (a row, or an example of a packed one), Q features of all query heads.
 
 For one linear from `i` to `o` features with adapters of total rank `r`:
 
@@ -86,7 +86,8 @@ class StepShape:
     """T: positions of the global batch, padding included."""
     num_loss_tokens: int
     """M: target tokens, the only ones the output layer sees."""
-    seq_len: int
+    num_scores: int
+    """That a head computes: the squares of the blocks that attend within themselves, T S where those are whole rows."""
     num_vocab_rows: int
     """Rows of the embedding with the padding that tensor parallelism adds."""
     recompute: str = "none"
@@ -129,7 +130,7 @@ def _build_layer(model: ModelConfig, shape: StepShape, ranks: dict[str, int], *,
     h, f, q, tokens = model.hidden_size, model.ffn_hidden_size, model.query_size, shape.num_tokens
     fc1 = 2 * f if model.architecture.gated else f
     features = {"qkv": (h, q + 2 * model.kv_size), "proj": (q, h), "fc1": (h, fc1), "fc2": (f, h)}
-    score_flops = 2 * tokens * shape.seq_len * q
+    score_flops = 2 * shape.num_scores * q
     parts = []
     for name in _FORWARD_ORDER:
         if name == "attention":

@@ -70,6 +70,7 @@ class _FakeRun:
         clock = ComputeClock(self.hardware)
         with self._open_modes(live, clock) as (answers, counter):
             engine, _ = build_engine(replace(config, compile=False, cuda_graphs=False), topology, fill=False)
+            engine.gpt.attends_in_blocks = config.attends_in_blocks(on_gpu=self.hardware.kind == "gpu")
             if self.hardware.kind == "gpu":
                 for group in engine.zero.adam.param_groups:
                     group["foreach"] = True  # as torch chooses there; it makes fewer temporaries
@@ -216,7 +217,8 @@ def compute_num_targets(config: RunConfig) -> int:
 
 
 def build_batches(config: RunConfig, topology: Topology, num_batches: int) -> list[Batch]:
-    """Microbatches of full rows; of their values only the number of targets counts. Packed rows have a mask."""
+    """Microbatches of full rows; of their values only the number of targets counts. Packed rows hold one example each,
+    the most that their attention can cost."""
     B, S = config.loop.micro_batch_size, config.data.seq_len
     num_microbatches = compute_num_microbatches(config.loop, topology.dp_size)
     rows_per_step = B * num_microbatches * topology.dp_size
@@ -230,7 +232,7 @@ def build_batches(config: RunConfig, topology: Topology, num_batches: int) -> li
             labels_BS=row(),
             loss_mask_BS=torch.arange(B * S).view(B, S) < compute_num_targets(config),
             position_ids_BS=row(),
-            segment_ids_BS=row() if config.data.collate == "pack" else None,
+            row_blocks=((S,),) * B if config.data.collate == "pack" else None,
             row_ids_B=torch.zeros(B, dtype=torch.int64),
             num_loss_tokens=compute_num_targets(config) * num_microbatches * topology.dp_size,
             num_tokens=rows_per_step * S,

@@ -61,7 +61,7 @@ def build_batch(chosen: list[int], adapter_of_row: tuple[int | None, ...]) -> Ba
         labels_BS=tokens[rows, 1:],
         loss_mask_BS=torch.ones(len(chosen), SEQ_LEN, dtype=torch.bool),
         position_ids_BS=torch.arange(SEQ_LEN).expand(len(chosen), -1),
-        segment_ids_BS=None,
+        row_blocks=None,
         row_ids_B=rows,
         num_loss_tokens=len(ROWS) * SEQ_LEN,
         num_tokens=len(ROWS) * SEQ_LEN,

@@ -118,7 +118,7 @@ def write_and_learn(options: dict, base: Path, target: Path, lora: LoraConfig) -
         B, S = tokens_BS.shape
         batch = Batch(
             input_ids_BS=tokens_BS, labels_BS=tokens_BS.roll(-1, 1), loss_mask_BS=torch.ones(B, S, dtype=torch.bool),
-            position_ids_BS=torch.arange(S).expand(B, -1), segment_ids_BS=None, row_ids_B=torch.arange(B),
+            position_ids_BS=torch.arange(S).expand(B, -1), row_blocks=None, row_ids_B=torch.arange(B),
             num_loss_tokens=B * S, num_tokens=B * S,
         )  # fmt: skip
         gpt.train()

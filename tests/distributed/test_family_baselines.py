@@ -72,7 +72,7 @@ def build_batch() -> Batch:
         labels_BS=tokens[:, 1:],
         loss_mask_BS=torch.ones(shape, dtype=torch.bool),
         position_ids_BS=torch.arange(shape[1]).expand(shape),
-        segment_ids_BS=None,
+        row_blocks=None,
         row_ids_B=torch.arange(shape[0]),
         num_loss_tokens=shape.numel(),
         num_tokens=shape.numel(),

@@ -82,7 +82,6 @@ BOUNDARY = 7
 def build_packed_batch(tokens_BS: torch.Tensor) -> Batch:
     """Two examples a row, each with positions of its own; every token but each example's first is a target."""
     positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS).clone()
-    segments_BS = 1 + (positions_BS >= BOUNDARY).long()
     positions_BS[:, BOUNDARY:] -= BOUNDARY
     loss_mask_BS = positions_BS != 0
     loss_mask_BS = loss_mask_BS.roll(-1, dims=1)
@@ -91,7 +90,7 @@ def build_packed_batch(tokens_BS: torch.Tensor) -> Batch:
         labels_BS=tokens_BS.roll(-1, dims=1),
         loss_mask_BS=loss_mask_BS,
         position_ids_BS=positions_BS,
-        segment_ids_BS=segments_BS,
+        row_blocks=((BOUNDARY, tokens_BS.shape[1] - BOUNDARY),) * len(tokens_BS),
         row_ids_B=torch.arange(len(tokens_BS)),
         num_loss_tokens=int(loss_mask_BS.sum()),
         num_tokens=tokens_BS.numel(),

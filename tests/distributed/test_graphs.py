@@ -110,7 +110,8 @@ def test_what_is_measured_of_a_recorded_run_is_the_same(tmp_path: Path) -> None:
     summaries = []
     for records in ("false", "true"):
         run_dir = tmp_path / records
-        run_distributed(train_run, 2, [*RUN, "topology=tp2", f"cuda_graphs={records}", f"run_dir={run_dir}"])
+        words = [*RUN, "topology=tp2", "packed_attention=mask", f"cuda_graphs={records}", f"run_dir={run_dir}"]
+        run_distributed(train_run, 2, words)
         summaries.append(json.loads((run_dir / "summary.json").read_text()))
     written, recorded = summaries
     assert written["flops_per_step"] > 0

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import run_distributed
-from toy import ALL_TARGETS, MODEL, NUM_ROWS, SEQ_LEN, Case, build_batches, build_case
+from toy import ALL_TARGETS, BLOCKS, MODEL, NUM_ROWS, SEQ_LEN, Case, build_batches, build_case
 
 from lora_dist.config import LoraConfig
 from lora_dist.lora.targets import build_adapter_specs
@@ -27,7 +27,7 @@ def build_shape(num_loss_tokens: int, recompute: str = "none", tp_size: int = 1)
     return StepShape(
         num_tokens=NUM_ROWS * SEQ_LEN,
         num_loss_tokens=num_loss_tokens,
-        seq_len=SEQ_LEN,
+        num_scores=NUM_ROWS * sum(length**2 for length in BLOCKS),
         num_vocab_rows=-(-MODEL.vocab_size // multiple) * multiple,
         recompute=recompute,
     )

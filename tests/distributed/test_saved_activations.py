@@ -20,7 +20,7 @@ B, S, H = 2, 64, 128
 
 
 def measure_units(
-    targets: list[str], num_layers: int, recompute: str, *, packed: bool = False, **family: object
+    targets: list[str], num_layers: int, recompute: str, *, packed: bool = False, blocks: bool = True, **family: object
 ) -> float:
     """Peak saved bytes over B S H fp32 values."""
     model = ModelConfig(
@@ -35,6 +35,7 @@ def measure_units(
     )
     topology = build_topology(TopologyConfig(), device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
     gpt = build_model(model, topology, dtype=torch.float32, recompute=recompute, clock=DropoutClock())
+    gpt.attends_in_blocks = blocks
     initialize_base(gpt, model, seed=0)
     apply_lora(gpt, build_adapter_specs(LoraConfig(rank=1, target_modules=targets), model), bias="none", seed=0)
     tokens = torch.arange(B * S).view(B, S) % 64
@@ -43,7 +44,7 @@ def measure_units(
         labels_BS=tokens,
         loss_mask_BS=torch.arange(S).expand(B, S) >= S - 4,  # few targets: the output layer's share is small
         position_ids_BS=torch.arange(S).expand(B, S),
-        segment_ids_BS=(torch.arange(S) // 16).expand(B, S) + 1 if packed else None,
+        row_blocks=((16,) * (S // 16),) * B if packed else None,
         row_ids_B=torch.arange(B),
         num_loss_tokens=4 * B,
         num_tokens=B * S,
@@ -94,9 +95,11 @@ def test_units_a_gated_layer(targets: list[str], expected: int, factors: float) 
     assert expected <= units < expected + factors
 
 
-def test_packing_keeps_one_bias_for_all_layers() -> None:
-    alone, packed = (measure_units_a_layer(["q_proj", "v_proj"], packed=packed) for packed in (False, True))
-    assert packed == pytest.approx(alone, abs=1e-6)
+@pytest.mark.parametrize("blocks", [True, False])
+def test_packing_keeps_nothing_more_in_a_layer(blocks: bool) -> None:
+    """Block by block, and under one bias for all layers."""
+    alone = measure_units_a_layer(["q_proj", "v_proj"])
+    assert measure_units_a_layer(["q_proj", "v_proj"], packed=True, blocks=blocks) == pytest.approx(alone, abs=1e-6)
 
 
 def test_full_recompute_keeps_a_layers_input() -> None:

@@ -79,7 +79,7 @@ def test_bench_end_to_end(started_config: RunConfig) -> None:
         assert losses[same[0]] == losses[f"{same[0]}_recompute"]
         assert contenders[same[0]]["flops_per_step"] < contenders[f"{same[0]}_recompute"]["flops_per_step"]
     assert contenders["lora"]["num_trainable"] == contenders["peft"]["num_trainable"] == 2 * 2 * 2 * 4 * 32
-    shape = StepShape(num_tokens=64, num_loss_tokens=32, seq_len=16, num_vocab_rows=104)
+    shape = StepShape(num_tokens=64, num_loss_tokens=32, num_scores=64 * 16, num_vocab_rows=104)
     assert contenders["full"]["flops_per_step"] == compute_full_flops(MODEL, shape)
     assert contenders["lora"]["saved_activation_bytes"] < contenders["peft"]["saved_activation_bytes"]
     assert len(record["ratios"]) == len(ALL) * (len(ALL) - 1)

@@ -14,7 +14,7 @@ from lora_dist.config import DataConfig, LoopConfig, RunConfig, TopologyConfig
 from lora_dist.data.loader import build_loaders
 
 NUM_PAIRS = 37
-TENSORS = ("input_ids_BS", "labels_BS", "loss_mask_BS", "position_ids_BS", "segment_ids_BS", "row_ids_B")
+TENSORS = ("input_ids_BS", "labels_BS", "loss_mask_BS", "position_ids_BS", "row_ids_B")
 
 
 @pytest.fixture(params=["pack", "pad"])
@@ -70,10 +70,7 @@ def test_counts_are_those_of_the_global_batch(config: RunConfig) -> None:
     batches = build_loaders(config, dp_size=1, dp_rank=0).train.batches_at(2)
     assert batches[0].num_loss_tokens == sum(int(batch.loss_mask_BS.sum()) for batch in batches)
     # No token of these files is 0 where a text goes on, and the end token is the last of the vocabulary.
-    in_use = [
-        batch.input_ids_BS.ne(0) if batch.segment_ids_BS is None else batch.segment_ids_BS.ne(0) for batch in batches
-    ]
-    assert batches[0].num_tokens == sum(int(used.sum()) for used in in_use)
+    assert batches[0].num_tokens == sum(int(batch.input_ids_BS.ne(0).sum()) for batch in batches)
 
 
 def test_any_step_is_the_same_in_a_fresh_process(config: RunConfig) -> None:

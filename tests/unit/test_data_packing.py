@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_dist.batch import Batch
+from lora_dist.batch import Batch, number_blocks
 from lora_dist.data.collate import collate_rows
 from lora_dist.data.examples import Examples
 from lora_dist.data.packing import Layout, build_layout, shuffle_layout
-from lora_dist.mcore.schedule import compute_attention_bias
+from lora_dist.mcore.attention import compute_attention_bias
 
 VOCAB_SIZE, SEQ_LEN = 50, 24
 
@@ -76,14 +76,14 @@ def test_little_padding() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_packed_tensors(seed: int) -> None:
-    """Token by token against the examples: positions, segments, labels and their mask, padding."""
+    """Token by token against the examples: positions, blocks, labels and their mask, padding."""
     examples = draw_examples(seed)
     rows = get_rows(build_layout(examples.num_positions, seq_len=SEQ_LEN, collate="pack"))
     batch = collate(examples, rows)
-    assert batch.segment_ids_BS is not None
+    assert batch.row_blocks is not None
     for index, row in enumerate(rows):
         first = 0
-        for segment, example in enumerate(row, 1):
+        for example in row:
             whole = slice(examples.starts[example], examples.starts[example + 1])
             tokens, learnt = (torch.from_numpy(array[whole]) for array in (examples.tokens, examples.is_learnt))
             tokens, learnt, length = tokens.long(), learnt[1:], len(tokens) - 1
@@ -92,10 +92,11 @@ def test_packed_tensors(seed: int) -> None:
             assert batch.loss_mask_BS[index, here].equal(learnt)
             assert batch.labels_BS[index, here].equal(torch.where(learnt, tokens[1:], 0))
             assert batch.position_ids_BS[index, here].equal(torch.arange(length))
-            assert batch.segment_ids_BS[index, here].eq(segment).all()
             first += length
-        for padding in (batch.input_ids_BS, batch.labels_BS, batch.loss_mask_BS, batch.segment_ids_BS):
+        for padding in (batch.input_ids_BS, batch.labels_BS, batch.loss_mask_BS):
             assert not padding[index, first:].any()
+        lengths = examples.num_positions[row].tolist()
+        assert batch.row_blocks[index] == tuple([*lengths, SEQ_LEN - first] if first < SEQ_LEN else lengths)
     assert int(batch.loss_mask_BS.sum()) == examples.num_loss_tokens.sum()
     assert batch.row_ids_B.tolist() == list(range(len(rows)))
 
@@ -104,7 +105,7 @@ def test_padded_tensors() -> None:
     """One example a row from its start; a row without an example is padding and learns nothing."""
     examples = draw_examples(0, num_examples=3)
     batch = collate(examples, [np.array([2]), np.zeros(0, dtype=np.int64)], packed=False)
-    assert batch.segment_ids_BS is None
+    assert batch.row_blocks is None
     length = examples.num_positions[2]
     tokens = examples.tokens[examples.starts[2] : examples.starts[3]]
     assert batch.input_ids_BS[0, :length].tolist() == tokens[:-1].tolist()
@@ -115,7 +116,9 @@ def test_padded_tensors() -> None:
 
 def compute_losses(model: GPT2LMHeadModel, batch: Batch) -> list[float]:
     """Cross-entropy of every learnt token, in the batch's order."""
-    bias = compute_attention_bias(batch.segment_ids_BS, torch.float64)
+    bias = None
+    if batch.row_blocks is not None:
+        bias = compute_attention_bias(number_blocks(batch.row_blocks), torch.float64)
     logits = model(batch.input_ids_BS, position_ids=batch.position_ids_BS, attention_mask=bias).logits
     return F.cross_entropy(logits[batch.loss_mask_BS], batch.labels_BS[batch.loss_mask_BS], reduction="none").tolist()
 
@@ -145,6 +148,6 @@ def test_packed_losses_equal_those_of_each_example_alone() -> None:
         for loss in compute_losses(model, collate(examples, [np.array([example])], packed=False))
     ]
     assert packed == pytest.approx(alone, abs=1e-10)
-    segments_lost = collate(examples, rows)
-    segments_lost.segment_ids_BS = torch.ones_like(segments_lost.input_ids_BS)
-    assert compute_losses(model, segments_lost) != pytest.approx(alone, abs=1e-3)
+    bounds_lost = collate(examples, rows)
+    bounds_lost.row_blocks = ((SEQ_LEN,),) * len(rows)
+    assert compute_losses(model, bounds_lost) != pytest.approx(alone, abs=1e-3)

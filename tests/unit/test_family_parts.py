@@ -18,7 +18,7 @@ from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import compute_canonical_shapes
 from lora_dist.files.modules import FAMILY_NAMES
 from lora_dist.lora.targets import compute_linear_shapes
-from lora_dist.mcore.layers import SdpaAttention
+from lora_dist.mcore.attention import SdpaAttention
 from lora_dist.mcore.norm import RmsNorm
 from lora_dist.mcore.rotary import compute_frequencies, rotate
 from lora_dist.mcore.swiglu import SwiGlu
@@ -232,7 +232,7 @@ def test_shared_heads_attend_alike_where_the_kernel_takes_them_and_where_it_does
     mask: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared, few = attend(mask)
-    monkeypatch.setattr("lora_dist.mcore.layers.takes_shared_heads", lambda *_: False)
+    monkeypatch.setattr("lora_dist.mcore.attention.takes_shared_heads", lambda *_: False)
     written_out, many = attend(mask)
     torch.testing.assert_close(shared, written_out)
     sizes = [sum(tensor.numel() for tensor in kept if tensor.shape[-1] == 8) for kept in (few, many)]

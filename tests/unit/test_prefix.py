@@ -5,6 +5,7 @@ import pytest
 import torch
 from data_files import tiny_tokenizer
 
+from lora_dist.batch import number_blocks
 from lora_dist.cli.compose import compose_config
 from lora_dist.data.collate import collate_rows
 from lora_dist.data.contexts import encode_contexts
@@ -96,8 +97,8 @@ def test_a_batch_looks_up_no_slot_and_learns_none(packed: bool) -> None:
     assert batch.slots_BS[first_learnt].tolist() == [5, 5]
     assert int((batch.slots_BS[batch.loss_mask_BS] > 0).sum()) == 2
     if packed:
-        assert batch.segment_ids_BS is not None
-        assert batch.segment_ids_BS[batch.slots_BS > 0].tolist() == [1] * 5 + [2] * 5
+        assert batch.row_blocks is not None
+        assert number_blocks(batch.row_blocks)[batch.slots_BS > 0].tolist() == [0] * 5 + [1] * 5
 
 
 def test_an_ngram_with_a_slot_is_none() -> None:

@@ -1,0 +1,120 @@
+"""The attention core: torch's fused kernels over whole rows, or example by example where a row holds several.
+
+Shapes: S sequence, B rows, A attention heads of this rank, D head dimension.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from lora_dist.batch import RowBlocks
+from lora_dist.generation.cache import LayerCache
+
+_BIAS_ALIGNMENT = 8
+"""Elements; the memory-efficient kernel takes rows that begin at multiples of so many, and copies others."""
+
+
+class SdpaAttention(nn.Module):
+    """Attention core through torch's fused kernels: no [S, S] tensor is kept, and V100 has the kernel too."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        self.dropout = config.attention_dropout
+        self.cache: LayerCache | None = None
+        """Where the model runs step by step: what it has seen of each row."""
+
+    def forward(
+        self,
+        query_SBAD: torch.Tensor,
+        key_SBAD: torch.Tensor,
+        value_SBAD: torch.Tensor,
+        attention_mask: torch.Tensor | RowBlocks | None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """[S, B, A * D]. `attention_mask` [B, 1, S, S] is True where a query may look, or added to its scores; blocks
+        are causal within themselves; None means causal.
+
+        Keys and values may have fewer heads, a divisor of A. With a cache the mask has a column for everything kept,
+        these S positions last.
+        """
+        dropout = self.dropout if self.training else 0.0
+        if dropout:
+            with get_cuda_rng_tracker().fork():
+                return self._compute(query_SBAD, key_SBAD, value_SBAD, attention_mask, dropout)
+        return self._compute(query_SBAD, key_SBAD, value_SBAD, attention_mask, 0.0)
+
+    def _compute(
+        self,
+        query_SBAD: torch.Tensor,
+        key_SBAD: torch.Tensor,
+        value_SBAD: torch.Tensor,
+        mask: torch.Tensor | RowBlocks | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBAD, key_SBAD, value_SBAD))
+        if isinstance(mask, tuple):
+            return _attend_in_blocks(query, key, value, mask, dropout).flatten(2)
+        if self.cache is not None:
+            key, value = self.cache.append(key, value)
+        out = _attend(query, key, value, mask, dropout)
+        # In a plain layout, or matmul would make one small product a position of the next linear's one large product.
+        return out.permute(2, 0, 1, 3).flatten(0, 1).view(*query_SBAD.shape[:2], -1)
+
+
+def _attend_in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_blocks: RowBlocks, dropout: float
+) -> torch.Tensor:
+    """[S, B, A, D] of [B, heads, S, D]; scores of two positions in different blocks are never computed."""
+    rows = []
+    # Split, not indexed: its backward joins the parts' gradients, where that of an index fills up a tensor for each.
+    for lengths, q, k, v in zip(row_blocks, query.split(1), key.split(1), value.split(1), strict=True):
+        blocks = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
+        rows.append(torch.cat([_attend(*block, None, dropout).permute(2, 0, 1, 3) for block in blocks]))
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    is_shared = key.shape[1] < query.shape[1]
+    if is_shared and not takes_shared_heads(query, mask):
+        key, value = write_out_heads(key, query), write_out_heads(value, query)
+        is_shared = False
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=is_shared
+    )
+
+
+def takes_shared_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the fused kernel takes fewer key heads than query heads: flash attention does, V100's does not.
+
+    torch would take plain products instead, and keep all scores.
+    """
+    if query.device.type != "cuda":
+        return True
+    has_flash = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return has_flash and mask is None and query.dtype != torch.float32
+
+
+def write_out_heads(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, heads, S, D] copied for each of the query's heads."""
+    return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
+def compute_attention_bias(block_ids_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, 1, S, S] to add to the scores: 0 where a position may look, that is at or before itself within its own block
+    (`number_blocks`), else -inf.
+
+    Padding looks at itself, so that no row of the softmax is empty. One for all layers: of truth values, attention
+    would make such a tensor in each layer, and keep it for backward.
+    """
+    B, S = block_ids_BS.shape
+    causal_SS = torch.ones(S, S, dtype=torch.bool, device=block_ids_BS.device).tril()
+    same_BSS = block_ids_BS[:, :, None] == block_ids_BS[:, None, :]
+    may_look_B1SS = (same_BSS & causal_SS)[:, None]
+    room = torch.zeros(B, 1, S, -(-S // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT, dtype=dtype, device=block_ids_BS.device)
+    return room[..., :S].masked_fill_(~may_look_B1SS, float("-inf"))
