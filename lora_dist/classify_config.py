@@ -50,13 +50,7 @@ class ClassifyConfig:
     """Take the head of `adapter` too; false where it is of another task."""
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=8, alpha=8.0))
     optim: OptimConfig = field(default_factory=OptimConfig)
-    warmup_ratio: float | None = None
-    """Share of the steps that warm up, in place of optim.num_warmup_steps."""
     loop: LoopConfig = field(default_factory=LoopConfig)
-    num_epochs: float | None = None
-    """Times through the training file, in place of loop.num_steps."""
-    eval_every_epochs: float | None = None
-    """Times through the training file between validations, in place of loop.eval_every."""
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
@@ -76,15 +70,9 @@ class ClassifyConfig:
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))
         require(
-            self.warmup_ratio is None or 0.0 <= self.warmup_ratio <= 1.0,
-            f"warmup_ratio={self.warmup_ratio} must lie in [0, 1]",
-        )
-        for key in ("num_epochs", "eval_every_epochs"):
-            value = getattr(self, key)
-            require(value is None or value > 0, f"{key}={value} must be positive")
-        require(
-            not self.loop.keep_best or self.loop.eval_every > 0 or self.eval_every_epochs is not None,
-            "loop.keep_best=true chooses between validations, and loop.eval_every=0; give it, or eval_every_epochs",
+            not self.loop.keep_best or self.loop.validates_between,
+            "loop.keep_best=true chooses between validations, and loop.eval_every=0; give the steps between them, or"
+            " loop.eval_every_epochs",
         )
         self._check_topology()
         self._check_lora()

@@ -83,6 +83,11 @@ class DataConfig:
             require(count is None or count >= 1, f"data.{key}={count} must be at least 1")
         self._check_foreign_keys()
 
+    @property
+    def leaves_text_open(self) -> bool:
+        """Whether the file alone does not say what is read: keys here, or a chat template, do."""
+        return self.format in ("chat", "text") or (self.context_fields, self.target_field) != (["context"], "target")
+
     def _check_foreign_keys(self) -> None:
         """What only some formats read must not be set with another."""
         for one in fields(self):

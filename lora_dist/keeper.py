@@ -117,11 +117,14 @@ def open_keeper(
     """The keeper of this run, its state restored where `config.resume` asks for that."""
     fingerprint = run_on_first(topology, lambda: compute_base_fingerprint(config.model, config.loop.seed))
     hashes = {split: file.sha256 for split, file in loaders.report.files.items()}
+    data: dict[str, Any] = {**hashes, "num_train_examples": loaders.report.num_train_examples}
+    if config.data.leaves_text_open:
+        data["tokens"] = loaders.train.hash_examples()
     identity = describe_run(
         config,
         method.specs,
         base_fingerprint=fingerprint,
-        data_hashes={**hashes, "num_train_examples": loaders.report.num_train_examples},
+        data_hashes=data,
         dp_size=topology.dp_size,
     )
     keeper = Keeper(

@@ -79,16 +79,16 @@ def train_loop(
         validation = validate()
         valid_loss_before = validation.get("valid_loss")
         observe({"step": 0, "valid_loss": None, **validation})
-    for step in range(first_step, loop.num_steps):
+    for step in range(first_step, loop.total_steps):
         batches = train_loader.batches_at(step)
-        lr = compute_lr(optim, step=step, num_steps=loop.num_steps)
+        lr = compute_lr(optim, step=step, num_steps=loop.total_steps)
         probe = open_probe() if step == first_step else nullcontext()
         with meter.step(num_tokens=batches[0].num_tokens, num_loss_tokens=batches[0].num_loss_tokens), probe:
             result = engine.train_step(batches, step=step, lr=lr)
         done = step + 1
         if _is_due(done, loop.check_replicas_every):
             engine.check_replicas()
-        is_last = done == loop.num_steps
+        is_last = done == loop.total_steps
         validation = validate() if is_last or _is_due(done, loop.eval_every) else {}
         observe(_describe_step(done, result, lr) | validation)
         if validation:
@@ -97,7 +97,7 @@ def train_loop(
             save(done, valid_loss_before)
         if result.stop_requested:
             break
-    if first_step >= loop.num_steps:
+    if first_step >= loop.total_steps:
         validation = validate()
     valid_loss = validation.get("valid_loss")
     return TrainResult(valid_loss_before=valid_loss_before, valid_loss_after=valid_loss, num_steps_done=done)

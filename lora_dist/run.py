@@ -16,6 +16,7 @@ from typing import NoReturn
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import Loader, Loaders, build_loaders
 from lora_dist.engine import Engine
+from lora_dist.epochs import settle_epochs
 from lora_dist.fusion import compile_chains
 from lora_dist.keeper import Keeper, open_keeper
 from lora_dist.loop import TrainResult, train_loop
@@ -98,15 +99,19 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     """Build, train, save and measure one method in `config.run_dir`, which exists."""
     memory = PeakMemoryMeter(topology.device)
     loaders = build_loaders(config, dp_size=topology.dp_size, dp_rank=topology.dp_rank)
+    loop, optim = settle_epochs(
+        config.loop, config.optim, rows_per_epoch=loaders.train.num_rows, dp_size=topology.dp_size
+    )
+    config = replace(config, loop=loop, optim=optim)
     engine, method = build_engine(config, topology)
     optimizer_state = check_optimizer_state(engine.zero, engine.gpt, engine.trainable, topology)
     keeper = open_keeper(config, topology, engine, method, loaders)
     meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
     result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter)
-    if result.num_steps_done < config.loop.num_steps:
+    if result.num_steps_done < config.loop.total_steps:
         _stop(config, topology, result.num_steps_done)
     peak_memory = memory.read()
-    keeper.write_model(name_trained(config), config.loop.num_steps, {"valid_loss": result.valid_loss_after})
+    keeper.write_model(name_trained(config), config.loop.total_steps, {"valid_loss": result.valid_loss_after})
     return build_summary(
         config,
         topology,
@@ -187,6 +192,8 @@ def _validate(engine: Engine, valid: Loader | None) -> Validation:
 
 def _stop(config: RunConfig, topology: Topology, num_steps_done: int) -> NoReturn:
     """Every process leaves the run, none before the first has written and closed all that is its own."""
-    message = f"stopped after step {num_steps_done} of {config.loop.num_steps}, as asked, and saved in {config.run_dir}"
+    message = (
+        f"stopped after step {num_steps_done} of {config.loop.total_steps}, as asked, and saved in {config.run_dir}"
+    )
     run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
     raise_stopped(message)

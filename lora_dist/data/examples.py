@@ -6,6 +6,7 @@ token where the tokenizer has one; the target gets one space before it, so that 
 running text. A method's slots (lora_dist.prefix) stand before all that and between the first end token and the target.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -46,6 +47,13 @@ class Examples:
         """[N]; positions an example takes up in a row: all its tokens but the last, which is only predicted."""
         positions: NDArray[np.int64] = np.diff(self.starts) - 1
         return positions
+
+    def hash(self) -> str:
+        """Of all tokens, of which are learnt, and of where examples begin."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.is_learnt, self.starts):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     @property
     def num_loss_tokens(self) -> NDArray[np.int64]:

@@ -51,6 +51,10 @@ class Loader:
         self._layout = build_layout(self._lengths, seq_len=shape.seq_len, collate=collate)
         self._epochs: dict[int, Layout] = {}
 
+    def hash_examples(self) -> str:
+        """Of `Examples.hash`: what a template, keys and a tokenizer have made of the file."""
+        return self._examples.hash()
+
     @property
     def num_rows(self) -> int:
         """Rows of one epoch."""

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 
 from lora_dist.classify_config import ClassifyConfig
 from lora_dist.encoders.engine import compute_losses
-from lora_dist.encoders.job import Job, keep_best, load_data, open_job, read_best, resume, save, settle_steps, write
+from lora_dist.encoders.job import Job, keep_best, load_data, open_job, read_best, resume, save, write
 from lora_dist.encoders.model import read_family
+from lora_dist.epochs import settle_epochs
 from lora_dist.files.directories import write_json, write_lines
 from lora_dist.loop import train_loop
 from lora_dist.mcore.parallel import open_topology
@@ -38,7 +39,8 @@ def classify(config: ClassifyConfig) -> None:
         if config.train is not None:
             run_on_first(topology, lambda: prepare_run_dir(config))
         data = load_data(config)
-        config = settle_steps(config, len(data.train), topology.dp_size)
+        loop, optim = settle_epochs(config.loop, config.optim, rows_per_epoch=len(data.train), dp_size=topology.dp_size)
+        config = replace(config, loop=loop, optim=optim)
         memory = PeakMemoryMeter(device)
         job = open_job(config, topology, data)
         summary: dict[str, Any] = {}
@@ -69,8 +71,8 @@ def train(job: Job, memory: PeakMemoryMeter) -> dict[str, Any]:
             keep_best=lambda step, validation: keep_best(job, step, validation),
             valid_loss_before=valid_loss_before,
         )
-    if result.num_steps_done < config.loop.num_steps:
-        message = f"stopped after step {result.num_steps_done} of {config.loop.num_steps}, as asked, and saved"
+    if result.num_steps_done < config.loop.total_steps:
+        message = f"stopped after step {result.num_steps_done} of {config.loop.total_steps}, as asked, and saved"
         run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
         raise_stopped(message)
     write(job, name_trained(config), result.num_steps_done, {"valid_loss": result.valid_loss_after})

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ class Job:
             "encoder.seq_len": config.encoder.seq_len,
             "train": self.data.train_sha256,
             "optim": asdict(config.optim),
-            "loop.num_steps": loop.num_steps,
+            "loop.num_steps": loop.total_steps,
             "loop.seed": loop.seed,
             "global_batch_size": self.loader(self.data.train).global_batch_size,
         }
@@ -115,19 +114,6 @@ def load_data(config: ClassifyConfig) -> Data:
         tokenizer=tokenizer,
         train_sha256=hashlib.sha256(content.encode()).hexdigest(),
     )
-
-
-def settle_steps(config: ClassifyConfig, num_examples: int, dp_size: int) -> ClassifyConfig:
-    """num_epochs, eval_every_epochs and warmup_ratio as numbers of steps."""
-    loop, optim = config.loop, config.optim
-    steps_per_epoch = num_examples / (loop.micro_batch_size * dp_size * compute_num_microbatches(loop, dp_size))
-    if config.num_epochs is not None:
-        loop = replace(loop, num_steps=max(1, math.ceil(config.num_epochs * steps_per_epoch)))
-    if config.eval_every_epochs is not None:
-        loop = replace(loop, eval_every=max(1, math.ceil(config.eval_every_epochs * steps_per_epoch)))
-    if config.warmup_ratio is not None:
-        optim = replace(optim, num_warmup_steps=round(config.warmup_ratio * loop.num_steps))
-    return replace(config, loop=loop, optim=optim)
 
 
 def open_job(config: ClassifyConfig, topology: Topology, data: Data) -> Job:

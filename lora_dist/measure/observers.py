@@ -32,7 +32,7 @@ def open_observers(
     with (
         MetricsFile(run_dir / "metrics.jsonl", num_steps_done=num_steps_done) as file,
         open_wandb(config.track, run_dir, asdict(config), name=name, global_rank=0) as tracker,
-        Progress(name, num_steps=config.loop.num_steps, num_steps_done=num_steps_done) as progress,
+        Progress(name, num_steps=config.loop.total_steps, num_steps_done=num_steps_done) as progress,
     ):
 
         def observe(metrics: dict[str, float | int | bool | None]) -> None:

@@ -185,7 +185,7 @@ def build_summary(
             checkpoint_bytes=measure_files([checkpoint_dir]),
             valid_loss_before=valid_loss_before,
             valid_loss_after=valid_loss_after,
-            num_steps=config.loop.num_steps,
+            num_steps=config.loop.total_steps,
             data=data,
         )
         summary.write(path)

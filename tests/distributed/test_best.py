@@ -114,7 +114,12 @@ def test_what_leaves_no_choice_is_refused(overrides: list[str], message: str) ->
 
 def test_an_encoder_is_validated_once_an_epoch(tmp_path: Path) -> None:
     """48 examples, 16 a step; the last step is validated in any case."""
-    words = [f"train={tmp_path / 'train.tsv'}", "num_epochs=2.3", "eval_every_epochs=1", "loop.keep_best=true"]
+    words = [
+        f"train={tmp_path / 'train.tsv'}",
+        "loop.num_epochs=2.3",
+        "loop.eval_every_epochs=1",
+        "loop.keep_best=true",
+    ]
     assert run_distributed(call, 1, describe_command(tmp_path, "run", *words)) == [0]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "valid_accuracy" in line] == [0, 3, 6, 7]
@@ -124,4 +129,4 @@ def test_an_encoder_is_validated_once_an_epoch(tmp_path: Path) -> None:
 def test_an_encoder_has_to_be_validated_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = describe_command(tmp_path, "run", f"train={tmp_path / 'train.tsv'}", "loop.keep_best=true")
     assert run_distributed(call, 1, words) == [2]
-    assert "loop.eval_every=0; give it, or eval_every_epochs" in capfd.readouterr().err
+    assert "loop.eval_every=0; give the steps between them" in capfd.readouterr().err

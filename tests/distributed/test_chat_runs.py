@@ -184,3 +184,22 @@ def test_chats_that_cannot_be(place: Path, words: list[str], message: str, capfd
     call_words = ["generate", "model=hf", f"model.checkpoint={place / 'base'}", "generate.prompt=x", *words]
     assert run_distributed(call, 1, call_words) != [0]
     assert message in capfd.readouterr().err
+
+
+def test_a_run_goes_on_with_the_conversations_it_began_with(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The same file under another system message is other text."""
+    words = [
+        "data=chat",
+        f"data.train={place / 'chat.jsonl'}",
+        "method=lora",
+        "loop.save_every_epochs=1",
+        "resume=auto",
+    ]
+    first, more = [*words, "loop.num_epochs=2", "data.collate=pad"], ["loop.micro_batch_size=1"]
+    train(place, "goes_on", 1, *first, *more)
+    assert [line["step"] for line in read_losses(place / "goes_on")][-1] == 2 * len(CHATS)
+    train(place, "goes_on", 1, *first, *more, "loop.num_epochs=3")
+    assert [line["step"] for line in read_losses(place / "goes_on")][-1] == 3 * len(CHATS)
+    with pytest.raises(AssertionError):
+        train(place, "goes_on", 1, *first, *more, "data.system=Hm.", "loop.num_epochs=4")
+    assert "data.tokens is " in capfd.readouterr().err

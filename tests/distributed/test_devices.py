@@ -100,7 +100,7 @@ def test_what_is_made_of_adapters(topology: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["encoder.method=lora"], ["encoder.method=bitfit", "zero.stage=2"]], ids=str)
 def test_an_encoder(words: list[str], tmp_path: Path) -> None:
     command = describe_command(
-        tmp_path, "run", f"train={tmp_path / 'train.tsv'}", "num_epochs=1", "topology=dp2", *words
+        tmp_path, "run", f"train={tmp_path / 'train.tsv'}", "loop.num_epochs=1", "topology=dp2", *words
     )
     assert run_distributed(call_labelled, 2, command) == [[0], [0]]
 

@@ -43,7 +43,7 @@ def describe_command(tmp_path: Path, run: str, *words: str) -> list[str]:
 
 
 def test_a_run_trains_resumes_and_is_scored(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    train_words = [f"train={tmp_path / 'train.tsv'}", "num_epochs=20", "warmup_ratio=0.1"]
+    train_words = [f"train={tmp_path / 'train.tsv'}", "loop.num_epochs=20", "optim.warmup_ratio=0.1"]
     assert run_distributed(call, 1, describe_command(tmp_path, "whole", *train_words)) == [0]
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary["num_steps_done"] == 60

@@ -55,7 +55,7 @@ def test_every_setting_of_an_encoder_composes(option: str) -> None:
     given = ["encoder.checkpoint=/roberta", "task=glue_mnli", "task.references=/dev.tsv", "train=/train.tsv"]
     config = compose_as(ClassifyConfig, [f"encoder={option}", *given, "run_dir=/run"])
     assert config.lora.target_modules == ["q_proj", "v_proj"]
-    assert (config.num_epochs is None) == (option == "hf")
+    assert (config.loop.num_epochs is None) == (option == "hf")
 
 
 @pytest.mark.parametrize("option", [option for _, option in OPTIONS])
