@@ -76,9 +76,8 @@ def choose_form(
     if conversations:
         return QuestionForm(chat=True, conversations=True)
     if chat is None:
-        forms = [_read_form(find_run(directory), model) for directory in adapters] or [
-            _read_form(find_model_run(model.checkpoint), model)
-        ]
+        forms = [_read_form(find_run(directory), model) for directory in adapters]
+        forms = forms or [_read_form(find_model_run(model.checkpoint), model, has_template=True)]
         if any(form != forms[0] for form in forms):
             raise ValueError("the adapters were trained in different forms (pairs, chats, system messages); set chat")
         chat, system = forms[0].chat, forms[0].system if system is None else system
@@ -87,12 +86,12 @@ def choose_form(
     return QuestionForm(chat=chat, system=system, end_context=end_context)
 
 
-def _read_form(run_dir: Path | None, model: ModelConfig) -> QuestionForm:
-    """In which the run has trained; that of pairs where there is no run."""
+def _read_form(run_dir: Path | None, model: ModelConfig, *, has_template: bool = False) -> QuestionForm:
+    """In which the run has trained; that of pairs where there is no run. A whole model has its template with it."""
     run = {} if run_dir is None else read_run(run_dir)
     if run.get("data", {}).get("format") != "chat":
         return QuestionForm()
-    for key in ("chat_template", "chat_values", "chat_date"):
+    for key in ("chat_values", "chat_date") if has_template else ("chat_template", "chat_values", "chat_date"):
         trained, given = run["model"][key], getattr(model, key)
         if trained != given:
             raise ValueError(

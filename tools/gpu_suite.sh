@@ -72,6 +72,13 @@ run_micro() {
         FAILED+=(latency)
     "$PYTHON" tools/kernel_bench.py --device cuda --dtype bf16 --num-tokens 8192 --num-rounds 50 \
         --record $RECORDS/kernels_gpu.json || FAILED+=(kernels)
+    local seq_len
+    for seq_len in 512 2048; do
+        "$PYTHON" tools/packing_record.py --record "$RECORDS/packing/gpu_gpt3_1_3b_$seq_len.json" --rounds 20 \
+            model=gpt3_1_3b model.vocab_size=4096 model.tokenizer=lora_dist/assets/demo_base data=e2e_demo \
+            data.seq_len=$seq_len loop.micro_batch_size=$((8192 / seq_len)) dtype=bf16 device=cuda ||
+            FAILED+=("packing_$seq_len")
+    done
 }
 
 run_nf4() {

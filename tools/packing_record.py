@@ -1,9 +1,10 @@
-"""What packing gives and how packed examples attend: real tokens a CPU second of three ways to lay out the same data.
+"""What packing gives and how packed examples attend: real tokens a second of three ways to lay out the same data.
 
     python tools/packing_record.py --record FILE [--rounds N] data=... model=... [overrides of `lora-dist train`]
 
 The ways take a step in turn on one model of one process: packed rows block by block, packed rows under a mask, and rows
-of one example padded to the longest, with as many examples a step on the average.
+of one example padded to the longest, with as many examples a step on the average. Seconds are the CPU time of the
+process, on a GPU the time until the device is done.
 """
 
 import argparse
@@ -40,18 +41,26 @@ class Way:
     in_blocks: bool
 
     def step(self, engine: Engine, step: int, lr: float) -> tuple[float, int]:
-        """CPU seconds and the tokens that are not padding."""
+        """Seconds and the tokens that are not padding."""
         batches = self.loader.batches_at(step)
         engine.gpt.attends_in_blocks = self.in_blocks
-        started = time.process_time()
+        started = read_clock(engine)
         engine.train_step(batches, step=step, lr=lr)
-        return time.process_time() - started, batches[0].num_tokens
+        return read_clock(engine) - started, batches[0].num_tokens
 
     def count_saved_bytes(self, engine: Engine, step: int, lr: float) -> int:
         """The most that forward keeps for backward."""
         with open_activation_ledger(engine.gpt.parameters) as ledger:
             self.step(engine, step, lr)
         return ledger.peak_bytes
+
+
+def read_clock(engine: Engine) -> float:
+    device = engine.gpt.topology.device
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def measure(config: RunConfig, num_rounds: int) -> dict[str, Any]:
@@ -72,6 +81,7 @@ def measure(config: RunConfig, num_rounds: int) -> dict[str, Any]:
             for way, taken in zip(ways, zip(*rounds, strict=True), strict=True)
         }
         return {
+            "clock": "seconds" if topology.device.type == "cuda" else "CPU seconds",
             "case": describe_case(config) | {"examples_per_row": examples_per_row, "num_rounds": num_rounds},
             "data": asdict(packed.report),
             "ways": {name: summarize(rate, rates[BLOCKS], saved[name]) for name, rate in rates.items()},
@@ -82,7 +92,7 @@ def summarize(rates: Sequence[float], of_blocks: Sequence[float], saved_bytes: i
     """Rates, and by how much blocks are faster, round by round."""
     ratios = [blocks / rate for blocks, rate in zip(of_blocks, rates, strict=True)]
     return {
-        "tokens_per_cpu_s": asdict(compute_spread(rates)),
+        "tokens_per_s": asdict(compute_spread(rates)),
         "blocks_over_this": asdict(compute_spread(ratios)),
         "saved_bytes": saved_bytes,
         "samples": list(rates),
@@ -102,7 +112,7 @@ def main() -> None:
     args.record.parent.mkdir(parents=True, exist_ok=True)
     args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, way in record["ways"].items():
-        print(f"{name}: {way['tokens_per_cpu_s']['median']:.0f} tokens / CPU s, {way['saved_bytes'] / 2**20:.0f} MiB")
+        print(f"{name}: {way['tokens_per_s']['median']:.0f} tokens / s, {way['saved_bytes'] / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -118,14 +118,15 @@ def build_base_format_table() -> str:
 
 def build_packing_table() -> str:
     """Of every record of packing_record.py."""
-    titles = ["model and data", "way", "real tokens / CPU s", "blocks : this (quartiles)", "saved activations, MB"]
+    titles = ["model and data", "way", "real tokens / s", "blocks : this (quartiles)", "saved activations, MB"]
     lines = [_join(titles), "|:--|:--|--:|--:|--:|"]
     for path in sorted((RECORDS / "packing").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         case, file = record["case"], record["data"]["files"]["train"]["name"]
-        what = f"{case['model']}, {file}: {case['examples_per_row']} examples in {case['seq_len']:,} positions"
+        rows = f"{case['examples_per_row']} examples in {case['seq_len']:,} positions"
+        what = f"{case['model']} ({record['clock']}), {file}: {rows}"
         for name, way in record["ways"].items():
-            ratio, rate = way["blocks_over_this"], way["tokens_per_cpu_s"]["median"]
+            ratio, rate = way["blocks_over_this"], way["tokens_per_s"]["median"]
             faster = "" if ratio["p25"] == ratio["p75"] == 1 else _format_ratio(ratio)
             lines.append(_join([what, name, f"{rate:,.0f}", faster, f"{way['saved_bytes'] / 1e6:,.0f}"]))
             what = ""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from lora_dist.config import ModelConfig
-from lora_dist.data.conversations import Conversation, Message, list_texts
+from lora_dist.data.conversations import Conversation, Message, is_learnt, list_texts
 from lora_dist.data.examples import Examples, join_examples, show_progress
 from lora_dist.data.rows import BadRow, BadRows, read_file
 
@@ -71,10 +71,11 @@ class ChatTemplate:
 
     def check(self, conversation: Conversation) -> None:
         """BadRow where a message spells out a special token, which would end a turn or begin another one."""
-        for message in conversation.messages:
-            for text in list_texts(message):
+        tools = [("tools", tool) for tool in conversation.tools or ()]
+        for owner, said in [*((f"the {message['role']}'s", message) for message in conversation.messages), *tools]:
+            for text in list_texts(said):
                 if found := self._spelt.search(text):
-                    raise BadRow("special token in a message", f"the {message['role']}'s has {found[0]!r}")
+                    raise BadRow("special token in a message", f"{owner} has {found[0]!r}")
 
     def split(self, conversation: Conversation, *, learn_turns: str) -> list[Part]:
         """The conversation cut before each answer that was asked with other words than those learnt so far.
@@ -82,9 +83,9 @@ class ChatTemplate:
         Most templates give one part. Those that leave out what was thought in earlier turns give several, each as a
         model is asked. BadRow where there is no answer, or where the template writes one otherwise than it asks for it.
         """
-        turns = [turn for turn, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        turns = [turn for turn, message in enumerate(conversation.messages) if is_learnt(message)]
         if not turns:
-            raise BadRow("no answer", "no message is the assistant's")
+            raise BadRow("no answer", "no message is the assistant's, with a weight other than 0")
         parts: list[Part] = []
         for turn in turns if learn_turns == "all" else turns[-1:]:
             asked = self.render(conversation, turn, ask=True)
@@ -119,7 +120,7 @@ class ChatTemplate:
         """
         tokens, places = self.encode(part.text)
         is_special = np.isin(tokens, list(self._special))
-        is_learnt = np.zeros(len(tokens), dtype=np.bool_)
+        learnt = np.zeros(len(tokens), dtype=np.bool_)
         for begin, end in part.answers:
             first, behind = np.searchsorted(places[:, 1], [begin, end], side="right")
             ends = np.flatnonzero(is_special[first:behind])
@@ -128,9 +129,9 @@ class ChatTemplate:
             if places[first, 0] < begin:
                 joined = part.text[places[first, 0] : places[first, 1]]
                 raise BadRow("answer joined to the question", f"{joined!r} is one token")
-            is_learnt[first : first + ends[-1] + 1] = True
-        length = int(np.flatnonzero(is_learnt)[-1]) + 1
-        return tokens[:length], is_learnt[:length]
+            learnt[first : first + ends[-1] + 1] = True
+        length = int(np.flatnonzero(learnt)[-1]) + 1
+        return tokens[:length], learnt[:length]
 
     def find_end_tokens(self) -> list[int]:
         """What ends an answer: the template's token, and the tokenizer's own.
@@ -141,11 +142,11 @@ class ChatTemplate:
         probe = Conversation(line=1, messages=_PROBE)
         try:
             (part,) = self.split(probe, learn_turns="all")
-            tokens, is_learnt = self.encode_part(part)
+            tokens, learnt = self.encode_part(part)
             asked = self.encode_question(Conversation(line=1, messages=_PROBE[:1]))
         except BadRow as problem:
             raise ValueError(f"the chat template: {problem.reason} ({problem.detail}); {_REMEDY}") from None
-        if tokens[: int(is_learnt.argmax())] != asked:
+        if tokens[: int(learnt.argmax())] != asked:
             raise ValueError(f"the chat template asks with a space that belongs to the answer's first word; {_REMEDY}")
         return list(dict.fromkeys([tokens[-1], int(self.tokenizer.eos_token_id)]))
 
@@ -156,7 +157,7 @@ _REMEDY = "give model.chat_template=FILE, or model.chat_date or model.chat_value
 def load_chat_template(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
     """That of model.chat_template, or the tokenizer's own; ValueError where there is none or it cannot be used."""
     if model.chat_template is not None:
-        source = read_file("model.chat_template", model.chat_template).decode("utf-8")
+        source = _read_template(model.chat_template)
     elif tokenizer.chat_template is not None:
         source = tokenizer.get_chat_template()
     else:
@@ -168,6 +169,13 @@ def load_chat_template(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -
     template = ChatTemplate(tokenizer, source, model.chat_values, model.chat_date)
     template.find_end_tokens()
     return template
+
+
+def _read_template(path: str) -> str:
+    try:
+        return read_file("model.chat_template", path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"model.chat_template={path} is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def encode_conversations(
@@ -191,5 +199,5 @@ def encode_conversations(
             bad.add(conversation.line, problem.reason, problem.detail)
             continue
         rows += [tokens for tokens, _ in encoded]
-        learnt += [is_learnt for _, is_learnt in encoded]
+        learnt += [mask for _, mask in encoded]
     return join_examples(rows, np.concatenate([np.zeros(0, dtype=np.bool_), *learnt]))

@@ -10,7 +10,8 @@ from lora_dist.data.documents import read_json_rows
 from lora_dist.data.rows import PLAIN_FIELDS, BadRow, BadRows, Fields, Pair, check_text
 
 Message = dict[str, Any]
-"""`role` and `content`, and what else a template knows of, e.g. `tool_calls`."""
+"""`role` and `content`, `weight` 0 where an answer is not to be learnt, and what else a template knows of, e.g.
+`tool_calls`."""
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -120,7 +121,14 @@ def _check_message(message: Mapping[str, Any]) -> Message:
         raise BadRow("wrong type", f"the {role}'s 'content' is {type(content).__name__}, not a string")
     for text in list_texts(message):
         check_text(text)
+    if message.get("weight", 1) not in (0, 1):
+        raise BadRow("wrong weight", f"'weight' of a message is {message['weight']!r}, neither 0 nor 1")
     return {**message, "role": role, "content": content.strip()}
+
+
+def is_learnt(message: Message) -> bool:
+    """Whether it is an answer; OpenAI's `weight` 0 leaves one out."""
+    return bool(message["role"] == "assistant" and message.get("weight", 1))
 
 
 def list_texts(value: Any) -> list[str]:

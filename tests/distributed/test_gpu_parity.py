@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_dist.batch import Batch
 from lora_dist.bench.batches import build_batches
 from lora_dist.cli.compose import compose_config
 from lora_dist.cli.ranks import become_single_process
@@ -36,6 +38,11 @@ CASES = {
     "dora": (["method=dora"], 1e-5),
     "nf4": (["model.base_format=nf4"], 1e-5),
     "fp8": (["model.base_format=fp8"], 1e-5),
+    "packed-blocks": (["packed_attention=blocks"], 1e-5),
+    "packed-mask": (["packed_attention=mask"], 1e-5),
+    "packed-llama-blocks": (["packed_attention=blocks", "model.family=llama", "model.num_kv_heads=2"], 1e-5),
+    "packed-llama-blocks-bf16": (["packed_attention=blocks", "model.family=llama", "dtype=bf16"], 2e-2),
+    "packed-graphs": (["cuda_graphs=true"], 1e-5),
     "lora-bf16": (["dtype=bf16"], 2e-2),
     "lora-fp16": (["dtype=fp16"], 5e-3),
 }
@@ -49,13 +56,23 @@ def train(name: str, device: str, directory: Path) -> list[float]:
     config = compose_config([*OVERRIDES, *overrides, f"device={device}"])
     with open_job(config) as topology:
         engine, _ = build_engine(config, topology)
-        losses = [
-            engine.train_step(build_batches(config, step), step=step, lr=config.optim.lr).loss
-            for step in range(NUM_STEPS)
-        ]
+        losses = []
+        for step in range(NUM_STEPS):
+            batches = build_batches(config, step)
+            if name.startswith("packed"):
+                batches = [pack(batch) for batch in batches]
+            losses.append(engine.train_step(batches, step=step, lr=config.optim.lr).loss)
         trained = {one.name: one.parameter.detach().float().cpu().contiguous() for one in engine.trainable}
     save_file(trained, directory / f"{device}.safetensors")
     return losses
+
+
+def pack(batch: Batch) -> Batch:
+    """Each row as two examples, their bound at another place in each row."""
+    bounds = [5 + 9 * row for row in range(len(batch.input_ids_BS))]
+    row_blocks = tuple((bound, batch.seq_len - bound) for bound in bounds)
+    positions = [torch.cat([torch.arange(length) for length in lengths]) for lengths in row_blocks]
+    return replace(batch, row_blocks=row_blocks, position_ids_BS=torch.stack(positions))
 
 
 def train_alone(name: str, device: str, directory: Path) -> list[float]:

@@ -25,6 +25,7 @@ CASES = {
     "lora": ["dtype=bf16"],
     "lora-recompute": ["dtype=bf16", "loop.recompute=full"],
     "lora-padded": ["dtype=bf16", "data.collate=pad"],
+    "lora-masked": ["dtype=bf16", "packed_attention=mask"],
     "full": ["dtype=bf16", "method=full", "loop.micro_batch_size=1"],
     "lora-fp16": ["dtype=fp16"],
 }

@@ -137,6 +137,21 @@ def test_the_last_answer_alone(template: str) -> None:
     assert before.count("It is a pub.") == 1
 
 
+def test_an_answer_of_no_weight_is_not_learnt() -> None:
+    template = load()
+    before, learnt = tell(
+        template, encode(template, ASKED, {**ANSWERED, "weight": 0}, AGAIN, {**ANSWERED, "weight": 1})
+    )[0]
+    assert before.count("It is a pub.<|im_end|>") == 1
+    assert learnt == "It is a pub.<|im_end|>"
+
+
+def test_tools_cannot_forge_a_turn() -> None:
+    one = Conversation(line=3, messages=[ASKED, ANSWERED], tools=[{"name": "x<|im_end|>"}])
+    with pytest.raises(ValueError, match=r"f:3: special token in a message \(tools has '<\|im_end\|>'\)"):
+        encode_conversations([one], load(), seq_len=200, learn_turns="all", bad=BadRows("f", "error"))
+
+
 def test_no_date_of_today() -> None:
     """A template that would write it falls back to its own, or takes the one that the configuration gives."""
     today = datetime.now(UTC).strftime("%Y")
@@ -207,19 +222,23 @@ def test_template_that_cannot_be_used(template: str, message: str) -> None:
         load(template)
 
 
-def test_no_template() -> None:
+def test_no_template(tmp_path: Path) -> None:
     model = build_model(chat_directory(None))
     with pytest.raises(ValueError, match=r"has no chat template, as those of base models .* model.chat_template=FILE"):
         load_chat_template(model, load_model_tokenizer(model))
     model.chat_template = "nowhere.jinja"
     with pytest.raises(ValueError, match=r"model.chat_template=nowhere.jinja cannot be read"):
         load_chat_template(model, load_model_tokenizer(model))
+    (tmp_path / "broken.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"model.chat_template=.*broken.jinja is not UTF-8 \(.* at byte 0\)"):
+        load(CHATML, chat_template=str(tmp_path / "broken.jinja"))
 
 
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([ASKED], r"no answer \(no message is the assistant's\)"),
+        ([ASKED], r"no answer \(no message is the assistant's, with a weight other than 0\)"),
+        ([ASKED, {**ANSWERED, "weight": 0}], r"no answer"),
         (
             [ASKED, {"role": "assistant", "content": "a<|im_end|>b"}],
             r"special token in a message \(the assistant's has",
@@ -302,6 +321,10 @@ def test_tools_reach_the_template() -> None:
         ({"messages": [{"role": "user"}]}, r"wrong type \(the user's 'content' is NoneType, not a string\)"),
         ({"messages": [{"content": "x"}]}, r"wrong type \('role' is NoneType, not a string\)"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "broken UTF-8"),
+        (
+            {"messages": [{**ANSWERED, "weight": 0.5}]},
+            r"wrong weight \('weight' of a message is 0.5, neither 0 nor 1\)",
+        ),
         ({"conversations": [{"from": "cat", "value": "x"}]}, r"unknown speaker \('from' is 'cat', not one of human"),
         ({"text": "x"}, r"missing key \('context'\)"),
         ([1], r"wrong type \(a JSON object is expected, not list\)"),
