@@ -150,7 +150,7 @@ def build_batches(topology: Topology, *, seed: int = 5, packed: bool = True) -> 
                 row_ids_B=torch.arange(NUM_ROWS)[rows],
                 num_loss_tokens=int(loss_mask.sum()),
                 num_tokens=NUM_ROWS * SEQ_LEN,
-                slots_BS=torch.tensor(SLOTS).expand(rows_per_pass, -1),
+                slots_BS=torch.tensor(SLOTS).repeat(rows_per_pass, 1),
             )
         )
     return batches

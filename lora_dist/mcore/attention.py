@@ -62,7 +62,7 @@ class SdpaAttention(nn.Module):
             key, value = self.cache.append(key, value)
         out = _attend(query, key, value, mask, dropout)
         # In a plain layout, or matmul would make one small product a position of the next linear's one large product.
-        return out.permute(2, 0, 1, 3).flatten(0, 1).view(*query_SBAD.shape[:2], -1)
+        return out.permute(2, 0, 1, 3).flatten(0, 1).reshape(*query_SBAD.shape[:2], -1)
 
 
 def _attend_in_blocks(

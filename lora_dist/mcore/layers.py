@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from lora_dist.base_format import LinearShape
@@ -132,16 +133,17 @@ class Layer(TransformerLayer):
 
     def _checkpoint(self, region: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         assert self.clock is not None
-        clock = self.clock
-        mine = clock.row_keys_B, clock.adapter_of_row
+        clock, generators = self.clock, get_cuda_rng_tracker()
+        mine = clock.row_keys_B, clock.adapter_of_row, generators._current_state_name
 
         def keyed_region(*inputs: torch.Tensor) -> torch.Tensor:
-            outer = clock.row_keys_B, clock.adapter_of_row
-            clock.row_keys_B, clock.adapter_of_row = mine
+            outer = clock.row_keys_B, clock.adapter_of_row, generators._current_state_name
+            # Megatron's checkpoint puts the numbers back, but not the name of the generator whose they are.
+            clock.row_keys_B, clock.adapter_of_row, generators._current_state_name = mine
             try:
                 return region(*inputs)
             finally:
-                clock.row_keys_B, clock.adapter_of_row = outer
+                clock.row_keys_B, clock.adapter_of_row, generators._current_state_name = outer
 
         if not inputs[0].requires_grad:
             inputs = inputs[0].detach().requires_grad_(), *inputs[1:]

@@ -77,9 +77,10 @@ def _write_input(gpt: ShardedGpt, layer: nn.Module, vectors: PrefixVectors) -> N
 
 
 def _cut_sequence(gpt: ShardedGpt, slots_SB: torch.Tensor) -> torch.Tensor:
-    """The positions of this rank's activations."""
+    """The positions of this rank's activations, laid out as those are: what is chosen by them goes to other stages."""
     topology = gpt.topology
-    return slots_SB.chunk(topology.tp_size)[topology.tp_rank] if topology.sequence_parallel else slots_SB
+    mine = slots_SB.chunk(topology.tp_size)[topology.tp_rank] if topology.sequence_parallel else slots_SB
+    return mine.contiguous()
 
 
 def _describe(gpt: ShardedGpt, vectors: PrefixVectors) -> TrainableParameter:

@@ -33,6 +33,9 @@ class PartitionedOptimizer(Protocol):
     stage: int
 
     @property
+    def placeholders(self) -> Sequence[torch.nn.Parameter]: ...
+
+    @property
     def adam(self) -> torch.optim.AdamW: ...
 
 
@@ -55,8 +58,9 @@ def check_optimizer_state(
 
     And where a frozen parameter has a gradient or a state of its own. Nothing is communicated.
     """
-    _check_frozen(zero.adam, gpt, trainable)
-    group_sizes = _read_group_sizes(zero, trainable)
+    wanted = [*(one.parameter for one in trainable), *zero.placeholders]
+    _check_frozen(zero.adam, gpt, wanted)
+    group_sizes = _read_group_sizes(zero, wanted)
     expected = compute_num_state_elements(group_sizes, stage=zero.stage, dp_size=topology.dp_size)
     state_bytes = _measure_state_bytes(zero.adam)
     num_trainable = sum(_count_elements(one.parameter) for one in trainable)
@@ -80,7 +84,7 @@ def compute_num_state_elements(group_sizes: Sequence[Sequence[int]], *, stage: i
     return sum(-(-sum(sizes) // (_ALIGNMENT * dp_size)) * _ALIGNMENT for sizes in group_sizes)
 
 
-def _read_group_sizes(zero: PartitionedOptimizer, trainable: Sequence[TrainableParameter]) -> list[list[int]]:
+def _read_group_sizes(zero: PartitionedOptimizer, parameters: Sequence[torch.nn.Parameter]) -> list[list[int]]:
     """The optimizer's groups as DeepSpeed flattened them, checked against what should train."""
     if zero.stage == 0:
         groups = [group["params"] for group in zero.adam.param_groups]
@@ -88,8 +92,8 @@ def _read_group_sizes(zero: PartitionedOptimizer, trainable: Sequence[TrainableP
         optimizer = zero.deepspeed.optimizer
         groups = optimizer.fp16_groups if zero.stage == 3 else optimizer.bit16_groups
     held = {id(parameter) for group in groups for parameter in group}
-    wanted = {id(one.parameter) for one in trainable}
-    if wanted and held != wanted:
+    wanted = {id(parameter) for parameter in parameters}
+    if held != wanted:
         raise RuntimeError(
             f"the optimizer holds {len(held - wanted)} parameters that should not train"
             f" and lacks {len(wanted - held)} of {len(wanted)} that should"
@@ -111,13 +115,13 @@ def _measure_state_bytes(adam: torch.optim.AdamW) -> int:
     return total
 
 
-def _check_frozen(adam: torch.optim.AdamW, gpt: nn.Module, trainable: Sequence[TrainableParameter]) -> None:
-    wanted = {id(one.parameter) for one in trainable}
+def _check_frozen(adam: torch.optim.AdamW, gpt: nn.Module, parameters: Sequence[torch.nn.Parameter]) -> None:
+    wanted = {id(parameter) for parameter in parameters}
     frozen = [(name, parameter) for name, parameter in gpt.named_parameters() if id(parameter) not in wanted]
     touched = [
         name
         for name, parameter in frozen
-        if parameter.grad is not None or (wanted and (parameter.requires_grad or parameter in adam.state))
+        if parameter.grad is not None or parameter.requires_grad or parameter in adam.state
     ]
     if touched:
         raise RuntimeError(

@@ -54,7 +54,8 @@ def build_zero_engine(
     DeepSpeed's. At stage 3 the frozen parameters are partitioned as well.
     """
     deepspeed = _import_deepspeed(topology)
-    parameters = [one.parameter for one in trainable] or [_add_placeholder(model, topology.device)]
+    groups = _build_groups(trainable, optim, model, topology)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     for one in trainable if zero.stage > 0 else ():
         # What DeepSpeed's norm asks for: sharded parameters count on every TP rank, others on the first alone. A shard
         # that ranks share counts on the first of them, and the others are no first rank.
@@ -65,7 +66,7 @@ def build_zero_engine(
         "fp32" if master_dtypes == {torch.float32} else {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     )
     optimizer = torch.optim.AdamW(
-        _build_groups(trainable, parameters, optim),
+        groups,
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
@@ -87,7 +88,9 @@ def build_zero_engine(
         dist_init_required=False,
     )
     scale = LossScale(dynamic=dtype == torch.float16 and master_dtype == "fp32")
-    return ZeroEngine(engine, trainable, zero.stage, optim.clip_grad_norm, scale, topology)
+    own = {id(one.parameter) for one in trainable}
+    placeholders = [parameter for parameter in parameters if id(parameter) not in own]
+    return ZeroEngine(engine, trainable, placeholders, zero.stage, optim.clip_grad_norm, scale, topology)
 
 
 class ZeroEngine:
@@ -97,11 +100,14 @@ class ZeroEngine:
         self,
         engine: Any,
         trainable: list[TrainableParameter],
+        placeholders: list[nn.Parameter],
         stage: int,
         clip_grad_norm: float,
         scale: LossScale,
         topology: Topology,
     ) -> None:
+        self.placeholders = placeholders
+        """What fills groups that only other stages have tensors of; see `_build_groups`."""
         self.deepspeed, self.trainable, self.stage = engine, trainable, stage
         self.clip_grad_norm, self.scale, self.topology = clip_grad_norm, scale, topology
         self._owns_masters = not (engine.fp16_enabled() or engine.bfloat16_enabled())
@@ -254,22 +260,31 @@ class _Groups:
         return self._topology.dp_group
 
 
-def _add_placeholder(model: nn.Module, device: torch.device) -> nn.Parameter:
-    """DeepSpeed needs a parameter on a pipeline stage that adapts nothing; this one never gets a gradient."""
-    placeholder = nn.Parameter(torch.zeros(1, device=device))
-    model.register_parameter("nothing_trains_here", placeholder)
-    return placeholder
-
-
 def _build_groups(
-    trainable: list[TrainableParameter], parameters: list[nn.Parameter], optim: OptimConfig
-) -> list[dict[str, object]]:
-    """Matrices decay, vectors do not; lora_B has its own learning rate where LoRA+ asks for one."""
-    if not trainable:
-        return [{"params": parameters, "weight_decay": 0.0, "lr_ratio": 1.0}]
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    trainable: list[TrainableParameter], optim: OptimConfig, model: nn.Module, topology: Topology
+) -> list[dict[str, Any]]:
+    """Matrices decay, vectors do not; lora_B has its own learning rate where LoRA+ asks for one.
+
+    DeepSpeed adds up the gradients' norm group by group over the stages of a pipeline, so that each has every group
+    that any might have, those without a tensor of its own with a placeholder.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {
+        key: [] for key in ((optim.weight_decay, 1.0), (0.0, 1.0), (optim.weight_decay, optim.lora_plus_ratio))
+    }
     for one in trainable:
         decay = optim.weight_decay if len(one.full_shape) > 1 else 0.0
         ratio = optim.lora_plus_ratio if one.kind == "lora_B" else 1.0
-        groups.setdefault((decay, ratio), []).append(one.parameter)
-    return [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in groups.items()]
+        groups[decay, ratio].append(one.parameter)
+    if topology.pp_size > 1:
+        dtype = trainable[0].parameter.dtype if trainable else torch.float32
+        for number, members in enumerate(groups.values()):
+            if not members:
+                members.append(_add_placeholder(model, number, dtype, topology.device))
+    return [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in groups.items() if ps]
+
+
+def _add_placeholder(model: nn.Module, number: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """It never gets a gradient."""
+    placeholder = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+    model.register_parameter(f"nothing_trains_here_{number}", placeholder)
+    return placeholder

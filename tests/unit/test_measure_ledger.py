@@ -140,7 +140,7 @@ def build_adam(model: nn.Module) -> SimpleNamespace:
     model(torch.randn(B, H)).sum().backward()
     adam.step()
     adam.zero_grad()
-    return SimpleNamespace(adam=adam, stage=0, deepspeed=None)
+    return SimpleNamespace(adam=adam, stage=0, deepspeed=None, placeholders=[])
 
 
 def test_static_ledger_by_storage() -> None:
