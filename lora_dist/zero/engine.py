@@ -54,7 +54,7 @@ def build_zero_engine(
     DeepSpeed's. At stage 3 the frozen parameters are partitioned as well.
     """
     deepspeed = _import_deepspeed(topology)
-    groups = _build_groups(trainable, optim, model, topology)
+    groups, placeholders = _build_groups(trainable, optim, topology)
     parameters = [parameter for group in groups for parameter in group["params"]]
     for one in trainable if zero.stage > 0 else ():
         # What DeepSpeed's norm asks for: sharded parameters count on every TP rank, others on the first alone. A shard
@@ -72,24 +72,23 @@ def build_zero_engine(
         eps=optim.eps,
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=parameters,
-        mpu=_Groups(topology),
-        config=build_ds_config(
-            zero,
-            optim,
-            micro_batch_size=micro_batch_size,
-            num_trainable=sum(one.parameter.numel() for one in trainable),
-            master_dtype=master_dtype,
-            on_gpu=topology.device.type == "cuda",
-        ),
-        dist_init_required=False,
-    )
+    with _registered(model, placeholders):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=parameters,
+            mpu=_Groups(topology),
+            config=build_ds_config(
+                zero,
+                optim,
+                micro_batch_size=micro_batch_size,
+                num_trainable=sum(one.parameter.numel() for one in trainable),
+                master_dtype=master_dtype,
+                on_gpu=topology.device.type == "cuda",
+            ),
+            dist_init_required=False,
+        )
     scale = LossScale(dynamic=dtype == torch.float16 and master_dtype == "fp32")
-    own = {id(one.parameter) for one in trainable}
-    placeholders = [parameter for parameter in parameters if id(parameter) not in own]
     return ZeroEngine(engine, trainable, placeholders, zero.stage, optim.clip_grad_norm, scale, topology)
 
 
@@ -261,12 +260,13 @@ class _Groups:
 
 
 def _build_groups(
-    trainable: list[TrainableParameter], optim: OptimConfig, model: nn.Module, topology: Topology
-) -> list[dict[str, Any]]:
+    trainable: list[TrainableParameter], optim: OptimConfig, topology: Topology
+) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
     """Matrices decay, vectors do not; lora_B has its own learning rate where LoRA+ asks for one.
 
     DeepSpeed adds up the gradients' norm group by group over the stages of a pipeline, so that each has every group
-    that any might have, those without a tensor of its own with a placeholder.
+    that any might have: those without a tensor of its own get a placeholder, which never has a gradient. The second
+    value lists these.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {
         key: [] for key in ((optim.weight_decay, 1.0), (0.0, 1.0), (optim.weight_decay, optim.lora_plus_ratio))
@@ -275,16 +275,22 @@ def _build_groups(
         decay = optim.weight_decay if len(one.full_shape) > 1 else 0.0
         ratio = optim.lora_plus_ratio if one.kind == "lora_B" else 1.0
         groups[decay, ratio].append(one.parameter)
-    if topology.pp_size > 1:
-        dtype = trainable[0].parameter.dtype if trainable else torch.float32
-        for number, members in enumerate(groups.values()):
-            if not members:
-                members.append(_add_placeholder(model, number, dtype, topology.device))
-    return [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in groups.items() if ps]
+    dtype = trainable[0].parameter.dtype if trainable else torch.float32
+    placeholders = []
+    for members in groups.values() if topology.pp_size > 1 else ():
+        if not members:
+            members.append(nn.Parameter(torch.zeros(1, dtype=dtype, device=topology.device)))
+            placeholders += members
+    built = [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in groups.items() if ps]
+    return built, placeholders
 
 
-def _add_placeholder(model: nn.Module, number: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """It never gets a gradient."""
-    placeholder = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
-    model.register_parameter(f"nothing_trains_here_{number}", placeholder)
-    return placeholder
+@contextmanager
+def _registered(model: nn.Module, placeholders: list[nn.Parameter]) -> Iterator[None]:
+    """While DeepSpeed looks up its parameters' names in the model, which has them no longer than that."""
+    names = [f"nothing_trains_here_{number}" for number in range(len(placeholders))]
+    for name, placeholder in zip(names, placeholders, strict=True):
+        model.register_parameter(name, placeholder)
+    yield
+    for name in names:
+        delattr(model, name)

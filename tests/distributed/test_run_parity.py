@@ -34,6 +34,7 @@ def check_same(first: list[dict[str, float]], second: list[dict[str, float]]) ->
         ["lora.layers=[1]", "optim.lora_plus_ratio=4"],
         ["lora.layers=[1]", "optim.weight_decay=0", "optim.lora_plus_ratio=4"],
         ["method=full"],
+        ["method=full", "optim.lora_plus_ratio=4"],
         ["method=bitfit"],
     ],
     ids=" ".join,
