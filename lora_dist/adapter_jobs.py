@@ -31,15 +31,22 @@ from lora_dist.mcore.rounded import apply_rounding
 from lora_dist.parameters import TrainableParameter
 from lora_dist.prefix.spec import build_prefix_specs
 from lora_dist.prefix_config import PrefixConfig
+from lora_dist.run_dir import find_adapter
 from lora_dist.topology import check_device, choose_device, run_on_first
 
 
 def export_files(config: ExportConfig) -> None:
     """An adapter's own files in another tool's format; one process, no model."""
     fingerprint = compute_base_fingerprint(config.model, config.seed)
-    stored = open_adapter(Path(config.adapter), model=config.model, base_fingerprint=fingerprint)
+    stored = open_adapter(Path(find_adapter(config.adapter)), model=config.model, base_fingerprint=fingerprint)
     export_adapter(stored, Path(config.output), config.format)
     print(f"{config.adapter} is in {config.output} as {config.format}", flush=True)
+    if config.format == "peft_split" and config.model.architecture.fused_qkv:
+        print(
+            f"transformers' {config.model.family} makes q, k and v with one linear, on which PEFT would pass over"
+            " adapters of each; for that model use format=peft",
+            flush=True,
+        )
 
 
 def write_merged(config: LiveConfig, adapter: str, output: str) -> None:
@@ -72,7 +79,7 @@ def _merge_rounded(gpt: ShardedGpt, base_format: str, loaded: LoadedAdapter) -> 
 def measure_switch(config: SwitchConfig) -> None:
     """Merge every adapter in turn, unmerge, compare with the base, and print what it took."""
     with open_base(config) as gpt:
-        adapters = [load(gpt, open_on_base(gpt, config, directory)) for directory in config.adapters]
+        adapters = [load(gpt, open_on_base(gpt, config, find_adapter(directory))) for directory in config.adapters]
         before, live = _hash_parameters(gpt), LiveMerge(gpt)
         forward_ms = _time(gpt, lambda: _run_forward(gpt, config), config.num_repeats)
         tell(gpt, f"one forward pass of {config.batch_size} x {config.seq_len} tokens: {forward_ms:.1f} ms")

@@ -19,7 +19,7 @@ from lora_dist.plan_config import HardwareConfig as HardwareConfig
 from lora_dist.plan_config import PlanConfig as PlanConfig
 from lora_dist.prefix_config import LORA_PREFIX_METHODS, PREFIX_METHODS
 from lora_dist.prefix_config import PrefixConfig as PrefixConfig
-from lora_dist.refusals import require, require_one_of
+from lora_dist.refusals import require, require_one_of, require_seed
 from lora_dist.saved_modules import check_trained_base
 from lora_dist.topology_config import TopologyConfig as TopologyConfig
 from lora_dist.topology_config import ZeroConfig as ZeroConfig
@@ -61,7 +61,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require_one_of("optim.schedule", self.schedule, ("linear", "cosine", "constant"))
-        require(self.lr > 0, f"optim.lr={self.lr} must be positive")
+        for key in ("lr", "eps"):
+            value = getattr(self, key)
+            require(0.0 < value < float("inf"), f"optim.{key}={value} must be positive and finite")
+        for key in ("beta1", "beta2"):
+            require(0.0 <= getattr(self, key) < 1.0, f"optim.{key}={getattr(self, key)} must lie in [0, 1)")
+        for key in ("weight_decay", "num_warmup_steps"):
+            require(getattr(self, key) >= 0, f"optim.{key}={getattr(self, key)} must not be negative")
         ratio = self.warmup_ratio
         require(ratio is None or 0.0 <= ratio <= 1.0, f"optim.warmup_ratio={ratio} must lie in [0, 1]")
         _require_one("optim", self, "num_warmup_steps", "warmup_ratio")
@@ -136,6 +142,7 @@ class LoopConfig:
         for key in ("num_epochs", "eval_every_epochs", "save_every_epochs"):
             times = getattr(self, key)
             require(times is None or times > 0, f"loop.{key}={times} must be positive")
+        require_seed("loop.seed", self.seed)
         for steps, epochs in (*_IN_EPOCHS, ("num_steps", "num_epochs")):
             _require_one("loop", self, steps, epochs)
         for key in ("eval_every", "save_every", "num_warmup_steps_timing", "check_replicas_every"):
@@ -239,7 +246,8 @@ class RunConfig:
         require(
             self.data.seq_len <= self.model.max_position_embeddings,
             f"data.seq_len={self.data.seq_len} exceeds"
-            f" model.max_position_embeddings={self.model.max_position_embeddings}",
+            f" model.max_position_embeddings={self.model.max_position_embeddings}"
+            + (", of a Mistral its sliding window if that is shorter" if self.model.family == "mistral" else ""),
         )
         if self.topology.sequence_parallel:
             require(

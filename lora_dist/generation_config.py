@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora_dist.adapter_config import LiveConfig
-from lora_dist.refusals import require, require_one_of
+from lora_dist.refusals import require, require_one_of, require_seed
 
 EARLY_STOPPING = ("heuristic", "when_full", "exhaustive")
 CONTEXT_FORMATS = ("auto", "text", "e2e_text", "e2e_csv", "jsonl", "chat")
@@ -44,6 +44,7 @@ class GenerationConfig:
             require(getattr(self, key) >= 1, f"generate.{key}={getattr(self, key)} must be at least 1")
         for key in ("no_repeat_ngram_size", "temperature", "top_k"):
             require(getattr(self, key) >= 0, f"generate.{key}={getattr(self, key)} must not be negative")
+        require_seed("generate.seed", self.seed)
         require(0.0 < self.top_p <= 1.0, f"generate.top_p={self.top_p} must lie in (0, 1]")
         require_one_of("generate.early_stopping", self.early_stopping, EARLY_STOPPING)
         require(

@@ -106,10 +106,14 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     engine, method = build_engine(config, topology)
     optimizer_state = check_optimizer_state(engine.zero, engine.gpt, engine.trainable, topology)
     keeper = open_keeper(config, topology, engine, method, loaders)
+    if keeper.num_steps_done >= config.loop.total_steps:
+        done = f"{config.run_dir} has {keeper.num_steps_done} steps already, of {config.loop.total_steps} asked for"
+        run_on_first(topology, lambda: print(f"{done}; raise loop.num_steps to go on", file=sys.stderr, flush=True))
     meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
     result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter)
     if result.num_steps_done < config.loop.total_steps:
         _stop(config, topology, result.num_steps_done)
+    engine.zero.check_outcome()
     peak_memory = memory.read()
     keeper.write_model(name_trained(config), config.loop.total_steps, {"valid_loss": result.valid_loss_after})
     return build_summary(

@@ -31,6 +31,8 @@ def check_run_dir(run_dir: Path, resume: str) -> None:
     else:
         _check_writable(run_dir, run_dir)
         contents = sorted(entry.name for entry in run_dir.iterdir())
+    if contents == [CONFIG_FILE] and resume != "must":
+        return  # of a run that was refused before it had done anything
     if contents and resume == "none":
         raise ValueError(
             f"run_dir={run_dir} is not empty ({contents[0]}, ...); continue that run with resume=auto,"

@@ -24,6 +24,8 @@ class TopologyConfig:
         for key in ("tp_size", "pp_size", "dp_size"):
             size = getattr(self, key)
             require(size is None or size >= 1, f"topology.{key}={size} must be at least 1")
+        timeout_s = self.timeout_s
+        require(0 < timeout_s < float("inf"), f"topology.timeout_s={timeout_s} must be positive and finite")
 
 
 @dataclass(kw_only=True, slots=True)

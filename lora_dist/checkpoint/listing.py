@@ -5,6 +5,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from lora_dist.checkpoint.method_store import METHOD_KIND
 from lora_dist.checkpoint.store import FACTORS, PEFT_CONFIG, PEFT_WEIGHTS
 from lora_dist.files.directories import MANIFEST, read_json, read_manifest
@@ -77,9 +79,18 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
         if "adapters" not in manifest and manifest.get("kind") != METHOD_KIND:
             return None, ""
         read_manifest(path)
+        _check_finite(path)
     except ValueError as error:
         return manifest, str(error)
     return manifest, "whole"
+
+
+def _check_finite(path: Path) -> None:
+    for name in (PEFT_WEIGHTS, FACTORS):
+        if (path / name).is_file():
+            for key, tensor in load_file(path / name).items():
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{name}: {key} is not finite")
 
 
 def _describe_ranks(adapters: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from lora_dist.adapter_config import AnalyseConfig
 from lora_dist.cli.inputs import check_adapter, check_new
-from lora_dist.run_dir import find_adapter
 
 CONFIG = AnalyseConfig
 
@@ -10,7 +9,7 @@ CONFIG = AnalyseConfig
 def check(config: AnalyseConfig) -> None:
     """ValueError where an adapter is missing or the output exists already."""
     for directory in config.adapters:
-        check_adapter("adapters", find_adapter(directory))
+        check_adapter("adapters", directory)
     check_new("output", config.output)
 
 

@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lora_dist.cli.explain import explain_composition_error
-from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups, list_keys
+from lora_dist.cli.overrides import write_override
+from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups
 from lora_dist.config import ModelConfig, RunConfig
 
 _Config = TypeVar("_Config")
@@ -42,7 +43,7 @@ def compose_as(
     primary = _register(owner, on_paper)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir)):
-            composed = compose(primary, overrides=[_open_dictionary(override, owner) for override in overrides])
+            composed = compose(primary, overrides=[write_override(override, owner) for override in overrides])
         _shrink(composed)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -107,10 +108,3 @@ def _check_form(override: str) -> None:
         raise ValueError(f"{override!r} is not of the form key=value")
     if re.match(r"hydra[./]", override):
         raise ValueError(f"{override}: Hydra's own settings are fixed")
-
-
-def _open_dictionary(override: str, owner: type) -> str:
-    """`compare.lr.full=1e-4` adds an entry to a dictionary, for which Hydra wants `++` in front."""
-    key = override.partition("=")[0]
-    dictionaries = [known.path for known in list_keys(owner) if known.is_dictionary]
-    return f"++{override}" if any(f"{key}.".startswith(f"{path}.") for path in dictionaries) else override

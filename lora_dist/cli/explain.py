@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_dist.cli.overrides import find_written
 from lora_dist.cli.schema import list_groups, list_keys
 
 _TYPES = {"Integer": "int", "Float": "float"}
@@ -27,7 +28,7 @@ def explain_composition_error(error: Exception, overrides: Sequence[str], conf_d
     if option := re.search(r"Could not find '([^']+)'", text):
         return _explain_missing_option(option.group(1), conf_dir, owner)
     if (override := getattr(error, "override", None)) is not None:
-        return f"{override}: cannot be read; put quotes inside the shell's: key='\"a value\"'"
+        return _explain_unreadable(find_written(override, overrides, owner))
     full_key = _find_full_key(text)
     place = _find_place(text, overrides, conf_dir)
     where = "" if full_key and place.startswith(f"{full_key}=") else place
@@ -37,6 +38,13 @@ def explain_composition_error(error: Exception, overrides: Sequence[str], conf_d
     if value := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
         return f"{where}{full_key}={value.group(1)} is not of type {_TYPES.get(value.group(2), value.group(2))}"
     return (place or (f"{full_key}: " if full_key else "")) + _reword(text, error.__cause__ or error)
+
+
+def _explain_unreadable(override: str) -> str:
+    if override.partition("=")[2].startswith("{"):
+        example = r"{layers.\[01\].q_proj: 3}"
+        return f"{override}: cannot be read; put a backslash before each of []()|:, within a key, e.g. {example}"
+    return f"{override}: cannot be read; put quotes inside the shell's: key='\"a value\"'"
 
 
 def _explain_missing_option(option: str, conf_dir: Path, owner: type) -> str:
@@ -51,7 +59,7 @@ def _find_place(text: str, overrides: Sequence[str], conf_dir: Path) -> str:
         return f"{conf_dir.name}/{file.group(1)}.yaml: "
     named = re.search(r"(?:Could not override|merging override|for argument) '?([^\s=']+)", text)
     key = named.group(1).lstrip("+") if named else None
-    written = next((override for override in overrides if override.partition("=")[0] == key), None)
+    written = next((override for override in reversed(overrides) if override.partition("=")[0] == key), None)
     return f"{written}: " if written else ""
 
 

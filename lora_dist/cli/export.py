@@ -2,6 +2,7 @@
 
 from lora_dist.adapter_config import ExportConfig
 from lora_dist.cli.inputs import check_adapter, check_new
+from lora_dist.run_dir import find_adapter
 
 CONFIG = ExportConfig
 
@@ -17,6 +18,6 @@ def run(config: ExportConfig) -> None:
     from lora_dist.adapter_jobs import export_files, write_merged
 
     if config.format == "hf_merged":
-        write_merged(config, config.adapter, config.output)
+        write_merged(config, find_adapter(config.adapter), config.output)
     else:
         export_files(config)

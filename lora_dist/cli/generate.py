@@ -4,7 +4,6 @@ from pathlib import Path
 
 from lora_dist.cli.inputs import check_adapter
 from lora_dist.generation_config import GenerateConfig
-from lora_dist.run_dir import find_adapter
 
 CONFIG = GenerateConfig
 
@@ -12,7 +11,7 @@ CONFIG = GenerateConfig
 def check(config: GenerateConfig) -> None:
     """ValueError where an adapter, the contexts or the tokenizer is missing, or the output is a directory."""
     for directory in config.directories:
-        check_adapter("adapters" if config.adapters else "adapter", find_adapter(directory))
+        check_adapter("adapters" if config.adapters else "adapter", directory)
     if config.model.tokenizer is None and config.model.checkpoint is None:
         raise ValueError(
             f"model={config.model.name} has no tokenizer; give model.tokenizer=DIR or model.checkpoint=DIR"

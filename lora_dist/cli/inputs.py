@@ -6,6 +6,7 @@ from pathlib import Path
 from lora_dist.config import ModelConfig, RunConfig, compute_dp_size, compute_num_microbatches
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.lora.trained_base import check_biases
+from lora_dist.run_dir import find_adapter
 
 
 def check_inputs(config: RunConfig, world_size: int) -> None:
@@ -54,10 +55,14 @@ def check_new(key: str, directory: str) -> None:
 
 
 def check_adapter(key: str, directory: str) -> None:
-    """ValueError where `directory` holds no adapter of the store; its files are read later."""
+    """ValueError where `directory` is no adapter of the store and no run that wrote one; its files are read later."""
     if not Path(directory).is_dir():
         raise ValueError(
             f"{key}={directory} is not a directory; `lora-dist adapters directory=DIR` lists what there is"
         )
-    if not (Path(directory) / "manifest.json").is_file():
-        raise ValueError(f"{key}={directory} has no manifest.json; `lora-dist import` makes one of PEFT's or loralib's")
+    if (Path(find_adapter(directory)) / "manifest.json").is_file():
+        return
+    if (Path(directory) / "model").is_dir():
+        whole = f"model.checkpoint={Path(directory) / 'model'}"
+        raise ValueError(f"{key}={directory} is a run that trained the whole model; give {whole} and no adapter")
+    raise ValueError(f"{key}={directory} has no manifest.json; `lora-dist import` makes one of PEFT's or loralib's")

@@ -2,6 +2,7 @@
 
 from lora_dist.adapter_config import MergeConfig
 from lora_dist.cli.inputs import check_adapter, check_new
+from lora_dist.run_dir import find_adapter
 
 CONFIG = MergeConfig
 
@@ -16,4 +17,4 @@ def run(config: MergeConfig) -> None:
     """Every process calls it."""
     from lora_dist.adapter_jobs import write_merged
 
-    write_merged(config, config.adapter, config.output)
+    write_merged(config, find_adapter(config.adapter), config.output)

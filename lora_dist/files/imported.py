@@ -69,10 +69,16 @@ class _Projection:
 
 def drop_keys(tensors: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> dict[str, torch.Tensor]:
     """Without those that a regular expression matches whole. ValueError for one that matches none."""
+    dropped: set[str] = set()
     for pattern in patterns:
-        if not any(re.fullmatch(pattern, key) for key in tensors):
+        try:
+            matched = {key for key in tensors if re.fullmatch(pattern, key)}
+        except re.error as error:
+            raise ValueError(f"drop: {pattern!r} is no regular expression ({error}); any text is .*") from None
+        if not matched:
             raise ValueError(f"drop: {pattern!r} matches no key of the source")
-    return {key: value for key, value in tensors.items() if not any(re.fullmatch(p, key) for p in patterns)}
+        dropped |= matched
+    return {key: value for key, value in tensors.items() if key not in dropped}
 
 
 def build_imported(

@@ -15,7 +15,7 @@ from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, bu
 from lora_dist.files.peft_modules import read_peft_modules, take_modules
 from lora_dist.files.safetensors_stream import read_header
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, _WEIGHTS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _UNSUPPORTED = (
     *("lora_bias", "layer_replication", "trainable_token_indices", "use_qalora"),
     *("target_parameters", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config"),
@@ -24,6 +24,9 @@ _UNSUPPORTED = (
 _CHANGES_BASE = re.compile(r"pissa|olora|loftq|corda|lora_ga")
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)(?:\.default)?\.weight")
 _MAGNITUDE = re.compile(r"base_model\.model\.(.+)\.(lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
+_OUTSIDE_LAYERS = re.compile(
+    r"lora_embedding_[AB]|\.(lm_head|embed_out|embed_tokens|embed_in|wte|wpe)\.lora_(A|B|magnitude_vector)"
+)
 _BIAS = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.bias")
 
 
@@ -32,14 +35,29 @@ def import_peft(directory: Path, model: ModelConfig, drop: Sequence[str] = ()) -
     config = read_json(directory / _CONFIG)
     _check_config(directory / _CONFIG, config)
     path = directory / _WEIGHTS
+    if not path.exists() and (directory / _PICKLED).exists():
+        raise ValueError(
+            f"{directory} has {_PICKLED} alone, which could run code when it is read; load and save it with a PEFT that"
+            f" writes {_WEIGHTS}"
+        )
     read_header(path)
     tensors = drop_keys(load_file(path), drop)
+    _check_places(path, tensors)
     modules = read_peft_modules(path, config.get("modules_to_save") or [], config.get("bias", "none"), model)
     values = take_modules(path, tensors, model, modules)
     factors, bias_tensors = _sort_keys(path, tensors, config)
     rank_stabilized, bias = bool(config.get("use_rslora")), config.get("bias", "none")
     imported = build_imported(path, factors, bias_tensors, model, rank_stabilized=rank_stabilized, bias=bias)
     return replace(imported, values=imported.values | values, modules=modules)
+
+
+def _check_places(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    outside = next((key for key in tensors if _OUTSIDE_LAYERS.search(key)), None)
+    if outside is not None:
+        raise ValueError(
+            f"{path}: {outside} is a LoRA factor of the embedding or the output layer, which can only be trained whole"
+            " here; leave those layers out of the adapter, or train them with lora.modules_to_save"
+        )
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -65,7 +65,10 @@ def attach_adapters(gpt: ShardedGpt, adapters: Sequence[LoadedAdapter]) -> None:
     """
     for adapter in adapters:
         if adapter.shared is not None:
-            raise ValueError(f"{adapter.name} has {adapter.shared}; a batch can mix adapters only without, merge it")
+            raise ValueError(
+                f"{adapter.name} has {adapter.shared}, which no adapter beside the weights can have; set"
+                " generate.merge=true (merge=true of evaluate), or lora-dist merge it"
+            )
     adapted = {name for adapter in adapters for name in adapter.shards}
     for name, linear in gpt.named_modules():
         if isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear):

@@ -147,6 +147,18 @@ class ZeroEngine:
         """Set what `read_state` reads, from the same whole shard on every replica."""
         write_parameter_state(one.parameter, state, self.adam, self.stage)
 
+    def check_outcome(self) -> None:
+        """ValueError, on every process, where no step was usable or what has been trained is not finite. Collective."""
+        finite = torch.tensor(
+            float(all(bool(master.isfinite().all()) for master in self.adam.state)), device=self.topology.device
+        )
+        torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        remedy = "lower optim.lr, or check the data and the base checkpoint"
+        if self.num_steps == 0:
+            raise ValueError(f"no step was usable: no gradient was finite, so nothing has been trained; {remedy}")
+        if not finite.item():
+            raise ValueError(f"what has been trained is not finite, so it is not written; {remedy}")
+
     def read_loss_scale(self) -> dict[str, float]:
         """The loss scale and its counters: this project's, or DeepSpeed's where DeepSpeed holds the masters."""
         return {key: getattr(self._scale_holder, key) for key in _SCALE_KEYS if hasattr(self._scale_holder, key)}

@@ -21,11 +21,11 @@ class LossScale:
             self.value = _INITIAL_SCALE
 
     def update(self, *, finite: bool) -> None:
-        """Tell it how a step went. FloatingPointError after 20 steps in a row that had to be skipped."""
+        """Tell it how a step went. ValueError after 20 steps in a row that had to be skipped."""
         self.num_good_steps = self.num_good_steps + 1 if finite else 0
         self.num_consecutive_skips = 0 if finite else self.num_consecutive_skips + 1
         if self.num_consecutive_skips >= _MAX_CONSECUTIVE_SKIPS:
-            raise FloatingPointError(
+            raise ValueError(
                 f"{_MAX_CONSECUTIVE_SKIPS} steps in a row had gradients that are not finite (loss scale"
                 f" {self.value:g}); lower optim.lr or check the data and the base checkpoint"
             )

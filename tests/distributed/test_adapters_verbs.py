@@ -61,6 +61,21 @@ def test_files_go_out_and_come_back(place: Path) -> None:
     assert len(load_file(place / "x/adapter.safetensors")) == 2 * 2 * 4
 
 
+def test_a_run_stands_for_its_adapter(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every verb takes the directory of the run that wrote one; a run without one says what it has."""
+    (place / "run").mkdir()
+    (place / "one").rename(place / "run/adapter")
+    run = [*on_base(place), f"adapter={place / 'run'}"]
+    assert run_distributed(call, 1, ["merge", *run, f"output={place / 'merged'}"]) == [0]
+    assert run_distributed(call, 1, ["export", *run, f"output={place / 'out'}", "format=peft_split"]) == [0]
+    assert "for that model use format=peft" in capfd.readouterr().out
+    switch = [*on_base(place), f"adapters=[{place / 'run'},{place / 'run'}]", "seq_len=16", "num_repeats=1"]
+    assert run_distributed(call, 1, ["switch", *switch]) == [0]
+    (place / "whole/model").mkdir(parents=True)
+    assert run_distributed(call, 1, ["merge", *run[:2], f"adapter={place / 'whole'}", f"output={place / 'x'}"]) == [2]
+    assert f"trained the whole model; give model.checkpoint={place / 'whole/model'}" in capfd.readouterr().err
+
+
 def test_switching_says_what_it_costs(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     adapters = f"adapters=[{place / 'one'},{place / 'two'}]"
     words = ["switch", *on_base(place), adapters, "topology=tp2", "seq_len=16", "num_repeats=2"]

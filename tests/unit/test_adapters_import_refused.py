@@ -10,6 +10,7 @@ from hf_toy import build_hf_model, write_toy_checkpoint
 from safetensors.torch import load_file, save_file
 
 from lora_dist.config import ModelConfig
+from lora_dist.files.imported import drop_keys
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +87,40 @@ def test_a_pickle_that_runs_code_is_refused(base: tuple[Path, ModelConfig], tmp_
     (tmp_path / "cut.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match="truncated or no safetensors file"):
         read_in(tmp_path / "cut.safetensors", tmp_path / "stored", base[1], format="loralib", alpha=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target_modules": ["lm_head", "c_attn"]},
+            "lm_head.lora_A.weight is a LoRA factor of the embedding or the output",
+        ),
+        ({"target_modules": ["wte", "c_attn"]}, "wte.lora_embedding_A is a LoRA factor of the embedding or the output"),
+    ],
+)
+def test_factors_outside_the_layers_are_told_so(
+    changes: dict, message: str, base: tuple[Path, ModelConfig], tmp_path: Path
+) -> None:
+    write_with_peft(build_hf_model(), tmp_path / "source", r=2, **changes)
+    with pytest.raises(ValueError, match="which can only be trained whole here") as caught:
+        read_in(tmp_path / "source", tmp_path / "stored", base[1])
+    assert message in str(caught.value)
+
+
+def test_pickled_weights_are_not_read(base: tuple[Path, ModelConfig], tmp_path: Path) -> None:
+    write_with_peft(build_hf_model(), tmp_path / "source", target_modules=["c_attn"], r=2)
+    (tmp_path / "source/adapter_model.safetensors").rename(tmp_path / "source/adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model.bin alone, which could run code when it is read"):
+        read_in(tmp_path / "source", tmp_path / "stored", base[1])
+
+
+def test_what_is_dropped_is_a_regular_expression() -> None:
+    tensors = {"a.x": torch.ones(1), "b.x": torch.ones(1), "b.y": torch.ones(1)}
+    assert list(drop_keys(tensors, [r"b\..*"])) == ["a.x"]
+    with pytest.raises(
+        ValueError, match=r"drop: '\*foo' is no regular expression \(nothing to repeat.*any text is \.\*"
+    ):
+        drop_keys(tensors, ["*foo"])
+    with pytest.raises(ValueError, match="drop: 'c' matches no key of the source"):
+        drop_keys(tensors, ["c"])

@@ -56,6 +56,16 @@ def test_damaged_and_foreign_ones_are_shown_and_other_manifests_are_not(store: P
     assert states["c"] == "from elsewhere: import it"
 
 
+def test_an_adapter_that_is_not_finite_is_not_whole(store: Path, model: ModelConfig) -> None:
+    specs = build_adapter_specs(LoraConfig(rank=1), build_run_config(model).model)
+    values = {name: value * float("nan") for name, value in draw_adapter_values(specs, model, "none").items()}
+    adapter = Adapter(specs=specs, bias="none", values=values)
+    write_adapter_directory(store / "n", adapter, model, {"task": "t"}, base_fingerprint="x")
+    states = {row.adapter.rpartition("/")[2]: row.state for row in list_adapters(store)}
+    assert "is not finite" in states.pop("n")
+    assert set(states.values()) == {"whole"}
+
+
 def test_the_table_has_a_header_and_aligned_columns(store: Path) -> None:
     header, *lines = format_table(list_adapters(store)).splitlines()
     assert header.split() == ["adapter", "task", "rank", "targets", "size", "base", "date", "metric", "state"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from family_toy import FAMILIES, write_family_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_dist.classify_config import ClassifyConfig
@@ -109,6 +110,13 @@ def test_hf_model_takes_a_llamas_shape_from_the_checkpoint(tmp_path: Path) -> No
     assert replace(read, **given) == replace(written, **given, num_kv_heads=8, head_size=64)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hf_model_takes_all_of_a_familys_shape_from_the_checkpoint(name: str, tmp_path: Path) -> None:
+    written = write_family_checkpoint(name, tmp_path)
+    read = compose_config(["model=hf", f"model.checkpoint={tmp_path}", "data.seq_len=32"]).model
+    assert read == replace(written, name="hf")
+
+
 HF_NAMES = [
     "llama3_8b",
     "llama3_2_1b",
@@ -157,6 +165,15 @@ def test_written_configuration_is_plain_yaml_of_the_whole_run() -> None:
         ("lora.rank=abc", "lora.rank=abc is not of type int"),
         ("lora.rank=2.5", "lora.rank=2.5 is not of type int"),
         ("lora.rank=0", "lora.rank=0 must be at least 1"),
+        ("optim.lr=inf", "optim.lr=inf must be positive and finite"),
+        ("optim.eps=0", "optim.eps=0.0 must be positive and finite"),
+        ("optim.beta1=1.0", "optim.beta1=1.0 must lie in [0, 1)"),
+        ("optim.beta2=-0.1", "optim.beta2=-0.1 must lie in [0, 1)"),
+        ("optim.weight_decay=-1", "optim.weight_decay=-1.0 must not be negative"),
+        ("optim.num_warmup_steps=-3", "optim.num_warmup_steps=-3 must not be negative"),
+        ("topology.timeout_s=-1", "topology.timeout_s=-1.0 must be positive and finite"),
+        ("loop.seed=99999999999999999999", "99 must be at least 0 and below 2^63"),
+        ("loop.seed=-1", "loop.seed=-1 must be at least 0 and below 2^63"),
         ("lora.bias=maybe", "lora.bias='maybe' is not one of none, lora_only, all"),
         ("lora.target_modules=q_proj", "not a list; write [a,b]"),
         ("lora.target_modules=[q", "cannot be read"),

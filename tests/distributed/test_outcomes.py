@@ -1,0 +1,69 @@
+"""How runs end that have nothing to hand on, or nothing left to do: one line, and no files that look like a result."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from demo_runs import call, read_losses
+from hf_toy import build_hf_model, write_toy_checkpoint
+from processes import run_distributed
+
+RUN = [
+    *("train", "data=fake", "data.seq_len=16", "data.num_fake_examples=8", "track=none", "loop.micro_batch_size=2"),
+    *("topology=tp2", "loop.num_steps=4"),
+]
+
+
+def train(words: list[str], code: int = 0) -> None:
+    assert run_distributed(call, 2, [*RUN, *words]) == [code] * 2
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_that_diverged_writes_no_model(method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(["model=tiny", f"method={method}", "optim.lr=1e38", f"run_dir={tmp_path / 'run'}"], code=2)
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert errors
+    assert "what has been trained is not finite, so it is not written; lower optim.lr" in errors[0]
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_base_that_is_not_finite_trains_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = build_hf_model()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    write_toy_checkpoint(tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    given = ["model=hf", f"model.checkpoint={tmp_path / 'base'}", f"run_dir={tmp_path / 'run'}"]
+    train([*given, "method=lora"], code=2)
+    assert "no step was usable: no gradient was finite" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+    train([*given[:2], "method=lora", "loop.num_steps=30", f"run_dir={tmp_path / 'long'}"], code=2)
+    assert "error: 20 steps in a row had gradients that are not finite" in capfd.readouterr().err
+
+
+def test_a_run_that_is_over_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["model=tiny", "method=lora", f"run_dir={tmp_path / 'run'}", "resume=auto"]
+    train(words)
+    train([*words, "loop.num_steps=2"])
+    told = f"{tmp_path / 'run'} has 4 steps already, of 2 asked for; raise loop.num_steps to go on"
+    assert capfd.readouterr().err.count(told) == 1
+
+
+def test_a_run_that_was_refused_can_be_typed_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The bad row is found once the directory exists; nothing has been done there."""
+    demo = Path(__file__).parents[2] / "lora_dist" / "assets" / "demo_base"
+    rows = [{"context": "a", "target": "b"}] * 4
+    data, words = tmp_path / "rows.jsonl", ["model=demo", f"model.checkpoint={demo}", "data=jsonl", "method=lora"]
+    words += [f"data.train={data}", "data.seq_len=16", f"run_dir={tmp_path / 'run'}"]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, {"context": "a"}]))
+    base = [*RUN[:1], *RUN[4:], *words]
+    assert run_distributed(call, 2, base) == [2, 2]
+    assert "rows.jsonl:5: missing key" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert run_distributed(call, 2, base) == [0, 0]
+    assert len(read_losses(tmp_path / "run")) == 5
+    assert run_distributed(call, 1, [*base, "topology=single"]) == [2]
+    assert "is not empty" in capfd.readouterr().err
