@@ -43,7 +43,12 @@ class TrainableParameter:
     """Of this process's shard, padding included; `parameter` itself is empty where ZeRO-3 partitions it."""
 
     def __post_init__(self) -> None:
-        self.local_shape = tuple(self.parameter.shape)
+        self.local_shape = find_shape(self.parameter)
+
+
+def find_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of the parameter as its module means it, also while ZeRO-3 has partitioned it and left it empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def find_source(one: TrainableParameter) -> str:

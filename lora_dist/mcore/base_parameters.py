@@ -14,7 +14,7 @@ from lora_dist.config import ModelConfig
 from lora_dist.lora.factors import derive_seed
 from lora_dist.lora.layer import find_shared_ranges
 from lora_dist.mcore.model import ShardedGpt
-from lora_dist.parameters import TrainableParameter
+from lora_dist.parameters import TrainableParameter, find_shape
 from lora_dist.quant.weight import QuantizedWeight
 from lora_dist.whole import cut_shard
 
@@ -88,7 +88,7 @@ def find_shard_dim(name: str) -> int | None:
 def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableParameter:
     topology = gpt.topology
     shard_dim = find_shard_dim(name)
-    full_shape = list(parameter.shape)
+    full_shape = list(find_shape(parameter))
     tp_ranges = find_shared_ranges(gpt.model, topology.tp_size).get("fused") if ".linear_qkv." in name else None
     if shard_dim is not None:
         full_shape[shard_dim] *= topology.tp_size

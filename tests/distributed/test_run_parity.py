@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from demo_runs import call, read_losses
 from processes import run_distributed
+from safetensors.torch import load_file
 
 TINY = [
     *("train", "model=tiny", "data=fake", "data.seq_len=32", "data.num_fake_examples=16", "track=none"),
@@ -66,3 +68,17 @@ def test_attention_drops_in_a_microbatch_of_one_row(collate: str, tmp_path: Path
 def test_prefixes_through_stages_of_several_layers(tmp_path: Path) -> None:
     words = ["method=prefix_layer", "model.num_layers=4", "data.collate=pad"]
     check_same(learn(tmp_path / "stages", 2, [*words, "topology=pp2"]), learn(tmp_path / "alone", 1, words))
+
+
+def test_partitioned_weights_are_written_whole(tmp_path: Path) -> None:
+    """At a size that ZeRO-3 does partition, after validations, which leave weights partitioned; the best one too."""
+    size = ["model.num_layers=2", "model.hidden_size=512", "model.ffn_hidden_size=1024", "method=full"]
+    words = [*size, "loop.eval_every=1", "loop.keep_best=true", "optim.lr=1e-3", "topology.dp_size=2"]
+    stages = {stage: tmp_path / f"stage{stage}" for stage in (1, 3)}
+    losses = [learn(run_dir, 2, [*words, f"zero.stage={stage}"]) for stage, run_dir in stages.items()]
+    check_same(*losses)
+    for name in ("model", "best_model"):
+        first, third = (load_file(run_dir / name / "model.safetensors") for run_dir in stages.values())
+        assert first.keys() == third.keys()
+        for key, tensor in first.items():
+            torch.testing.assert_close(third[key], tensor, rtol=1e-4, atol=1e-5)
