@@ -183,7 +183,7 @@ def merge(options: dict, base: Path, adapter: Path, target: Path) -> None:
     write_hf_checkpoint(gpt, target, model=model)
     live.unmerge()
     assert all(torch.equal(parameter, before[name]) for name, parameter in gpt.named_parameters())
-    with pytest.raises(ValueError, match="dora has DoRA's row lengths; a batch can mix adapters only without, merge"):
+    with pytest.raises(ValueError, match="dora has DoRA's row lengths, which no adapter beside the weights can have"):
         attach_adapters(gpt, [loaded])
 
 

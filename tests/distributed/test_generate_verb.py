@@ -176,7 +176,7 @@ def test_each_row_of_a_file_names_its_adapter(place: Path) -> None:
         ([], "give generate.input=FILE or generate.prompt='...', one of them"),
         (["generate.prompt=x", "adapter=PLACE/none"], "adapter=PLACE/none is not a directory"),
         (["generate.prompt=x", "adapter=PLACE"], "adapter=PLACE has no manifest.json"),
-        (["generate.prompt=x", "adapter=PLACE/biased"], "trained biases; a batch can mix adapters only without, merge"),
+        (["generate.prompt=x", "adapter=PLACE/biased"], "trained biases, which no adapter beside the weights can have"),
         (["generate.prompt=x", "adapters=[PLACE/other]"], "no row names one; use adapter=DIR"),
         (["generate.input=PLACE/none"], "generate.input=PLACE/none is no file"),
         (["generate.prompt=x", "generate.output=PLACE/e2e.txt"], "e2e.txt exists already; give a new file"),
