@@ -141,7 +141,7 @@ class LoopConfig:
             require(count is None or count >= 1, f"loop.{key}={count} must be at least 1")
         for key in ("num_epochs", "eval_every_epochs", "save_every_epochs"):
             times = getattr(self, key)
-            require(times is None or times > 0, f"loop.{key}={times} must be positive")
+            require(times is None or 0 < times < float("inf"), f"loop.{key}={times} must be positive and finite")
         require_seed("loop.seed", self.seed)
         for steps, epochs in (*_IN_EPOCHS, ("num_steps", "num_epochs")):
             _require_one("loop", self, steps, epochs)

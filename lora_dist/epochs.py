@@ -16,7 +16,9 @@ def settle_epochs(
     global_batch_size = loop.micro_batch_size * dp_size * compute_num_microbatches(loop, dp_size)
 
     def count(epochs: float | None, steps: int) -> int:
-        return steps if epochs is None else max(1, math.ceil(epochs * rows_per_epoch / global_batch_size))
+        if epochs is None:
+            return steps
+        return max(1, math.ceil(round(epochs * rows_per_epoch / global_batch_size, 6)))  # 1.1 x 10 is a little over 11
 
     num_steps = loop.total_steps if loop.num_epochs is None else count(loop.num_epochs, 0)
     settled = replace(

@@ -28,7 +28,7 @@ class EvaluateConfig(LiveConfig):
     """Ask through the model's chat template: each context is a user's message. null asks as the adapter, or the model
     in model.checkpoint, was trained by its run, and of task.format=chat always so."""
     system: str | None = None
-    """The system message before each user's message; null means the run's data.system, where chat is null too."""
+    """The system message before a question that has none; null means the run's data.system, where chat is null too."""
     texts: str | None = None
     """File of what the model answers, JSON lines; null writes RUN/evaluate-TASK.jsonl, or ADAPTER.evaluate-TASK.jsonl
     where the adapter is no run's. The same command goes on where an earlier one was ended."""
@@ -53,9 +53,8 @@ class EvaluateConfig(LiveConfig):
             "base_alone=true has no run's directory to write to; give texts=FILE",
         )
         require(
-            self.task.format != "chat" or (self.chat is not False and self.system is None),
-            f"task.format=chat has conversations with their own system messages, got chat={self.chat} and"
-            f" system={self.system}; leave both out",
+            self.task.format != "chat" or self.chat is not False,
+            "task.format=chat has conversations, got chat=false; leave it out",
         )
         require(
             not self.topology.sequence_parallel,

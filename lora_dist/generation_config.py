@@ -78,10 +78,10 @@ class GenerateOptions(GenerationConfig):
     """Ask through the model's chat template: each context is a user's message. null asks as the adapter, or the model
     in model.checkpoint, was trained by its run, and in format chat always so."""
     system: str | None = None
-    """The system message before each user's message; null means the run's data.system, where chat is null too."""
-    end_context: bool = True
-    """Put the end token after each context, which asks for the target as in training; false continues the text. A chat
-    template asks by itself."""
+    """The system message before a question that has none; null means the run's data.system, where chat is null too."""
+    end_context: bool | None = None
+    """Put the end token after each context, which asks for the target as in training on pairs; false continues the
+    text, as null does where the run has trained on running text. A chat template asks by itself."""
     merge: bool = False
     """Merge the adapter into the shards first; needed where it has trained biases or is DoRA's."""
 
@@ -89,9 +89,8 @@ class GenerateOptions(GenerationConfig):
         GenerationConfig.__post_init__(self)
         require_one_of("generate.format", self.format, CONTEXT_FORMATS)
         require(
-            self.format != "chat" or (self.chat is not False and self.system is None),
-            f"generate.format=chat has conversations with their own system messages, got generate.chat={self.chat} and"
-            f" generate.system={self.system}; leave both out",
+            self.format != "chat" or self.chat is not False,
+            "generate.format=chat has conversations, got generate.chat=false; leave it out",
         )
 
 

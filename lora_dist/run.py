@@ -34,7 +34,7 @@ from lora_dist.measure.optimizer_state import check_optimizer_state
 from lora_dist.measure.report import write_comparison
 from lora_dist.measure.summary import Summary, build_summary
 from lora_dist.methods import AppliedMethod, apply_method
-from lora_dist.run_dir import name_trained, prepare_run_dir
+from lora_dist.run_dir import name_trained, prepare_run_dir, write_config
 from lora_dist.stopping import note_terminations, raise_stopped
 from lora_dist.topology import DTYPES, Topology, check_cuda_graphs, check_device, choose_device, run_on_first
 from lora_dist.validation import Validation
@@ -65,6 +65,7 @@ def compare(config: RunConfig, settle: Settle = keep_as_it_is) -> list[Summary]:
         for one in methods:
             run_on_first(topology, partial(prepare_run_dir, one))
             summaries.append(train_method(run_on_first(topology, partial(settle, one)), topology))
+        run_on_first(topology, lambda: write_config(config))
         run_on_first(topology, lambda: write_comparison(config, summaries))
         return summaries
 
@@ -102,13 +103,16 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     loop, optim = settle_epochs(
         config.loop, config.optim, rows_per_epoch=loaders.train.num_rows, dp_size=topology.dp_size
     )
-    config = replace(config, loop=loop, optim=optim)
+    given, config = config, replace(config, loop=loop, optim=optim)
     engine, method = build_engine(config, topology)
     optimizer_state = check_optimizer_state(engine.zero, engine.gpt, engine.trainable, topology)
     keeper = open_keeper(config, topology, engine, method, loaders)
+    run_on_first(topology, lambda: write_config(given))
     if keeper.num_steps_done >= config.loop.total_steps:
         done = f"{config.run_dir} has {keeper.num_steps_done} steps already, of {config.loop.total_steps} asked for"
-        run_on_first(topology, lambda: print(f"{done}; raise loop.num_steps to go on", file=sys.stderr, flush=True))
+        run_on_first(
+            topology, lambda: print(f"{done}; raise loop.num_steps or num_epochs to go on", file=sys.stderr, flush=True)
+        )
     meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
     result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter)
     if result.num_steps_done < config.loop.total_steps:

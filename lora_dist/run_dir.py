@@ -45,9 +45,20 @@ def check_run_dir(run_dir: Path, resume: str) -> None:
 
 
 def prepare_run_dir(config: RunConfig | ClassifyConfig) -> Path:
-    """Check and make config.run_dir and write config.yaml. Global rank 0 alone calls it; the others wait for it."""
+    """Check and make config.run_dir, with config.yaml where there is none. Global rank 0 alone calls it.
+
+    That of a run that goes on stays until the run has been found to be the same: `write_config`.
+    """
     run_dir = Path(config.run_dir)
     check_run_dir(run_dir, config.resume)
+    if config.resume == "none" or not (run_dir / CONFIG_FILE).exists():
+        write_config(config)
+    return run_dir
+
+
+def write_config(config: RunConfig | ClassifyConfig) -> None:
+    """config.yaml, in its directory. Global rank 0 alone calls it."""
+    run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         unfinished = run_dir / f".{CONFIG_FILE}.tmp"
@@ -55,7 +66,6 @@ def prepare_run_dir(config: RunConfig | ClassifyConfig) -> Path:
         unfinished.replace(run_dir / CONFIG_FILE)
     except OSError as error:
         raise ValueError(f"run_dir={run_dir} cannot be written: {error.strerror}; give another run_dir") from error
-    return run_dir
 
 
 def format_config(config: "DataclassInstance") -> str:
@@ -86,10 +96,11 @@ def find_run(adapter: str) -> Path | None:
     return parent if Path(adapter).name == _ADAPTER and (parent / CONFIG_FILE).is_file() else None
 
 
-def find_model_run(checkpoint: str | None) -> Path | None:
-    """The directory of the run that ended with a whole model in `checkpoint`; None where none did."""
-    parent = Path(checkpoint or "").parent
-    return parent if Path(checkpoint or "").name == _MODEL and (parent / CONFIG_FILE).is_file() else None
+def find_trainer(trained: str | None) -> Path | None:
+    """The run that wrote an adapter or a whole model, its last or its best; None where none did."""
+    directory = Path(trained or "").resolve()
+    names = (_ADAPTER, _MODEL, f"best_{_ADAPTER}", f"best_{_MODEL}")
+    return directory.parent if directory.name in names and (directory.parent / CONFIG_FILE).is_file() else None
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:

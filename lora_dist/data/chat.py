@@ -19,7 +19,8 @@ from lora_dist.data.rows import BadRow, BadRows, read_file
 _NO_CLOCK = "{%- set strftime_now = model_chat_date_is_null %}"
 _CLOCK = "{%- macro strftime_now(format) -%}{{ chat_date }}{%- endmacro %}"
 """One or the other stands before a template: one that is told today's date would train on another text tomorrow."""
-_PROBE: list[Message] = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is."}]
+_ANSWER = "It is."
+_PROBE: list[Message] = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": _ANSWER}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class ChatTemplate:
                 tokenize=False,
                 **self._values,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise BadRow("refused by the chat template", " ".join(str(error).split())) from None
         return str(text)
 
@@ -108,7 +109,10 @@ class ChatTemplate:
             return answered[len(asked) :]
         question = "" if turn == 0 else conversation.messages[turn - 1]["content"]
         ending = asked[asked.rfind(question) :] if question and question in asked else asked
-        _, found, answer = answered.rpartition(ending)
+        head, found, answer = answered.rpartition(ending)
+        while found and conversation.messages[turn]["content"] not in answer:  # the answer repeats the question
+            head, found, tail = head.rpartition(ending)
+            answer = f"{tail}{ending}{answer}"
         if not found:
             raise BadRow("template asks otherwise", f"it asks {asked[-40:]!r} and writes {answered[-80:]!r}")
         return answer
@@ -134,21 +138,35 @@ class ChatTemplate:
         return tokens[:length], learnt[:length]
 
     def find_end_tokens(self) -> list[int]:
-        """What ends an answer: the template's token, and the tokenizer's own.
+        """What ends an answer: the template's tokens behind it, the first ahead, and the tokenizer's own.
 
         ValueError where the template cannot be learnt from: it refuses a question and an answer, ends no answer, or
         asks so that a first word has another token than it has in running text.
         """
-        probe = Conversation(line=1, messages=_PROBE)
+        part = self._probe()
         try:
-            (part,) = self.split(probe, learn_turns="all")
             tokens, learnt = self.encode_part(part)
             asked = self.encode_question(Conversation(line=1, messages=_PROBE[:1]))
         except BadRow as problem:
             raise ValueError(f"the chat template: {problem.reason} ({problem.detail}); {_REMEDY}") from None
         if tokens[: int(learnt.argmax())] != asked:
             raise ValueError(f"the chat template asks with a space that belongs to the answer's first word; {_REMEDY}")
-        return list(dict.fromkeys([tokens[-1], int(self.tokenizer.eos_token_id)]))
+        behind = self.encode(part.text[part.text.rindex(_ANSWER) + len(_ANSWER) :])[0]
+        ends = [token for token in behind if token in self._special]
+        return list(dict.fromkeys([*ends, int(self.tokenizer.eos_token_id)]))
+
+    def find_answer_prefix(self) -> str:
+        """What the template writes of its own between question and answer, such as an empty thought."""
+        part = self._probe()
+        return part.text[part.answers[0][0] : part.text.rindex(_ANSWER)]
+
+    def _probe(self) -> Part:
+        """A question and an answer, as the template writes them."""
+        try:
+            (part,) = self.split(Conversation(line=1, messages=_PROBE), learn_turns="all")
+        except BadRow as problem:
+            raise ValueError(f"the chat template: {problem.reason} ({problem.detail}); {_REMEDY}") from None
+        return part
 
 
 _REMEDY = "give model.chat_template=FILE, or model.chat_date or model.chat_values={name: value} where it takes them"

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from lora_dist.data.documents import read_json_rows
-from lora_dist.data.rows import PLAIN_FIELDS, BadRow, BadRows, Fields, Pair, check_text
+from lora_dist.data.rows import PLAIN_FIELDS, BadRow, BadRows, Fields, Pair, check_text, take_text
 
 Message = dict[str, Any]
 """`role` and `content`, `weight` 0 where an answer is not to be learnt, and what else a template knows of, e.g.
@@ -67,13 +67,20 @@ def write_question(messages: Sequence[Message], tools: Sequence[Mapping[str, Any
     return json.dumps(content, ensure_ascii=False, sort_keys=True)
 
 
-def parse_question(text: str, line: int = 1) -> Conversation:
-    """What `write_question` wrote, or a row of a file; BadRow where it is no conversation."""
+def parse_question(text: str, system: str | None = None) -> Conversation:
+    """What `write_question` wrote, or a row of a file; BadRow where it is no conversation.
+
+    An answer at its end is left out: it is what is asked for.
+    """
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRow("broken JSON", str(error)) from None
-    return _parse(line, record, fields=PLAIN_FIELDS, system=None)
+    parsed = _parse(1, record, fields=PLAIN_FIELDS, system=system)
+    messages = parsed.messages[:-1] if parsed.messages[-1]["role"] == "assistant" else parsed.messages
+    if not messages:
+        raise BadRow("no question", "there is no message before the assistant's")
+    return replace(parsed, messages=messages)
 
 
 def ask_user(text: str, system: str | None = None) -> Conversation:
@@ -88,10 +95,11 @@ def _parse(line: int, record: Any, *, fields: Fields, system: str | None) -> Con
         messages = [_check_message(one) for one in _take_list(record, "messages")]
     elif "conversations" in record:
         messages = [_check_message(_rename(one)) for one in _take_list(record, "conversations")]
+        system = take_text(record, "system") if record.get("system") else system
     else:
         question, answer = fields.take(record)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    tools = None if record.get("tools") is None else _take_list(record, "tools")
+    tools = _take_list(record, "tools") if record.get("tools") else None
     return Conversation(line=line, messages=_add_system(messages, system), tools=tools)
 
 
@@ -103,11 +111,14 @@ def _take_list(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _rename(message: Mapping[str, Any]) -> Message:
-    """{from, value} as {role, content}."""
+    """{from, value} as {role, content}, what else there is kept; {role, content} as it is."""
+    if "role" in message:
+        return dict(message)
     speaker = message.get("from")
     if speaker not in _SHAREGPT_ROLES:
         raise BadRow("unknown speaker", f"'from' is {speaker!r}, not one of {', '.join(_SHAREGPT_ROLES)}")
-    return {"role": _SHAREGPT_ROLES[speaker], "content": message.get("value")}
+    others = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {**others, "role": _SHAREGPT_ROLES[speaker], "content": message.get("value")}
 
 
 def _check_message(message: Mapping[str, Any]) -> Message:
@@ -121,22 +132,22 @@ def _check_message(message: Mapping[str, Any]) -> Message:
         raise BadRow("wrong type", f"the {role}'s 'content' is {type(content).__name__}, not a string")
     for text in list_texts(message):
         check_text(text)
-    if message.get("weight", 1) not in (0, 1):
+    if message.get("weight") not in (None, 0, 1):
         raise BadRow("wrong weight", f"'weight' of a message is {message['weight']!r}, neither 0 nor 1")
     return {**message, "role": role, "content": content.strip()}
 
 
 def is_learnt(message: Message) -> bool:
     """Whether it is an answer; OpenAI's `weight` 0 leaves one out."""
-    return bool(message["role"] == "assistant" and message.get("weight", 1))
+    return bool(message["role"] == "assistant" and message.get("weight") != 0)
 
 
 def list_texts(value: Any) -> list[str]:
-    """Every string in a message, its tool calls included."""
+    """Every string in a message or a tool, keys and all that is nested included."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [*value.keys(), *value.values()]
     return [text for one in value for text in list_texts(one)] if isinstance(value, list) else []
 
 

@@ -64,7 +64,12 @@ def _list_entries(text: str, member: str | None, path: str) -> Iterator[tuple[in
         at = _skip_space(text, at)
         if text[at : at + 1] not in (",", "]"):
             raise _build_error(text, at, path, "a comma or the array's end is expected")
-        at = _skip_space(text, at + 1) if text[at] == "," else at
+        if text[at] == ",":
+            at = _skip_space(text, at + 1)
+            if text[at : at + 1] == "]":
+                raise _build_error(text, at, path, "another entry is expected behind the comma")
+    if member is None and _skip_space(text, at + 1) < len(text):
+        raise _build_error(text, _skip_space(text, at + 1), path, "the array has ended; one file holds one")
 
 
 def _find_array(text: str, member: str | None, path: str) -> int:

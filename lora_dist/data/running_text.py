@@ -26,7 +26,7 @@ class Document:
 def read_documents(content: bytes, bad: BadRows, *, field: str = "text") -> Iterator[Document]:
     """Of JSON lines or a JSON array (.jsonl, .json) the rows' `field`; any other file is one document."""
     text = decode(content)
-    if not bad.path.endswith(_JSON_ENDINGS):
+    if not bad.path.lower().endswith(_JSON_ENDINGS):
         yield from _check_whole(text, bad)
         return
 

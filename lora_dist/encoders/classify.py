@@ -21,7 +21,7 @@ from lora_dist.mcore.parallel import open_topology
 from lora_dist.measure.memory import PeakMemoryMeter
 from lora_dist.measure.meter import Meter
 from lora_dist.measure.observers import open_observers
-from lora_dist.run_dir import name_trained, prepare_run_dir
+from lora_dist.run_dir import name_trained, prepare_run_dir, write_config
 from lora_dist.stopping import note_terminations, raise_stopped
 from lora_dist.tasks.scores import Scores
 from lora_dist.tasks.scoring import score, write_scores
@@ -40,19 +40,23 @@ def classify(config: ClassifyConfig) -> None:
             run_on_first(topology, lambda: prepare_run_dir(config))
         data = load_data(config)
         loop, optim = settle_epochs(config.loop, config.optim, rows_per_epoch=len(data.train), dp_size=topology.dp_size)
-        config = replace(config, loop=loop, optim=optim)
+        given, config = config, replace(config, loop=loop, optim=optim)
         memory = PeakMemoryMeter(device)
         job = open_job(config, topology, data)
         summary: dict[str, Any] = {}
         if data.train:
-            summary = train(job, memory)
+            summary = train(job, memory, given)
         score_job(job, summary)
 
 
-def train(job: Job, memory: PeakMemoryMeter) -> dict[str, Any]:
-    """The loop, its checkpoints, and the adapter (or model) at the end; what the summary says of it."""
+def train(job: Job, memory: PeakMemoryMeter, given: ClassifyConfig) -> dict[str, Any]:
+    """The loop, its checkpoints, and the adapter (or model) at the end; what the summary says of it.
+
+    `given` is the configuration before its epochs were made steps.
+    """
     config, topology = job.config, job.topology
     num_steps_done, valid_loss_before = resume(job)
+    run_on_first(topology, lambda: write_config(given))
     meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
     name = f"{config.method}-{config.encoder.name}"
     observers = open_observers(config, topology, meter, name=name, num_steps_done=num_steps_done)

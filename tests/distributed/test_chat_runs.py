@@ -1,6 +1,7 @@
 """Conversations and running text, as a user trains on them: losses are transformers', answers are learnt and given."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from chat_files import CHAT_VOCAB_SIZE, CHATML, write_chat_tokenizer
 from demo_runs import call, read_losses
+from family_toy import read_family_config
 from processes import run_distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lora_dist.questions import QuestionForm, build_questions, choose_form
 
 CHATS = [
     [("user", "What is The Mill?"), ("assistant", "It is a riverside pub.")],
@@ -173,7 +177,7 @@ def test_an_adapter_is_asked_as_its_run_was_trained(
         (["generate.system=x"], "system='x' is part of a chat, and this model is asked without one; set chat=true"),
         (
             ["generate.format=chat", "generate.chat=false"],
-            "got generate.chat=False and generate.system=None; leave both",
+            "has conversations, got generate.chat=false; leave it out",
         ),
         (["generate.chat=true", "model.tokenizer=PLAIN"], "has no chat template"),
     ],
@@ -200,6 +204,45 @@ def test_a_run_goes_on_with_the_conversations_it_began_with(place: Path, capfd: 
     assert [line["step"] for line in read_losses(place / "goes_on")][-1] == 2 * len(CHATS)
     train(place, "goes_on", 1, *first, *more, "loop.num_epochs=3")
     assert [line["step"] for line in read_losses(place / "goes_on")][-1] == 3 * len(CHATS)
+    before = (place / "goes_on/config.yaml").read_text()
     with pytest.raises(AssertionError):
         train(place, "goes_on", 1, *first, *more, "data.system=Hm.", "loop.num_epochs=4")
     assert "data.tokens is " in capfd.readouterr().err
+    assert (place / "goes_on/config.yaml").read_text() == before  # generate reads there how to ask
+    train(place, "goes_on", 1, *first, *more, "loop.num_epochs=4")
+    assert (place / "goes_on/config.yaml").read_text() == before.replace("num_epochs: 3.0", "num_epochs: 4.0")
+
+
+def test_everything_a_run_wrote_is_asked_as_it_was_trained(place: Path, learnt: Path) -> None:
+    """Its last and its best, from wherever; conversations get the system message that training put before them."""
+    words = [
+        "data=chat",
+        f"data.train={place / 'chat.jsonl'}",
+        f"data.valid={place / 'chat.jsonl'}",
+        "loop.num_steps=1",
+    ]
+    words += ["data.system=S", "loop.keep_best=true", "loop.eval_every=1"]
+    base = read_family_config(train(place, "best_full", 1, *words) / "best_model")
+    train(place, "best_lora", 1, *words, "method=lora")
+    chat = QuestionForm(chat=True, system="S")
+    pairs = {"chat": None, "system": None}
+    for name in ("adapter", "best_adapter"):
+        assert choose_form(base, [str(place / "best_lora" / name)], **pairs) == chat
+    for name in ("model", "best_model"):
+        whole = read_family_config(place / "best_full" / name)
+        assert choose_form(whole, [], **pairs) == chat
+        assert choose_form(whole, [], **pairs, conversations=True) == replace(chat, conversations=True)
+    assert choose_form(read_family_config(place / "base"), [], **pairs) == QuestionForm()
+    question = json.dumps(write_messages(CHATS[0]))
+    form = replace(chat, conversations=True)
+    asked = build_questions([question], read_family_config(place / "best_full/model"), form)
+    assert asked.tokenizer.decode(asked.prompts[0]) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nWhat is The Mill?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_run_of_running_text_is_asked_to_go_on(place: Path) -> None:
+    data = ["data=text", f"data.train={place / 'text.jsonl'}", "data.seq_len=24", "loop.num_steps=1"]
+    model = read_family_config(train(place, "text_run", 1, *data, "loop.micro_batch_size=1") / "model")
+    assert choose_form(model, [], chat=None, system=None) == QuestionForm(end_context=False)
+    assert choose_form(model, [], chat=None, system=None, end_context=True) == QuestionForm()

@@ -47,7 +47,7 @@ def test_a_run_that_is_over_says_so(tmp_path: Path, capfd: pytest.CaptureFixture
     words = ["model=tiny", "method=lora", f"run_dir={tmp_path / 'run'}", "resume=auto"]
     train(words)
     train([*words, "loop.num_steps=2"])
-    told = f"{tmp_path / 'run'} has 4 steps already, of 2 asked for; raise loop.num_steps to go on"
+    told = f"{tmp_path / 'run'} has 4 steps already, of 2 asked for; raise loop.num_steps or num_epochs to go on"
     assert capfd.readouterr().err.count(told) == 1
 
 

@@ -8,7 +8,7 @@ from lora_dist.cli.compose import compose_as, compose_config
 from lora_dist.generation_config import GenerateConfig
 
 TEXTS = ["true", "1.50", "1e3", "1_000", "nan", "What is LoRA?", "a, b: {c} [d]", "it's", 'say "a"', "x ${device} y"]
-TEXTS += ["\\", "a\\${h}", "\u00e9 \u4e2d", "~/x", "'", "=", "(a|b)", "$h", "  spaced "]
+TEXTS += ['"Yes" or "no"', "'a' 'b'", "\\", "a\\${h}", "\u00e9 \u4e2d", "~/x", "'", "=", "(a|b)", "$h", "  spaced "]
 
 
 def read_prompt(override: str) -> str | None:

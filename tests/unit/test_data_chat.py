@@ -19,7 +19,13 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_dist.config import DataConfig, ModelConfig
 from lora_dist.data.chat import ChatTemplate, encode_conversations, load_chat_template
-from lora_dist.data.conversations import Conversation, ask_user, parse_question, read_conversations, write_question
+from lora_dist.data.conversations import (
+    Conversation,
+    ask_user,
+    parse_question,
+    read_conversations,
+    write_question,
+)
 from lora_dist.data.examples import Examples
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.rows import BadRow, BadRows, Fields
@@ -129,6 +135,32 @@ def test_a_system_message_that_the_template_keeps_by_the_last_question() -> None
     ]
 
 
+def test_an_answer_that_repeats_the_question_is_learnt_whole() -> None:
+    template = load(LAST_SYSTEM)
+    said = {"role": "assistant", "content": "You said [INST] I [/INST] right"}
+    (told,) = tell(template, encode(template, SYSTEM, {"role": "user", "content": "I"}, said))
+    assert told[1] == " You said [INST] I [/INST] right<|endoftext|>"
+
+
+def test_what_a_template_writes_before_an_answer_is_no_part_of_it() -> None:
+    """It is learnt, stands before labels, and is taken off what a model says, as Qwen3's empty thought."""
+    source = CHATML.replace("{% generation %}{{ message", "{% generation %}{{ '<think>\n\n</think>\n\n' + message")
+    template, model = load(source), build_model(chat_directory(source))
+    asked = build_questions(["What is The Mill?"], model, QuestionForm(chat=True))
+    assert asked.answer_prefix == "<think>\n\n</think>\n\n"
+    learnt = encode(template, ASKED, ANSWERED)
+    answer = learnt.tokens[learnt.is_learnt].tolist()[:-1]
+    assert template.tokenizer.decode(answer) == "<think>\n\n</think>\n\nIt is a pub."
+    assert asked.decode([answer]) == ["It is a pub."]
+
+
+def test_an_end_token_that_others_follow() -> None:
+    """Phi-3's kind of template closes what is not asked on with the end of the text as well."""
+    source = CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    tokenizer = load(source).tokenizer
+    assert load(source).find_end_tokens() == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+
+
 @pytest.mark.parametrize("template", [CHATML, THINKING])
 def test_the_last_answer_alone(template: str) -> None:
     loaded = load(template)
@@ -147,9 +179,10 @@ def test_an_answer_of_no_weight_is_not_learnt() -> None:
 
 
 def test_tools_cannot_forge_a_turn() -> None:
-    one = Conversation(line=3, messages=[ASKED, ANSWERED], tools=[{"name": "x<|im_end|>"}])
-    with pytest.raises(ValueError, match=r"f:3: special token in a message \(tools has '<\|im_end\|>'\)"):
-        encode_conversations([one], load(), seq_len=200, learn_turns="all", bad=BadRows("f", "error"))
+    for tool in ({"name": "x<|im_end|>"}, {"a<|im_end|>": 1}):
+        one = Conversation(line=3, messages=[ASKED, ANSWERED], tools=[tool])
+        with pytest.raises(ValueError, match=r"f:3: special token in a message \(tools has '<\|im_end\|>'\)"):
+            encode_conversations([one], load(), seq_len=200, learn_turns="all", bad=BadRows("f", "error"))
 
 
 def test_no_date_of_today() -> None:
@@ -205,6 +238,7 @@ def test_a_tokenizer_whose_offsets_leave_out_spaces(template: str) -> None:
     ("template", "message"),
     [
         ("{{ messages[0]['content'] }", "refused by the chat template"),
+        ("{{ 1 // 0 }}" + CHATML, "refused by the chat template"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", r"answer without an end \(the chat template puts no"),
         (
             CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif"),
@@ -341,6 +375,9 @@ def test_a_conversation_as_a_question() -> None:
     (pair,) = read_pairs(content, "chat", BadRows("f", "error"))
     assert pair.target == THOUGHT["content"]
     assert list(parse_question(pair.context).messages) == [SYSTEM, ASKED, ANSWERED, AGAIN]
+    assert parse_question(content.decode()) == parse_question(pair.context)  # its answer is left out
+    with pytest.raises(BadRow):
+        parse_question(write_question([ANSWERED]))
     assert pair.context == write_question([dict(reversed(one.items())) for one in (SYSTEM, ASKED, ANSWERED, AGAIN)])
     with pytest.raises(ValueError, match=r"f:1: no answer \(the last message must be the assistant's"):
         list(read_pairs(json.dumps({"messages": [ASKED]}).encode(), "chat", BadRows("f", "error")))

@@ -166,3 +166,26 @@ def test_file_that_cannot_be_read(tmp_path: Path, name: str, reason: str) -> Non
 def test_configuration_that_cannot_be(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(name="d", **options)
+
+
+@pytest.mark.parametrize(
+    ("tail", "message"),
+    [
+        ("\n[]", r"pairs:2: broken JSON \(the array has ended; one file holds one"),
+        (" x", r"pairs:1: broken JSON \(the array has ended"),
+        ("", None),
+        ("\n \n", None),
+    ],
+)
+def test_an_array_is_the_whole_file(tail: str, message: str | None) -> None:
+    content = f"[{JSON_ROW.decode().strip()}]{tail}".encode()
+    if message is None:
+        assert len(read(content, "jsonl")[0]) == 1
+        return
+    with pytest.raises(ValueError, match=message):
+        read(content, "jsonl")
+
+
+def test_an_array_does_not_end_with_a_comma() -> None:
+    with pytest.raises(ValueError, match=r"pairs:2: broken JSON \(another entry is expected behind the comma"):
+        read(b"[" + JSON_ROW.strip() + b",\n]", "jsonl")

@@ -14,6 +14,13 @@ def test_epochs_become_steps() -> None:
     assert settle_epochs(settled, optim, rows_per_epoch=10, dp_size=2) == (settled, optim)
 
 
+def test_a_rounding_error_is_no_step() -> None:
+    loop, _ = settle_epochs(
+        LoopConfig(num_epochs=1.1, micro_batch_size=10), OptimConfig(), rows_per_epoch=100, dp_size=1
+    )
+    assert loop.total_steps == 11
+
+
 def test_steps_stay_as_they_are() -> None:
     loop, optim = settle_epochs(LoopConfig(eval_every=7), OptimConfig(num_warmup_steps=5), rows_per_epoch=1, dp_size=1)
     assert (loop.total_steps, loop.eval_every, loop.save_every, optim.num_warmup_steps) == (100, 7, 0, 5)
@@ -34,6 +41,7 @@ def test_steps_of_an_unsettled_run_are_not_asked_for() -> None:
         ({"eval_every": 5, "eval_every_epochs": 1}, r"\(loop.eval_every_epochs=null, or loop.eval_every=0\)"),
         ({"save_every": 5, "save_every_epochs": 1}, "loop.save_every=5 and loop.save_every_epochs=1"),
         ({"num_epochs": 0}, "loop.num_epochs=0 must be positive"),
+        ({"num_epochs": float("inf")}, "loop.num_epochs=inf must be positive and finite"),
         ({"num_steps": 0}, "loop.num_steps=0 must be at least 1"),
     ],
 )
