@@ -16,6 +16,7 @@ from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
 from lora_dist.zero.ds_config import build_ds_config
 from lora_dist.zero.loss_scale import LossScale
+from lora_dist.zero.param_groups import build_groups, registered
 from lora_dist.zero.state import (
     iterate_step_counters,
     materialize_adam_state,
@@ -54,7 +55,7 @@ def build_zero_engine(
     DeepSpeed's. At stage 3 the frozen parameters are partitioned as well.
     """
     deepspeed = _import_deepspeed(topology)
-    groups, placeholders = _build_groups(trainable, optim, topology)
+    groups, placeholders = build_groups(trainable, optim, topology)
     parameters = [parameter for group in groups for parameter in group["params"]]
     for one in trainable if zero.stage > 0 else ():
         # What DeepSpeed's norm asks for: sharded parameters count on every TP rank, others on the first alone. A shard
@@ -72,7 +73,7 @@ def build_zero_engine(
         eps=optim.eps,
         fused=True,
     )
-    with _registered(model, placeholders):
+    with registered(model, placeholders):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -106,7 +107,7 @@ class ZeroEngine:
         topology: Topology,
     ) -> None:
         self.placeholders = placeholders
-        """What fills groups that only other stages have tensors of; see `_build_groups`."""
+        """What fills groups that only other stages have tensors of; see `build_groups`."""
         self.deepspeed, self.trainable, self.stage = engine, trainable, stage
         self.clip_grad_norm, self.scale, self.topology = clip_grad_norm, scale, topology
         self._owns_masters = not (engine.fp16_enabled() or engine.bfloat16_enabled())
@@ -269,40 +270,3 @@ class _Groups:
 
     def get_data_parallel_group(self) -> torch.distributed.ProcessGroup:
         return self._topology.dp_group
-
-
-def _build_groups(
-    trainable: list[TrainableParameter], optim: OptimConfig, topology: Topology
-) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
-    """Matrices decay, vectors do not; lora_B has its own learning rate where LoRA+ asks for one.
-
-    DeepSpeed adds up the gradients' norm group by group over the stages of a pipeline, so that each has every group
-    that any might have: those without a tensor of its own get a placeholder, which never has a gradient. The second
-    value lists these.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {
-        key: [] for key in ((optim.weight_decay, 1.0), (0.0, 1.0), (optim.weight_decay, optim.lora_plus_ratio))
-    }
-    for one in trainable:
-        decay = optim.weight_decay if len(one.full_shape) > 1 else 0.0
-        ratio = optim.lora_plus_ratio if one.kind == "lora_B" else 1.0
-        groups[decay, ratio].append(one.parameter)
-    dtype = trainable[0].parameter.dtype if trainable else torch.float32
-    placeholders = []
-    for members in groups.values() if topology.pp_size > 1 else ():
-        if not members:
-            members.append(nn.Parameter(torch.zeros(1, dtype=dtype, device=topology.device)))
-            placeholders += members
-    built = [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in groups.items() if ps]
-    return built, placeholders
-
-
-@contextmanager
-def _registered(model: nn.Module, placeholders: list[nn.Parameter]) -> Iterator[None]:
-    """While DeepSpeed looks up its parameters' names in the model, which has them no longer than that."""
-    names = [f"nothing_trains_here_{number}" for number in range(len(placeholders))]
-    for name, placeholder in zip(names, placeholders, strict=True):
-        model.register_parameter(name, placeholder)
-    yield
-    for name in names:
-        delattr(model, name)
