@@ -14,6 +14,8 @@ _VERBATIM = ("generate.prompt", "generate.system", "data.system", "system")
 """Keys of what people say: nothing in it is a reference."""
 _QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""", re.DOTALL)
 
+_HOME_IN_LIST = re.compile(r"((?:^\[|,)\s*)~(?=[/,\]])")
+
 
 def write_override(override: str, owner: type) -> str:
     """`override` for Hydra, of the dataclass `owner`."""
@@ -21,6 +23,9 @@ def write_override(override: str, owner: type) -> str:
     known = {one.path: one for one in list_keys(owner)}
     if any(f"{key}.".startswith(f"{one.path}.") for one in known.values() if one.is_dictionary):
         return f"++{override}"  # `compare.lr.full=1e-4` adds an entry to a dictionary
+    if key in known and known[key].type.startswith("list"):
+        home = os.path.expanduser("~")
+        return f"{key}={_HOME_IN_LIST.sub(lambda found: found[1] + home, value)}"
     is_text = key in known and known[key].type in ("str", "str | None") and key not in list_groups(owner=owner)
     if not is_text or value == "null":
         return override

@@ -2,12 +2,13 @@
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
 from lora_dist.data.conversations import parse_question, write_question
+from lora_dist.data.documents import read_json_rows
 from lora_dist.data.examples import tokenize_texts
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.rows import BadRow, BadRows
@@ -40,7 +41,9 @@ def read_contexts(content: bytes, file_format: str, path: str) -> list[Context]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
     parse = {"jsonl": _parse_json, "chat": _parse_chat}.get(file_format, _parse_text)
-    rows = enumerate(io.StringIO(text, newline="\n"), 1)
+    rows: Iterable[tuple[int, str]] = enumerate(io.StringIO(text, newline="\n"), 1)
+    if parse is not _parse_text and text.lstrip().startswith("["):
+        rows = read_json_rows(text, lambda line, value: (line, json.dumps(value)), BadRows(path, "error"))
     contexts = [parse(row.strip(), f"{path}:{line}") for line, row in rows]
     if not contexts:
         raise ValueError(f"{path} holds no context")

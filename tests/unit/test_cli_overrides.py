@@ -51,6 +51,8 @@ def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert compose_config([f"run_dir={written}"]).run_dir == f"{tmp_path}/a b"
     assert compose_config(["run_dir=~"]).run_dir == str(tmp_path)
     assert compose_config(["run_dir=a~b"]).run_dir == "a~b"
+    several = compose_as(GenerateConfig, ["model=demo", "generate.input=f", "adapters=[~/x, ~/y,z]"]).adapters
+    assert several == [f"{tmp_path}/x", f"{tmp_path}/y", "z"]
 
 
 def test_a_pattern_that_cannot_be_read_is_told_as_typed() -> None:

@@ -1,5 +1,7 @@
 """Contexts out of every kind of file, to tokens and back."""
 
+import json
+
 import pytest
 from data_files import tiny_tokenizer
 
@@ -57,3 +59,16 @@ def test_a_context_is_encoded_and_a_target_decoded_as_in_training() -> None:
     assert decode_texts([target], tokenizer, strip=True) == [pair.target]
     assert decode_texts([target], tokenizer, strip=False) == [" " + pair.target]
     assert encode_contexts([pair.context], tokenizer, end_context=False)[0] == [context[:-1]]
+
+
+def test_an_array_is_read_as_lines_are() -> None:
+    rows = [{"context": " a "}, {"context": "b", "adapter": "x"}]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    array = json.dumps(rows, indent=1).encode()
+    assert read_contexts(array, "jsonl", "f") == read_contexts(lines, "jsonl", "f") == [Context("a"), Context("b", "x")]
+    with pytest.raises(ValueError, match="f:2: a JSON object with the string 'context' is expected"):
+        read_contexts(b'[{"context": "a"},\n{}]', "jsonl", "f")
+    chat = [{"messages": [{"role": "user", "content": "a"}]}]
+    assert read_contexts(json.dumps(chat).encode(), "chat", "f") == read_contexts(
+        json.dumps(chat[0]).encode(), "chat", "f"
+    )
