@@ -122,27 +122,7 @@ class RunConfig:
             f"method=full with dtype={self.dtype} keeps fp32 masters in DeepSpeed's partitions;"
             " set zero.stage=1 or more",
         )
-        require(
-            self.data.seq_len <= self.model.max_position_embeddings,
-            f"data.seq_len={self.data.seq_len} exceeds"
-            f" model.max_position_embeddings={self.model.max_position_embeddings}"
-            + (", of a Mistral its sliding window if that is shorter" if self.model.family == "mistral" else ""),
-        )
-        if self.topology.sequence_parallel:
-            require(
-                self.data.seq_len % self.topology.tp_size == 0,
-                f"topology.sequence_parallel needs tp_size {self.topology.tp_size}"
-                f" to divide data.seq_len {self.data.seq_len}",
-            )
-        require(
-            not self.loop.keep_best or self.loop.validates_between,
-            "loop.keep_best=true chooses between validations, and loop.eval_every=0; give the steps between them, or"
-            " loop.eval_every_epochs",
-        )
-        require(
-            not self.loop.keep_best or self.data.valid is not None or self.data.format == "fake",
-            "loop.keep_best=true chooses by the validation loss, and data.valid is null; give data.valid=FILE",
-        )
+        _validate_data(self)
         if self.cuda_graphs:
             _validate_graphs(self)
         layers, stage_layers = self.loop.recompute_layers, self.model.num_layers // self.topology.pp_size
@@ -170,6 +150,31 @@ class RunConfig:
     def slots(self) -> PrefixConfig | None:
         """The positions that the method adds to every example; None where it adds none."""
         return self.prefix if self.method in PREFIX_METHODS else None
+
+
+def _validate_data(config: RunConfig) -> None:
+    """Rows that fit the model and its split sequence, and validations where a best one is kept."""
+    require(
+        config.data.seq_len <= config.model.max_position_embeddings,
+        f"data.seq_len={config.data.seq_len} exceeds"
+        f" model.max_position_embeddings={config.model.max_position_embeddings}"
+        + (", of a Mistral its sliding window if that is shorter" if config.model.family == "mistral" else ""),
+    )
+    if config.topology.sequence_parallel:
+        require(
+            config.data.seq_len % config.topology.tp_size == 0,
+            f"topology.sequence_parallel needs tp_size {config.topology.tp_size}"
+            f" to divide data.seq_len {config.data.seq_len}",
+        )
+    require(
+        not config.loop.keep_best or config.loop.validates_between,
+        "loop.keep_best=true chooses between validations, and loop.eval_every=0; give the steps between them, or"
+        " loop.eval_every_epochs",
+    )
+    require(
+        not config.loop.keep_best or config.data.valid is not None or config.data.format == "fake",
+        "loop.keep_best=true chooses by the validation loss, and data.valid is null; give data.valid=FILE",
+    )
 
 
 def _validate_graphs(config: RunConfig) -> None:

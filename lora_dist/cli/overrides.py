@@ -13,7 +13,6 @@ from lora_dist.cli.schema import list_groups, list_keys
 _VERBATIM = ("generate.prompt", "generate.system", "data.system", "system")
 """Keys of what people say: nothing in it is a reference."""
 _QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""", re.DOTALL)
-
 _HOME_IN_LIST = re.compile(r"((?:^\[|,)\s*)~(?=[/,\]])")
 
 

@@ -19,6 +19,7 @@ from lora_dist.data.rows import BadRow, BadRows, read_file
 _NO_CLOCK = "{%- set strftime_now = model_chat_date_is_null %}"
 _CLOCK = "{%- macro strftime_now(format) -%}{{ chat_date }}{%- endmacro %}"
 """One or the other stands before a template: one that is told today's date would train on another text tomorrow."""
+_REMEDY = "give model.chat_template=FILE, or model.chat_date or model.chat_values={name: value} where it takes them"
 _ANSWER = "It is."
 _PROBE: list[Message] = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": _ANSWER}]
 
@@ -169,9 +170,6 @@ class ChatTemplate:
         return part
 
 
-_REMEDY = "give model.chat_template=FILE, or model.chat_date or model.chat_values={name: value} where it takes them"
-
-
 def load_chat_template(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
     """That of model.chat_template, or the tokenizer's own; ValueError where there is none or it cannot be used."""
     if model.chat_template is not None:
@@ -218,4 +216,4 @@ def encode_conversations(
             continue
         rows += [tokens for tokens, _ in encoded]
         learnt += [mask for _, mask in encoded]
-    return join_examples(rows, np.concatenate([np.zeros(0, dtype=np.bool_), *learnt]))
+    return join_examples(rows, learnt)

@@ -85,7 +85,8 @@ def encode_pairs(
             continue
         rows.append([*context, *target, *end])
         num_asked.append(len(context))
-    return replace(_join_pairs(rows, num_asked), has_slots=slots is not None)
+    learnt = [np.arange(len(row)) >= asked for row, asked in zip(rows, num_asked, strict=True)]
+    return replace(join_examples(rows, learnt), has_slots=slots is not None)
 
 
 def draw_fake_examples(
@@ -128,15 +129,9 @@ def show_progress(items: Sequence[_Item], what: str, *, scale: int = 1) -> Itera
             bar.update(scale)
 
 
-def join_examples(rows: Sequence[Sequence[int]], is_learnt: NDArray[np.bool_]) -> Examples:
-    """The examples whose tokens are `rows`; `is_learnt` has one truth value for each of all their tokens."""
+def join_examples(rows: Sequence[Sequence[int]], learnt: Sequence[NDArray[np.bool_]]) -> Examples:
+    """The examples whose tokens are `rows`; each has a truth value for each of its tokens in `learnt`."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     tokens = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(starts[-1]))
-    return Examples(tokens=tokens, starts=starts, is_learnt=is_learnt)
-
-
-def _join_pairs(rows: Sequence[Sequence[int]], num_asked: Sequence[int]) -> Examples:
-    """All is learnt but each row's first `num_asked` tokens."""
-    learnt = [np.arange(len(row)) >= asked for row, asked in zip(rows, num_asked, strict=True)]
-    return join_examples(rows, np.concatenate([np.zeros(0, dtype=np.bool_), *learnt]))
+    return Examples(tokens=tokens, starts=starts, is_learnt=np.concatenate([np.zeros(0, dtype=np.bool_), *learnt]))

@@ -49,8 +49,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: PreTrainedTokeniz
     for one in tokenize_texts([document.text for document in documents], tokenizer, "documents"):
         tokens = [*start, *one, *end]
         rows += [tokens[first : first + seq_len + 1] for first in range(0, len(tokens) - 1, seq_len)]
-    learnt = [np.arange(len(row)) > 0 for row in rows]
-    return join_examples(rows, np.concatenate([np.zeros(0, dtype=np.bool_), *learnt]))
+    return join_examples(rows, [np.arange(len(row)) > 0 for row in rows])
 
 
 def _check_whole(text: str, bad: BadRows) -> Iterator[Document]:

@@ -19,14 +19,11 @@ from lora_dist.data.rows import BadRows, Fields, decode, read_file
 from lora_dist.data.running_text import encode_documents, read_documents
 from lora_dist.data.tokenizer import load_model_tokenizer
 from lora_dist.lora.factors import derive_seed
-from lora_dist.prefix_config import PrefixConfig
 
 _FAKE_VALID_SHARE = 8
 """Fake data has one validation example to so many training examples."""
-
-
-Encode = Callable[[bytes, int | None, str | None, BadRows], Examples]
-"""(content, most rows, part of the file, its bad rows) -> examples."""
+Encode = Callable[[bytes, int | None, BadRows], Examples]
+"""(a file's content, the most rows of it, its bad rows) -> examples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,69 +40,62 @@ def load_splits(config: RunConfig) -> tuple[Split, Split | None]:
     if data.format == "fake":
         return _draw_splits(config)
     assert data.train is not None  # DataConfig has checked it
-    load = partial(load_split, data=data, encode=choose_encoder(config))
-    train = load("data.train", data.train, max_examples=data.max_train_examples, part=data.train_split)
+    tokenizer = load_model_tokenizer(config.model)
+    load, choose = partial(load_split, data=data), partial(choose_encoder, config, tokenizer)
+    train = load("data.train", data.train, encode=choose(data.train_split), max_examples=data.max_train_examples)
     if data.valid is None:
         return train, None
-    return train, load("data.valid", data.valid, max_examples=data.max_valid_examples, part=data.valid_split)
+    return train, load("data.valid", data.valid, encode=choose(data.valid_split), max_examples=data.max_valid_examples)
 
 
-def choose_encoder(config: RunConfig) -> Encode:
-    """What makes examples of a file's content; ValueError without the model's tokenizer or chat template."""
-    data, tokenizer = config.data, load_model_tokenizer(config.model)
+def choose_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast, part: str | None = None) -> Encode:
+    """What makes examples of a file, or of its `part`; ValueError without the chat template that a format asks for."""
+    data = config.data
+    fields = Fields(context=tuple(data.context_fields), target=data.target_field)
     if data.format == "chat":
-        return partial(_encode_chat, data=data, template=load_chat_template(config.model, tokenizer))
+        return partial(_encode_chat, data=data, fields=fields, template=load_chat_template(config.model, tokenizer))
     if data.format == "text":
         return partial(_encode_text, data=data, tokenizer=tokenizer)
-    return partial(_encode_pairs, data=data, tokenizer=tokenizer, slots=config.slots)
+    return partial(_encode_pairs, config=config, fields=fields, tokenizer=tokenizer, part=part)
 
 
 def _encode_pairs(
     content: bytes,
     most: int | None,
-    part: str | None,
     bad: BadRows,
     *,
-    data: DataConfig,
+    config: RunConfig,
+    fields: Fields,
     tokenizer: PreTrainedTokenizerFast,
-    slots: PrefixConfig | None,
+    part: str | None,
 ) -> Examples:
-    fields = Fields(context=tuple(data.context_fields), target=data.target_field)
+    data = config.data
     pairs = list(islice(read_pairs(content, data.format, bad, split=part, fields=fields), most))
-    return encode_pairs(pairs, tokenizer, seq_len=data.seq_len, bad=bad, slots=slots)
+    return encode_pairs(pairs, tokenizer, seq_len=data.seq_len, bad=bad, slots=config.slots)
 
 
 def _encode_chat(
-    content: bytes, most: int | None, part: str | None, bad: BadRows, *, data: DataConfig, template: ChatTemplate
+    content: bytes, most: int | None, bad: BadRows, *, data: DataConfig, fields: Fields, template: ChatTemplate
 ) -> Examples:
-    fields = Fields(context=tuple(data.context_fields), target=data.target_field)
     rows = list(islice(read_conversations(decode(content), bad, fields=fields, system=data.system), most))
     return encode_conversations(rows, template, seq_len=data.seq_len, learn_turns=data.learn_turns, bad=bad)
 
 
 def _encode_text(
-    content: bytes,
-    most: int | None,
-    part: str | None,
-    bad: BadRows,
-    *,
-    data: DataConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    content: bytes, most: int | None, bad: BadRows, *, data: DataConfig, tokenizer: PreTrainedTokenizerFast
 ) -> Examples:
     documents = list(islice(read_documents(content, bad, field=data.text_field), most))
     return encode_documents(documents, tokenizer, seq_len=data.seq_len)
 
 
-def load_split(
-    key: str, path: str, *, data: DataConfig, encode: Encode, max_examples: int | None, part: str | None = None
-) -> Split:
-    """Examples of the file `path`, or of its `part`, which the configuration names in `key`.
+def load_split(key: str, path: str, *, data: DataConfig, encode: Encode, max_examples: int | None) -> Split:
+    """Examples that `encode` makes of the file `path`, which the configuration names in `key`.
 
     With `max_examples` the file is read until that many rows were good; what follows is not looked at.
     """
     content = read_file(key, path)
     bad = BadRows(path, data.on_bad_row)
-    examples = encode(content, max_examples, part, bad)
+    examples = encode(content, max_examples, bad)
     if len(examples) == 0:
         found = ", ".join(f"{count} x {reason}" for reason, count in sorted(bad.counts.items())) or "it is empty"
         raise ValueError(f"{key}={path}: no row is usable as {data.format} ({found}); give a file that has some")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from data_files import build_config
+from data_files import build_config, tiny_tokenizer
 
 from lora_dist.config import DataConfig
 from lora_dist.data.readers import read_pairs
@@ -113,7 +113,7 @@ def configure(path: Path, content: bytes, **options: object) -> DataConfig:
 
 def load(key: str, data: DataConfig, max_examples: int | None = None) -> Split:
     assert data.train is not None
-    encode = choose_encoder(build_config(data))
+    encode = choose_encoder(build_config(data), tiny_tokenizer())
     return load_split(key, data.train, data=data, encode=encode, max_examples=max_examples)
 
 

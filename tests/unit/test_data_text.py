@@ -64,4 +64,10 @@ def test_file_that_cannot_be_used(tmp_path: Path, name: str, content: bytes, mes
     path.write_bytes(content)
     data = DataConfig(name="d", format="text", train=str(path), seq_len=8)
     with pytest.raises(ValueError, match=message):
-        load_split("data.train", str(path), data=data, encode=choose_encoder(build_config(data)), max_examples=None)
+        load_split(
+            "data.train",
+            str(path),
+            data=data,
+            encode=choose_encoder(build_config(data), tiny_tokenizer()),
+            max_examples=None,
+        )
