@@ -41,9 +41,10 @@ def export_files(config: ExportConfig) -> None:
     stored = open_adapter(Path(find_adapter(config.adapter)), model=config.model, base_fingerprint=fingerprint)
     export_adapter(stored, Path(config.output), config.format)
     print(f"{config.adapter} is in {config.output} as {config.format}", flush=True)
-    if config.format == "peft_split" and config.model.architecture.fused_qkv:
+    if config.format == "peft_split" and config.model.architecture.fused_targets:
+        fused = " and ".join("/".join(targets) for targets in config.model.architecture.fused_targets)
         print(
-            f"transformers' {config.model.family} makes q, k and v with one linear, on which PEFT would pass over"
+            f"transformers' {config.model.family} makes {fused} with one linear, on which PEFT would pass over"
             " adapters of each; for that model use format=peft",
             flush=True,
         )

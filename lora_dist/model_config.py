@@ -33,31 +33,40 @@ class Architecture:
     """Every linear of a layer has a bias."""
     qkv_biases: bool = False
     """Those of q, k and v have one, whatever linear_biases says."""
-    fused_qkv: bool = False
-    """transformers makes q, k and v with one linear, which PEFT gives one adapter."""
+    fused_targets: tuple[tuple[str, ...], ...] = ()
+    """Targets that transformers makes with one linear, to which PEFT gives one adapter."""
 
     @property
     def has_biases(self) -> bool:
         return self.linear_biases or self.qkv_biases or not self.rms_norm
 
 
+_QKV = ("q_proj", "k_proj", "v_proj")
 _LLAMA = Architecture(rotary=True, grouped_query=True, rms_norm=True, gated=True, linear_biases=False)
 ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": Architecture(fused_qkv=True),
+    "gpt2": Architecture(fused_targets=(_QKV,)),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": replace(_LLAMA, qkv_biases=True),
     "qwen3": replace(_LLAMA, qk_norm=True),
+    "phi3": replace(_LLAMA, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
     "opt": Architecture(activations=("relu",), position_offset=2),
     "gpt_neox": Architecture(
         rotary=True,
         partial_rotary=True,
         activations=("gelu", "gelu_tanh"),
-        fused_qkv=True,
+        fused_targets=(_QKV,),
         parallel_residual=True,
     ),
 }
-_LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+ROPE_SCALINGS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset({"factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor"}),
+    "longrope": frozenset({"attention_factor"}),
+}
+"""Keys of model.rope_scaling by what transformers calls the rule."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,7 +76,7 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, qwen2, qwen3, opt or gpt_neox: what its layers consist of."""
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, qwen2, qwen3, phi3, opt or gpt_neox: what its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -92,7 +101,10 @@ class ModelConfig:
     as the family usually does."""
     rope_scaling: dict[str, float] = field(default_factory=dict)
     """{factor: ...} divides every frequency; with low_freq_factor, high_freq_factor and
-    original_max_position_embeddings as well, Llama 3's rule."""
+    original_max_position_embeddings as well, Llama 3's rule; with beta_fast, beta_slow,
+    original_max_position_embeddings and attention_factor YaRN's. attention_factor multiplies cosines and sines."""
+    rope_divisors: list[float] = field(default_factory=list)
+    """What divides each frequency: LongRoPE's short factors. Empty means none."""
     checkpoint: str | None = None
     """Directory with config.json and safetensors; null draws the weights from loop.seed."""
     tokenizer: str | None = None
@@ -172,11 +184,24 @@ class ModelConfig:
             f" {self.rotary_size} of its features that model.rotary_fraction={self.rotary_fraction} turns",
         )
         require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta} must be positive")
-        given = set(self.rope_scaling)
+        ways = " or ".join("{" + ", ".join(sorted(keys)) + "}" for keys in ROPE_SCALINGS.values())
         require(
-            given in (set(), {"factor"}, _LLAMA3_SCALING),
-            f"model.rope_scaling has {', '.join(sorted(given))}; it takes factor alone, or"
-            f" {', '.join(sorted(_LLAMA3_SCALING))}",
+            set(self.rope_scaling) in ROPE_SCALINGS.values(),
+            f"model.rope_scaling has {', '.join(sorted(self.rope_scaling))}; it takes {ways}",
+        )
+        if set(self.rope_scaling) == ROPE_SCALINGS["longrope"] or self.rope_divisors:
+            self._check_longrope()
+
+    def _check_longrope(self) -> None:
+        require(
+            set(self.rope_scaling) == ROPE_SCALINGS["longrope"] and self.checkpoint is not None,
+            "model.rope_divisors are LongRoPE's, with model.rope_scaling={attention_factor} and a model.checkpoint:"
+            " without them leave it empty",
+        )
+        require(
+            len(self.rope_divisors) == self.rotary_size // 2 and all(divisor > 0 for divisor in self.rope_divisors),
+            f"model.rope_divisors={self.rope_divisors}: LongRoPE takes a positive number for each of the"
+            f" {self.rotary_size // 2} frequencies",
         )
 
     @property

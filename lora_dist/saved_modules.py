@@ -27,7 +27,7 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
         "ln_2": (_MLP_NORM,),
         "ln_f": (_FINAL_NORM,),
     },
-    **dict.fromkeys(("llama", "mistral", "qwen2"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), _LLAMA),
     "qwen3": _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)},
     "opt": {
         "embed_tokens": (_EMBEDDING,),

@@ -13,6 +13,8 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -40,6 +42,8 @@ _SIZES = {
 _NEOX_SIZES = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
 _NEOX_ROPE = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
 _LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+_YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings": 32}
+_LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(**_SIZES, rope_parameters={"rope_type": "llama3", "rope_theta": 100.0, **_LLAMA3})
@@ -52,8 +56,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=48)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True, rope_parameters=_YARN)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=8)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES, partial_rotary_factor=0.5)),
+    "phi3_long": lambda: Phi3ForCausalLM(
+        Phi3Config(**_SIZES, tie_word_embeddings=True, original_max_position_embeddings=48, rope_parameters=_LONG)
+    ),
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_NEOX_SIZES, rope_parameters=_NEOX_ROPE)),
     "gpt_neox_serial": lambda: GPTNeoXForCausalLM(
         GPTNeoXConfig(**_NEOX_SIZES, rope_parameters=_NEOX_ROPE, use_parallel_residual=False)
@@ -74,7 +82,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 """Name -> a model of that family; where there are two, they differ in what a checkpoint may choose."""
-ONE_EACH = [name for name in FAMILIES if name not in ("llama_tied", "gpt_neox_serial")]
+ONE_EACH = [name for name in FAMILIES if name not in ("llama_tied", "phi3_long", "gpt_neox_serial")]
 
 
 @torch.no_grad()

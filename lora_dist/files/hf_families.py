@@ -5,6 +5,13 @@ from lora_dist.files.hf_layout import HfFamily
 from lora_dist.files.hf_llama import LLAMA_FAMILIES
 from lora_dist.files.hf_neox import NEOX_FAMILY
 from lora_dist.files.hf_opt import OPT_FAMILY
+from lora_dist.files.hf_phi3 import PHI3_FAMILY
 
-HF_FAMILIES: dict[str, HfFamily] = {"gpt2": GPT2_FAMILY, **LLAMA_FAMILIES, "opt": OPT_FAMILY, "gpt_neox": NEOX_FAMILY}
+HF_FAMILIES: dict[str, HfFamily] = {
+    "gpt2": GPT2_FAMILY,
+    **LLAMA_FAMILIES,
+    "phi3": PHI3_FAMILY,
+    "opt": OPT_FAMILY,
+    "gpt_neox": NEOX_FAMILY,
+}
 """By config.json's model_type, which is ModelConfig's family."""

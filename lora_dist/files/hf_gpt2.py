@@ -90,7 +90,6 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _describe(model: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "n_layer": model.num_layers,
         "n_embd": model.hidden_size,
@@ -109,6 +108,7 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
 
 
 GPT2_FAMILY = HfFamily(
+    architecture="GPT2LMHeadModel",
     prefix=PREFIX,
     settings=_SETTINGS,
     read_fields=_read_fields,

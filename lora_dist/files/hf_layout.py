@@ -1,7 +1,7 @@
 """Where each canonical parameter lies in a Hugging Face checkpoint, whatever the family; pure.
 
 Megatron fuses q, k and v, and the gate and up of a gated MLP; Hugging Face stores them side by side in one tensor
-(GPT-2) or as tensors of their own.
+(GPT-2, Phi-3) or as tensors of their own.
 """
 
 import re
@@ -44,6 +44,8 @@ class HfPart:
 class HfFamily:
     """How Hugging Face writes the models of one family."""
 
+    architecture: str
+    """transformers' class, which config.json names."""
     prefix: str = ""
     """In front of every stored name; checkpoints without it are read too."""
     settings: Mapping[str, tuple[object, tuple[object, ...]]]
@@ -70,13 +72,14 @@ class HfFamily:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SplitNames:
-    """Stored names of a family whose projections are tensors of their own."""
+class LayerNames:
+    """Stored names of a family whose linears are [out, in]."""
 
     layers: str
     """Prefix of a layer's modules, with {layer}."""
     modules: Mapping[str, str | Mapping[str, str]]
-    """Canonical module of a layer -> the stored one, or one for each target that it fuses."""
+    """Canonical module of a layer -> the stored one with the same rows, or one for each target that it fuses; targets
+    with the same one lie in it one after the other."""
     others: Mapping[str, str]
     """Canonical parameters outside the layers -> stored names; the output layer's where it is not tied."""
 
@@ -90,16 +93,20 @@ class SplitNames:
         stored, place = self.modules[module], self.layers.format(layer=layer)
         if isinstance(stored, str):
             return [HfPart(name=f"{place}{stored}.{kind}")]
-        return [HfPart(name=f"{place}{name}.{kind}", target=target) for target, name in stored.items()]
+        linears, parts, filled = compute_linear_shapes(model), [], dict.fromkeys(stored.values(), 0)
+        for target, name in stored.items():
+            parts.append(HfPart(name=f"{place}{name}.{kind}", target=target, first=filled[name]))
+            filled[name] += linears[target][1]
+        return parts
 
     def compute_shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every stored tensor."""
-        linears = compute_linear_shapes(model)
-        return {
-            part.name: shape if part.target is None else (linears[part.target][1], *shape[1:])
-            for name, shape in compute_canonical_shapes(model).items()
-            for part in self.find_parts(name, model)
-        }
+        linears, shapes = compute_linear_shapes(model), {}
+        for canonical_name, shape in compute_canonical_shapes(model).items():
+            for part in self.find_parts(canonical_name, model):  # the last part of a tensor ends where it does
+                own_rows = shape[:1] if part.target is None else (part.first + linears[part.target][1],)
+                shapes[part.name] = own_rows + shape[1:]
+        return shapes
 
     def list_target_names(self) -> dict[str, str]:
         """Target -> template of its linear's name, with {layer}."""

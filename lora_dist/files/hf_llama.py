@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_dist.files.hf_layout import TIED_HEAD, HfFamily, SplitNames, get_size
+from lora_dist.files.hf_layout import TIED_HEAD, HfFamily, LayerNames, get_size
+from lora_dist.files.hf_rope import describe_rope, get_rope, read_rope
 from lora_dist.model_config import ModelConfig
 
-LLAMA_NAMES = SplitNames(
+LLAMA_NAMES = LayerNames(
     layers="model.layers.{layer}.",
     modules={
         "input_layernorm": "input_layernorm",
@@ -38,8 +39,6 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "use_sliding_window": (False, (False,)),
     "quantization_config": (None, (None,)),
 }
-_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_SCALING_KEYS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_KEYS}
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -55,12 +54,10 @@ _ABSENT: dict[str, dict[str, int]] = {
 """What transformers takes where config.json does not say."""
 
 
-def _read_fields(config: Mapping[str, Any], path: Path, *, family: str) -> dict[str, Any]:
-    config = _ABSENT[family] | dict(config)
+def read_sizes(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """ModelConfig's fields but the family, the context and what turns the positions."""
     num_heads = get_size(config, "num_attention_heads", path)
-    theta, scaling = _read_rope(config, path)
     return {
-        "family": family,
         "num_layers": get_size(config, "num_hidden_layers", path),
         "hidden_size": get_size(config, "hidden_size", path),
         "num_heads": num_heads,
@@ -68,42 +65,42 @@ def _read_fields(config: Mapping[str, Any], path: Path, *, family: str) -> dict[
         "head_size": config.get("head_dim") or get_size(config, "hidden_size", path) // num_heads,
         "ffn_hidden_size": get_size(config, "intermediate_size", path),
         "vocab_size": get_size(config, "vocab_size", path),
-        "max_position_embeddings": _read_context(config, path, family),
         "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
         "tied_output": bool(config.get("tie_word_embeddings", False)),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
         "attention_dropout": config.get("attention_dropout") or 0.0,
         "init_std": config.get("initializer_range", 0.02),
     }
 
 
-def _read_context(config: Mapping[str, Any], path: Path, family: str) -> int:
-    """Positions a row may have. Up to the length of a sliding window every position sees all before it."""
+def _read_fields(config: Mapping[str, Any], path: Path, *, family: str) -> dict[str, Any]:
+    config = _ABSENT[family] | dict(config)
+    rope = _read_rope(config, path)
+    context = _read_context(config, path, family, rope["rope_scaling"])
+    return {"family": family, **read_sizes(config, path), "max_position_embeddings": context, **rope}
+
+
+def _read_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    fraction = get_rope(config).get("partial_rotary_factor", 1.0)
+    if fraction != 1.0:
+        raise ValueError(f"{path}: partial_rotary_factor={fraction} is not supported, only 1.0")
+    return read_rope(config, path, ("default", "linear", "llama3", "yarn"))
+
+
+def _read_context(config: Mapping[str, Any], path: Path, family: str, scaling: Mapping[str, float]) -> int:
+    """Positions a row may have. Up to the length of a sliding window every position sees all before it.
+
+    Where YaRN was put into config.json by hand, max_position_embeddings is often the context that it starts from.
+    """
     context = get_size(config, "max_position_embeddings", path)
+    if "beta_fast" in scaling:
+        context = max(context, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
     window = config["sliding_window"] if family == "mistral" else None
     return context if window is None else min(context, int(window))
 
 
-def _read_rope(config: Mapping[str, Any], path: Path) -> tuple[float, dict[str, float]]:
-    """Theta and scaling: `rope_parameters` since transformers 5, before that `rope_theta` and `rope_scaling`."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _SCALING_KEYS:
-        raise ValueError(f"{path}: rope type {kind!r} is not supported, only {', '.join(_SCALING_KEYS)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{path}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported, only 1.0")
-    missing = [key for key in _SCALING_KEYS[kind] if not isinstance(rope.get(key), int | float)]
-    if missing:
-        raise ValueError(f"{path}: rope type {kind!r} has no number {missing[0]}")
-    return theta, {key: float(rope[key]) for key in _SCALING_KEYS[kind]}
-
-
-def _describe(model: ModelConfig) -> dict[str, Any]:
-    kind = next(kind for kind, keys in _SCALING_KEYS.items() if set(keys) == set(model.rope_scaling))
+def describe_llama(model: ModelConfig) -> dict[str, Any]:
+    """The keys of config.json that all of them have."""
     return {
-        "architectures": [_ARCHITECTURES[model.family]],
         "model_type": model.family,
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -115,21 +112,21 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.layernorm_epsilon,
         "tie_word_embeddings": model.tied_output,
-        "rope_parameters": {"rope_type": kind, "rope_theta": model.rope_theta, **_describe_scaling(model)},
+        "rope_parameters": describe_rope(model),
         "attention_dropout": model.attention_dropout,
         "initializer_range": model.init_std,
         "hidden_act": "silu",
-        **({"sliding_window": None} if model.family == "mistral" else {}),
     }
 
 
-def _describe_scaling(model: ModelConfig) -> dict[str, float]:
-    """transformers wants the original context as an integer."""
-    return {key: int(value) if key == _LLAMA3_KEYS[-1] else value for key, value in model.rope_scaling.items()}
+def _describe(model: ModelConfig) -> dict[str, Any]:
+    window = {"sliding_window": None} if model.family == "mistral" else {}
+    return describe_llama(model) | window
 
 
 LLAMA_FAMILIES = {
     family: HfFamily(
+        architecture=architecture,
         settings=_SETTINGS,
         read_fields=partial(_read_fields, family=family),
         describe=_describe,
@@ -138,5 +135,5 @@ LLAMA_FAMILIES = {
         ignored=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
         embedding="model.embed_tokens.weight",
     )
-    for family in _ARCHITECTURES
+    for family, architecture in _ARCHITECTURES.items()
 }

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_dist.files.hf_layout import HfFamily, SplitNames, get_size
+from lora_dist.files.hf_layout import HfFamily, LayerNames, get_size
 from lora_dist.model_config import ModelConfig
 
-NEOX_NAMES = SplitNames(
+NEOX_NAMES = LayerNames(
     layers="gpt_neox.layers.{layer}.",
     modules={
         "input_layernorm": "input_layernorm",
@@ -70,7 +70,6 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
         "partial_rotary_factor": model.rotary_fraction,
     }
     return {
-        "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -92,6 +91,7 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
 
 
 NEOX_FAMILY = HfFamily(
+    architecture="GPTNeoXForCausalLM",
     settings=_SETTINGS,
     read_fields=_read_fields,
     describe=_describe,

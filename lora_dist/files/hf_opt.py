@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_dist.files.hf_layout import TIED_HEAD, HfFamily, SplitNames, get_size
+from lora_dist.files.hf_layout import TIED_HEAD, HfFamily, LayerNames, get_size
 from lora_dist.model_config import ModelConfig
 
-OPT_NAMES = SplitNames(
+OPT_NAMES = LayerNames(
     layers="model.decoder.layers.{layer}.",
     modules={
         "input_layernorm": "self_attn_layer_norm",
@@ -66,7 +66,6 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _describe(model: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -85,6 +84,7 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
 
 
 OPT_FAMILY = HfFamily(
+    architecture="OPTForCausalLM",
     settings=_SETTINGS,
     read_fields=_read_fields,
     describe=_describe,

@@ -115,8 +115,9 @@ def _build_adapters(
     for one in factors:
         if one.module.targets[0] not in shapes or not _fuses_as(one.module, model):
             raise ValueError(f"{path}: {one.key}: {model.name} is {model.family}, which has no such linear")
-        in_features, out_features = shapes[one.module.targets[0]]
-        expected = (one.a_RH.shape[0], in_features), (len(one.module.targets) * out_features, one.a_RH.shape[0])
+        in_features = shapes[one.module.targets[0]][0]
+        out_features = sum(shapes[target][1] for target in one.module.targets)
+        expected = (one.a_RH.shape[0], in_features), (out_features, one.a_RH.shape[0])
         actual = tuple(one.a_RH.shape), tuple(one.b_OR.shape)
         if actual != expected or one.module.layer >= model.num_layers:
             raise ValueError(
@@ -133,7 +134,7 @@ def _build_adapters(
                 lora_rank=split.a_RH.shape[0],
                 alpha=_scale_alpha(one.alpha, split.a_RH.shape[0] / one.a_RH.shape[0], rank_stabilized),
                 in_features=in_features,
-                out_features=out_features,
+                out_features=shapes[split.target][1],
                 rank_stabilized=rank_stabilized,
                 shares_a=split.shares_a,
                 use_dora=split.magnitude_O is not None,
@@ -157,19 +158,19 @@ def _collect(
 
 
 def _fuses_as(module: ModuleName, model: ModelConfig) -> bool:
-    """Whether the rows of a linear for q, k and v are the family's: True for any other linear."""
-    own = FAMILY_NAMES[model.family]["q_proj"]
+    """Whether the rows of a linear for several targets are the family's: True for any other linear."""
+    own = FAMILY_NAMES[model.family][module.targets[0]]
     return len(module.targets) == 1 or module.template.rpartition(".")[2] == own.rpartition(".")[2]
 
 
 def _split(one: Factors, model: ModelConfig) -> list[_Projection]:
-    """q, k and v of a fused pair: each its own columns where B is made of blocks, else all of them with the same A.
+    """The targets of a fused pair: each its own columns where B is made of blocks, else all of them with the same A.
 
     With DoRA always all of them, as each has lengths of its own whether B writes its rows or not.
     """
     if len(one.module.targets) == 1:
         return [_Projection(target=one.module.targets[0], a_RH=one.a_RH, b_OR=one.b_OR, magnitude_O=one.magnitude_O)]
-    rows, lengths_O = find_stored_rows(model), one.magnitude_O
+    rows, lengths_O = find_stored_rows(one.module.targets[0], model), one.magnitude_O
     blocks = {target: one.b_OR[own_rows] for target, own_rows in rows.items()}
     owners = _find_block_owners(list(blocks.values()))
     if owners is None or lengths_O is not None:
@@ -187,7 +188,7 @@ def _split(one: Factors, model: ModelConfig) -> list[_Projection]:
 
 
 def _find_block_owners(blocks: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Block that each column of the fused B writes, if every column writes one and q's come first, v's last."""
+    """Block that each column of the fused B writes, if every column writes one and the blocks' columns are in order."""
     writes = torch.stack([(block != 0).any(0) for block in blocks])
     owners = writes.int().argmax(0)
     is_blocked = bool((writes.sum(0) == 1).all()) and bool((owners.diff() >= 0).all())

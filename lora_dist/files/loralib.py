@@ -57,10 +57,10 @@ def import_loralib(
 
 
 def _check_layout(model: ModelConfig) -> None:
-    if model.family == "gpt_neox":
+    if model.architecture.fused_targets and model.family != "gpt2":
         raise ValueError(
-            "format=loralib: its MergedLinear keeps all of q, then all of k, then all of v, where GPT-NeoX goes"
-            " head by head; use format=peft"
+            f"format=loralib: its MergedLinear has q, k and v of one size, one after the other, which {model.family}'s"
+            " fused linear has not; use format=peft"
         )
 
 

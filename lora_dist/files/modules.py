@@ -10,8 +10,9 @@ from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_llama import LLAMA_FAMILIES, LLAMA_NAMES
 from lora_dist.files.hf_neox import NEOX_NAMES
 from lora_dist.files.hf_opt import OPT_NAMES
+from lora_dist.files.hf_phi3 import PHI3_NAMES
 from lora_dist.lora.layer import compute_fused_rows
-from lora_dist.lora.targets import find_targets
+from lora_dist.lora.targets import LINEAR_OF_TARGET, compute_linear_shapes, find_targets
 
 GPT2_NAMES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "transformer.h.{layer}.attn.c_attn"),
@@ -22,6 +23,7 @@ GPT2_NAMES = {
 FAMILY_NAMES: dict[str, dict[str, str]] = {
     "gpt2": GPT2_NAMES,
     **dict.fromkeys(LLAMA_FAMILIES, LLAMA_NAMES.list_target_names()),
+    "phi3": PHI3_NAMES.list_target_names(),
     "opt": OPT_NAMES.list_target_names(),
     "gpt_neox": NEOX_NAMES.list_target_names(),
 }
@@ -35,7 +37,7 @@ class ModuleName:
 
     layer: int
     targets: tuple[str, ...]
-    """q, k and v where it is the fused projection."""
+    """Several where it is a fused projection."""
     template: str
     """The name with `{layer}` for the layer's number."""
 
@@ -54,18 +56,21 @@ def parse_module_name(name: str) -> ModuleName | None:
 
 
 def is_fused(name: str) -> bool:
-    """One linear for q, k and v: GPT-2's, or GPT-NeoX's."""
-    return name.rpartition(".")[2] in ("c_attn", "query_key_value")
+    """One linear for several targets: GPT-2's, GPT-NeoX's, Phi-3's."""
+    return name.rpartition(".")[2] in ("c_attn", "query_key_value", "qkv_proj", "gate_up_proj")
 
 
-def find_stored_rows(model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Rows of q, k and v in the linear that transformers fuses them in: one after the other in GPT-2, head by head in
-    GPT-NeoX, as in Megatron.
+def find_stored_rows(target: str, model: ModelConfig) -> dict[str, torch.Tensor]:
+    """Rows of each target in the linear of transformers that has `target`, alone or fused with others.
+
+    One target after the other in GPT-2 and Phi-3; in GPT-NeoX q, k and v head by head, as in Megatron.
     """
-    assert model.architecture.fused_qkv, f"{model.family} has a linear for each of q, k and v"
-    rows = compute_fused_rows("q_proj", model)
+    if not any(target in fused for fused in model.architecture.fused_targets):
+        return {target: torch.arange(compute_linear_shapes(model)[target][1])}
+    rows = compute_fused_rows(target, model)
     assert rows is not None
-    for part in HF_FAMILIES[model.family].find_parts("decoder.layers.0.self_attention.linear_qkv.bias", model):
+    name = f"decoder.layers.0.{LINEAR_OF_TARGET[target]}.weight"
+    for part in HF_FAMILIES[model.family].find_parts(name, model):
         if part.target is not None:
             rows[part.target] = torch.arange(part.first, part.first + len(rows[part.target]))
     return rows

@@ -1,8 +1,8 @@
-"""Factors as HF PEFT stores them where q, k and v are one linear of the model: stacked on it; pure.
+"""Factors as HF PEFT stores them where several targets are one linear of the model: stacked on it; pure.
 
-PEFT puts one adapter on that linear, so the A of q, k and v are stacked to [summed ranks, in], and each B has rows and
-columns of its own in [3 hidden, summed ranks]. The zeros beside them cost file space (twice B at q,v) but change
-nothing. Where q, k and v share one A, as an adapter that PEFT itself trained does, that A is stored once.
+PEFT puts one adapter on that linear, so the A of e.g. q, k and v are stacked to [summed ranks, in], and each B has rows
+and columns of its own in [all their features, summed ranks]. The zeros beside them cost file space (twice B at q,v) but
+change nothing. Where the targets share one A, as in an adapter that PEFT itself trained, that A is stored once.
 
 Shapes: A [R, H], B [O, R].
 """
@@ -58,7 +58,7 @@ class PeftModule:
 
     @property
     def magnitude_rows(self) -> dict[str, torch.Tensor]:
-        """Rows by canonical name of their lengths, q's, k's and v's whether they are adapted or not; DoRA's."""
+        """Rows by canonical name of their lengths, of all the linear's targets, adapted or not; DoRA's."""
         first = self.specs[0]
         names = {f"layers.{first.layer}.{target}.magnitude": rows for target, rows in self.rows.items()}
         return names if first.use_dora else {}
@@ -74,12 +74,8 @@ def group_specs(specs: Sequence[AdapterSpec], model: ModelConfig) -> list[PeftMo
     groups: dict[str, list[AdapterSpec]] = defaultdict(list)
     for spec in specs:
         groups[FAMILY_NAMES[model.family][spec.target].format(layer=spec.layer)].append(spec)
-    fused_rows = find_stored_rows(model)
-    return [PeftModule(name, tuple(group), _find_rows(group[0], fused_rows)) for name, group in groups.items()]
-
-
-def _find_rows(spec: AdapterSpec, fused_rows: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    return fused_rows if spec.target in fused_rows else {spec.target: torch.arange(spec.out_features)}
+    rows = {target: find_stored_rows(target, model) for target in {spec.target for spec in specs}}
+    return [PeftModule(name, tuple(group), rows[group[0].target]) for name, group in groups.items()]
 
 
 def compute_fused_shapes(specs: Sequence[AdapterSpec], model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -29,7 +29,7 @@ def to_peft_files(
     modules: Sequence[str] = (),
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Whole values by canonical name -> adapter_model.safetensors and adapter_config.json."""
-    if model.architecture.fused_qkv:
+    if model.architecture.fused_targets:
         tensors, adapted = to_peft_fused(values, specs, model), describe_fused_modules(specs, model)
     else:
         names = FAMILY_NAMES[model.family]
@@ -56,7 +56,7 @@ def from_peft_tensors(
 ) -> dict[str, torch.Tensor]:
     """The inverse of `to_peft_files` where no scaling was folded into B; exact."""
     base = from_peft_base(tensors, specs, model, bias, modules)
-    if model.architecture.fused_qkv:
+    if model.architecture.fused_targets:
         return from_peft_fused(tensors, specs, model) | base
     keys = compute_split_keys(specs, FAMILY_NAMES[model.family])
     return {name: tensors[key] for name, key in keys.items()} | base
@@ -67,7 +67,7 @@ def compute_peft_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Every key of adapter_model.safetensors and its shape."""
     base = compute_base_shapes(specs, model, bias, modules)
-    if model.architecture.fused_qkv:
+    if model.architecture.fused_targets:
         return compute_fused_shapes(specs, model) | base
     keys, shapes = compute_split_keys(specs, FAMILY_NAMES[model.family]), compute_factor_shapes(specs, model)
     return {key: shapes[name] for name, key in keys.items()} | base
@@ -81,7 +81,7 @@ def compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig) -> d
         shapes[f"{spec.name}.lora_B"] = (spec.out_features, spec.lora_rank)
         if spec.use_dora:
             shapes[f"{spec.name}.magnitude"] = (spec.out_features,)
-    if model.architecture.fused_qkv:  # one linear, which has the lengths of all its rows
+    if model.architecture.fused_targets:  # one linear, which has the lengths of all its rows
         for module in group_specs(specs, model):
             shapes |= {name: (len(rows),) for name, rows in module.magnitude_rows.items()}
     return shapes
@@ -89,7 +89,7 @@ def compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig) -> d
 
 def find_folded_scalings(specs: Sequence[AdapterSpec], model: ModelConfig) -> dict[str, float]:
     """Adapters whose B is multiplied, since PEFT has one scaling a module; none where every projection has its own."""
-    if not model.architecture.fused_qkv:
+    if not model.architecture.fused_targets:
         return {}
     modules = group_specs(specs, model)
     return {name: ratio for module in modules for name, ratio in module.compute_folded_ratios().items()}

@@ -13,7 +13,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("k", "wk", "linear_k", "key"), ("k_proj",)),
     **dict.fromkeys(("v", "wv", "linear_v", "value"), ("v_proj",)),
     **dict.fromkeys(("o", "wo", "linear_o", "out_proj", "linear_proj", "attn.c_proj", "dense"), ("o_proj",)),
-    **dict.fromkeys(("c_attn", "attn.c_attn", "qkv", "linear_qkv", "query_key_value"), _ATTENTION_INPUTS),
+    **dict.fromkeys(("c_attn", "attn.c_attn", "qkv", "qkv_proj", "linear_qkv", "query_key_value"), _ATTENTION_INPUTS),
     **dict.fromkeys(("gate", "w1"), ("gate_proj",)),
     **dict.fromkeys(("c_fc", "mlp.c_fc", "fc1", "w3", "dense_h_to_4h"), ("up_proj",)),
     **dict.fromkeys(("linear_fc1", "gate_up_proj"), ("gate_proj", "up_proj")),

@@ -43,7 +43,7 @@ def _choose_biases(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str) 
     chosen = [name for name in list_biases(model) if name in targets]
     for name in chosen:
         missing = set(_QKV) - targets[name]
-        if name.endswith("linear_qkv.bias") and missing and not model.architecture.fused_qkv:
+        if name.endswith("linear_qkv.bias") and missing and _QKV not in model.architecture.fused_targets:
             raise ValueError(
                 f"bias=lora_only: the biases of q, k and v train together here, but {name} has no adapter on"
                 f" {', '.join(sorted(missing))}; adapt all three or use bias=all"

@@ -124,7 +124,7 @@ def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
 
 
 def describe_untrained_lengths(gpt: ShardedGpt) -> list[TrainableParameter]:
-    """With DoRA, the lengths of those of q, k, v that have no adapter though their fused linear has one.
+    """With DoRA, the lengths of targets that have no adapter though the linear that fuses them with others has one.
 
     They are the base's and do not train, but PEFT's files have one vector for the whole linear.
     """

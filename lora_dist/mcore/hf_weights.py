@@ -172,12 +172,11 @@ def _split_stream(
 
 def _write_config(directory: Path, model: ModelConfig, dtype: torch.dtype) -> None:
     """config.json (the source's where there is one) and the tokenizer's files."""
-    source = None if model.checkpoint is None else Path(model.checkpoint)
-    config = HF_FAMILIES[model.family].describe(model)
-    if source is not None:
-        config = read_json(source / CONFIG) | {"architectures": config["architectures"]}
-        config.pop("torch_dtype", None)  # an older name of dtype
-    write_json(directory / CONFIG, config | {"dtype": str(dtype).removeprefix("torch.")})
+    source, family = None if model.checkpoint is None else Path(model.checkpoint), HF_FAMILIES[model.family]
+    config = family.describe(model) if source is None else read_json(source / CONFIG)
+    config.pop("torch_dtype", None)  # an older name of dtype
+    decided = {"architectures": [family.architecture], "dtype": str(dtype).removeprefix("torch.")}
+    write_json(directory / CONFIG, config | decided)
     tokenizer = source if model.tokenizer is None else Path(model.tokenizer)
     for name in TOKENIZER_FILES:
         if tokenizer is not None and (tokenizer / name).is_file():

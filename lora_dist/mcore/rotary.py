@@ -22,6 +22,7 @@ class Rotary:
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies_F = compute_frequencies(model).to(device)
+        self._magnitude = model.rope_scaling.get("attention_factor", 1.0)
         self._dtype = dtype
 
     def compute_angles(self, positions_BS: torch.Tensor) -> Angles:
@@ -30,16 +31,21 @@ class Rotary:
         The angle is formed in fp32 whatever the model's dtype: bf16 cannot tell position 256 from 257.
         """
         angles_SBF = positions_BS.t()[..., None].float() * self._frequencies_F
-        return angles_SBF.cos().to(self._dtype)[:, :, None], angles_SBF.sin().to(self._dtype)[:, :, None]
+        cos_SBF, sin_SBF = angles_SBF.cos() * self._magnitude, angles_SBF.sin() * self._magnitude
+        return cos_SBF.to(self._dtype)[:, :, None], sin_SBF.to(self._dtype)[:, :, None]
 
 
 def compute_frequencies(model: ModelConfig) -> torch.Tensor:
-    """[F] fp32, theta^(-f / F), scaled as model.rope_scaling says."""
+    """[F] fp32, theta^(-f / F), scaled as model.rope_scaling and rope_divisors say."""
     exponents_F = torch.arange(0, model.rotary_size, 2, dtype=torch.float32) / model.rotary_size
     frequencies_F = 1.0 / model.rope_theta**exponents_F
     scaling = model.rope_scaling
     if "low_freq_factor" in scaling:
         return _scale_as_llama3(frequencies_F, **scaling)
+    if "beta_fast" in scaling:
+        return _scale_as_yarn(frequencies_F, model)
+    if model.rope_divisors:
+        return frequencies_F / torch.tensor(model.rope_divisors)
     return frequencies_F / scaling.get("factor", 1.0)
 
 
@@ -59,6 +65,24 @@ def _scale_as_llama3(
     turns_F = original_max_position_embeddings * frequencies_F / (2 * math.pi)
     kept_F = ((turns_F - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0)
     return (1 - kept_F) * frequencies_F / factor + kept_F * frequencies_F
+
+
+def _scale_as_yarn(frequencies_F: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    """Frequencies up to the one with `beta_fast` turns in the original context stay, those from the one with
+    `beta_slow` turns on are divided by `factor`; linear in the frequency's index between (YaRN, arXiv:2309.00071,
+    section 3.2, its bounds rounded outwards to whole features as its reference code does).
+    """
+    scaling = model.rope_scaling
+
+    def find_index(num_turns: float) -> float:
+        wavelength = scaling["original_max_position_embeddings"] / num_turns
+        return model.rotary_size * math.log(wavelength / (2 * math.pi)) / (2 * math.log(model.rope_theta))
+
+    first = max(math.floor(find_index(scaling["beta_fast"])), 0)
+    last = min(math.ceil(find_index(scaling["beta_slow"])), model.rotary_size - 1)
+    index_F = torch.arange(len(frequencies_F), dtype=torch.float32)
+    divided_F = ((index_F - first) / max(last - first, 0.001)).clamp(0.0, 1.0)
+    return divided_F * frequencies_F / scaling["factor"] + (1 - divided_F) * frequencies_F
 
 
 def rotate(x_SBAD: torch.Tensor, angles: Angles) -> torch.Tensor:

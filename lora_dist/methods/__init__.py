@@ -47,7 +47,7 @@ def _apply_lora(gpt: ShardedGpt, config: RunConfig) -> AppliedMethod:
     constants = []
     if config.lora.init == "pissa":
         constants = split_base(gpt)
-    elif config.model.architecture.fused_qkv:  # q, k and v share one vector of lengths in PEFT's files
+    elif config.model.architecture.fused_targets:  # they share one vector of lengths in PEFT's files
         constants = describe_untrained_lengths(gpt)
     return AppliedMethod(trainable=trainable, specs=specs, constants=constants)
 

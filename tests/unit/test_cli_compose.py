@@ -123,6 +123,7 @@ HF_NAMES = [
     "mistral_7b",
     "qwen2_5_7b",
     "qwen3_8b",
+    "phi4",
     "opt_125m",
     "opt_175b",
     "pythia_410m",

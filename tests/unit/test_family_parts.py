@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from family_toy import FAMILIES, ONE_EACH, build_family_model, read_family_config, write_family_checkpoint
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import AutoConfig
+from transformers import AutoConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lora_dist.cli.compose import compose_config
@@ -16,11 +16,11 @@ from lora_dist.config import ModelConfig
 from lora_dist.files.hf_checkpoint import check_hf_checkpoint, compute_base_fingerprint, read_model_fields
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import compute_canonical_shapes
-from lora_dist.files.modules import FAMILY_NAMES
+from lora_dist.files.modules import FAMILY_NAMES, find_stored_rows
 from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.mcore.attention import SdpaAttention
 from lora_dist.mcore.norm import RmsNorm
-from lora_dist.mcore.rotary import compute_frequencies, rotate
+from lora_dist.mcore.rotary import Rotary, compute_frequencies, rotate
 from lora_dist.mcore.swiglu import SwiGlu
 from lora_dist.measure.ledger import open_activation_ledger
 from lora_dist.plan.attention import AttentionKernel
@@ -43,8 +43,9 @@ def test_every_target_is_a_linear_of_transformers(name: str, tmp_path: Path) -> 
     assert names.keys() == compute_linear_shapes(model).keys()
     for target, (in_features, out_features) in compute_linear_shapes(model).items():
         linear = theirs.get_submodule(names[target].format(layer=2))
-        is_fused = model.architecture.fused_qkv and target in ("q_proj", "k_proj", "v_proj")
-        assert (linear.in_features, linear.out_features) == (in_features, out_features * (3 if is_fused else 1))
+        stored_rows = find_stored_rows(target, model)
+        assert len(stored_rows[target]) == out_features
+        assert (linear.in_features, linear.out_features) == (in_features, sum(map(len, stored_rows.values())))
 
 
 def edit(directory: Path, **changes: object) -> None:
@@ -61,8 +62,12 @@ def edit(directory: Path, **changes: object) -> None:
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
         ("gpt_neox", {"use_parallel_residual": False}, "model.parallel_residual=True but"),
         ("gpt_neox", {"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' is not supported, only default"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported, only default, linear, llama3"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "'llama3' has no number low_freq_factor"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' is not supported, only default, linear, l"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "'llama3' has no number high_freq_factor"),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "'yarn' with truncate=False"),
+        ("phi3_long", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope' has no list short_factor"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported, only default, longrope"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1 is not supported, only 0.0"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ("llama", {"num_key_value_heads": 3}, "model.num_kv_heads=3 does not divide model.num_heads=8"),
         ("llama", {"tie_word_embeddings": True}, "model.tied_output=False but"),
@@ -116,14 +121,15 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.family=bert", "model.family='bert' is not one of gpt2, llama, mistral, qwen2, qwen3, opt"),
+        ("model.family=bert", "model.family='bert' is not one of gpt2, llama, mistral, qwen2, qwen3, phi3"),
         ("model.num_kv_heads=0", "model.num_kv_heads=0 must be at least 1"),
         ("model.head_size=7", "model.head_size=7 must be even for rotary positions"),
         ("model.rotary_fraction=1.5", "model.rotary_fraction=1.5 must lie above 0, and up to 1"),
         ("model.rotary_fraction=0.01", "model.rotary_fraction=0.01: llama turns whole heads; leave it 1"),
         ("model.activation=gelu", "model.activation=gelu: llama has a gate; leave it null"),
         ("model.parallel_residual=true", "a layer of llama has the MLP after the attention; leave it null"),
-        ("model.rope_scaling={factor:2,beta:3}", "model.rope_scaling has beta, factor; it takes factor alone, or"),
+        ("model.rope_scaling={factor:2,beta:3}", "model.rope_scaling has beta, factor; it takes {} or {factor} or {"),
+        ("model.rope_divisors=[1,2]", "model.rope_divisors are LongRoPE's"),
     ],
 )
 def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
@@ -163,11 +169,59 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
     assert len({compute_base_fingerprint(model, 0) for model in models}) == len(models)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3"])
-def test_frequencies_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long"])
+def test_angles_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
-    theirs = LlamaRotaryEmbedding(build_family_model(name).config).inv_freq
-    torch.testing.assert_close(compute_frequencies(model), theirs, rtol=1e-6, atol=0)
+    theirs = LlamaRotaryEmbedding(build_family_model(name).config)
+    torch.testing.assert_close(compute_frequencies(model), theirs.inv_freq, rtol=1e-6, atol=0)
+    positions_BS = torch.arange(40).view(2, 20)
+    ours = Rotary(model, torch.float32, torch.device("cpu")).compute_angles(positions_BS)
+    for own_SB1F, cos_BSD in zip(ours, theirs(torch.empty(0), positions_BS), strict=True):
+        expected_SBF = cos_BSD[..., : own_SB1F.shape[-1]].transpose(0, 1)
+        torch.testing.assert_close(own_SB1F[:, :, 0], expected_SBF, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_size", [32, 128])
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+@pytest.mark.parametrize("options", [{}, {"beta_fast": 16, "beta_slow": 2}, {"attention_factor": 1.5}])
+def test_yarn_is_that_of_transformers(options: dict, theta: float, head_size: int) -> None:
+    """At the sizes of real heads, where its bounds lie inside."""
+    rope = {"rope_type": "yarn", "rope_theta": theta, "factor": 4.0, "original_max_position_embeddings": 4096} | options
+    config = Qwen3Config(head_dim=head_size, max_position_embeddings=16384, rope_parameters=rope)
+    model = ModelConfig(**HF_FAMILIES["qwen3"].read_fields(config.to_dict(), Path("config.json")), name="yarn")
+    theirs = LlamaRotaryEmbedding(config)
+    torch.testing.assert_close(compute_frequencies(model), theirs.inv_freq, rtol=1e-5, atol=0)
+    assert model.rope_scaling["attention_factor"] == pytest.approx(theirs.attention_scaling)
+
+
+def test_yarn_put_in_by_hand_lengthens_the_context(tmp_path: Path) -> None:
+    """As model cards say to: with max_position_embeddings left at what the model was trained with."""
+    write_family_checkpoint("qwen3", tmp_path)
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    edit(tmp_path, rope_parameters="gone", rope_theta=100.0, rope_scaling=scaling)
+    assert read_family_config(tmp_path).max_position_embeddings == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "context"),
+    [
+        ({}, 48),
+        ({"sliding_window": 40}, 40),
+        ({"original_max_position_embeddings": 20}, 20),
+        ({"rope_parameters": "gone", "sliding_window": None}, 64),
+    ],
+)
+def test_longrope_holds_up_to_the_original_context(changes: dict, context: int, tmp_path: Path) -> None:
+    """Beyond it the frequencies of all positions are others. Its first name was su."""
+    write_family_checkpoint("phi3_long", tmp_path)
+    edit(tmp_path, **changes)
+    model = read_family_config(tmp_path)
+    assert model.max_position_embeddings == context
+    assert model.rope_divisors == ([] if context == 64 else [1.0, 1.5])
+    if model.rope_divisors:
+        older = {"type": "su", "short_factor": [1.0, 1.5]}
+        edit(tmp_path, rope_parameters="gone", rope_scaling=older, rope_theta=100.0)
+        assert read_family_config(tmp_path) == model
 
 
 def build_norm(dtype: torch.dtype) -> RmsNorm:

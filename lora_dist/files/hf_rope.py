@@ -1,0 +1,88 @@
+"""Rotary positions in config.json: `rope_parameters` since transformers 5, before that `rope_theta` and
+`rope_scaling`; read and written, pure.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_dist.files.hf_layout import get_size
+from lora_dist.model_config import ROPE_SCALINGS, ModelConfig
+
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def read_rope(config: Mapping[str, Any], path: Path, kinds: Collection[str]) -> dict[str, Any]:
+    """ModelConfig's rotary fields, the share of a head that is turned apart. ValueError for a rule not in `kinds`."""
+    rope = get_rope(config)
+    kind = rope["rope_type"]
+    if kind not in kinds:
+        raise ValueError(f"{path}: rope type {kind!r} is not supported, only {', '.join(kinds)}")
+    if kind in _COMPLETE:
+        rope = _COMPLETE[kind](rope, config, path)
+    missing = [key for key in sorted(ROPE_SCALINGS[kind]) if not isinstance(rope.get(key), int | float)]
+    if missing:
+        raise ValueError(f"{path}: rope type {kind!r} has no number {missing[0]}")
+    return {
+        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        "rope_scaling": {key: float(rope[key]) for key in sorted(ROPE_SCALINGS[kind])},
+        "rope_divisors": [float(divisor) for divisor in rope["short_factor"]] if kind == "longrope" else [],
+    }
+
+
+def get_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule's settings, always with its `rope_type`."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return rope | {"rope_type": "longrope" if kind == "su" else kind}  # Phi-3's first name of it
+
+
+def _complete_yarn(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What transformers takes where nothing is said (YaRN, arXiv:2309.00071, sections 3.2 and 3.4)."""
+    for key, kept in (("truncate", True), ("mscale", None), ("mscale_all_dim", None)):
+        if rope.get(key, kept) != kept:
+            raise ValueError(f"{path}: rope type 'yarn' with {key}={rope[key]} is not supported, only {kept}")
+    original, factor = find_original(config, path), _find_factor(rope, config, path)
+    sharper = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return {
+        **rope,
+        "factor": factor,
+        _ORIGINAL: original,
+        "beta_fast": rope.get("beta_fast") or 32,
+        "beta_slow": rope.get("beta_slow") or 1,
+        "attention_factor": sharper if rope.get("attention_factor") is None else rope["attention_factor"],
+    }
+
+
+def _complete_longrope(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The frequencies' short factors, which hold up to the original context, and its attention factor (LongRoPE,
+    arXiv:2402.13753; the default as transformers has it).
+    """
+    if not isinstance(rope.get("short_factor"), list):
+        raise ValueError(f"{path}: rope type 'longrope' has no list short_factor")
+    original, factor = find_original(config, path), _find_factor(rope, config, path)
+    sharper = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {**rope, "attention_factor": sharper if rope.get("attention_factor") is None else rope["attention_factor"]}
+
+
+_COMPLETE = {"yarn": _complete_yarn, "longrope": _complete_longrope}
+
+
+def _find_factor(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> float:
+    """How many times longer the context has become."""
+    return rope.get("factor") or get_size(config, "max_position_embeddings", path) / find_original(config, path)
+
+
+def find_original(config: Mapping[str, Any], path: Path) -> int:
+    """Positions that the model was first trained with."""
+    original = config.get(_ORIGINAL) or get_rope(config).get(_ORIGINAL) or config.get("max_position_embeddings")
+    return get_size({_ORIGINAL: original}, _ORIGINAL, path)
+
+
+def describe_rope(model: ModelConfig) -> dict[str, Any]:
+    """`rope_parameters`; the inverse of `read_rope` but for LongRoPE, whose factors beyond its context are not kept."""
+    kind = next(kind for kind, keys in ROPE_SCALINGS.items() if keys == set(model.rope_scaling))
+    assert kind != "longrope", "such a model comes from a checkpoint, whose config.json is kept"
+    scaling = {key: int(value) if key == _ORIGINAL else value for key, value in model.rope_scaling.items()}
+    return {"rope_type": kind, "rope_theta": model.rope_theta, **scaling}  # the original context as an integer
