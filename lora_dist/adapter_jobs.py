@@ -31,6 +31,7 @@ from lora_dist.mcore.rounded import apply_rounding
 from lora_dist.parameters import TrainableParameter
 from lora_dist.prefix.spec import build_prefix_specs
 from lora_dist.prefix_config import PrefixConfig
+from lora_dist.questions import find_chat_template
 from lora_dist.run_dir import find_adapter
 from lora_dist.topology import check_device, choose_device, run_on_first
 
@@ -53,16 +54,19 @@ def export_files(config: ExportConfig) -> None:
 def write_merged(config: LiveConfig, adapter: str, output: str) -> None:
     """The base with the adapter in it as a Hugging Face checkpoint; a process holds its shard and one whole tensor.
 
+    A chat template that the run trained with goes with it.
+
     Under model.base_format nf4, nf4_double or fp8 the base is what the format makes of it, since the adapter was
     trained on that.
     """
     base_format, model = config.model.base_format, replace(config.model, base_format="native")
+    written = replace(config.model, chat_template=find_chat_template(config.model, adapter))
     with open_base(replace(config, model=model)) as gpt:
         loaded = load(gpt, open_on_base(gpt, config, adapter))
         if base_format != "native":
             loaded = _merge_rounded(gpt, base_format, loaded)
         LiveMerge(gpt, keep_base=False).merge(loaded)
-        write_hf_checkpoint(gpt, output, model=config.model)
+        write_hf_checkpoint(gpt, output, model=written)
         tell(gpt, f"{adapter} merged into {config.model.name} is in {output}")
 
 

@@ -105,6 +105,20 @@ def _read_form(run_dir: Path | None, model: ModelConfig, *, has_template: bool =
     return QuestionForm(chat=True, system=data["system"])
 
 
+def find_chat_template(model: ModelConfig, adapter: str) -> str | None:
+    """The file of model.chat_template, else of the run's that wrote the adapter: what its answers were learnt behind.
+
+    ValueError where that file is gone.
+    """
+    run_dir = find_trainer(adapter)
+    if model.chat_template is not None or run_dir is None:
+        return model.chat_template
+    trained: str | None = read_run(run_dir).get("model", {}).get("chat_template")
+    if trained is not None and not Path(trained).is_file():
+        raise ValueError(f"{run_dir} was trained with model.chat_template={trained}, which is no file; give its copy")
+    return trained
+
+
 def _have_same_content(first: str | None, second: str | None) -> bool:
     paths = [Path(path) for path in (first, second) if path is not None]
     return len(paths) == 2 and all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()

@@ -64,7 +64,7 @@ class Job:
     """By the task's first score."""
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint must agree on with the run that goes on from it."""
+        """What a checkpoint must agree on with the run that goes on from it; optim and num_steps may change."""
         config, loop = self.config, self.config.loop
         return {
             "base_fingerprint": self.base_fingerprint,
@@ -73,8 +73,6 @@ class Job:
             "labels": list(self.data.labels.words),
             "encoder.seq_len": config.encoder.seq_len,
             "train": self.data.train_sha256,
-            "optim": asdict(config.optim),
-            "loop.num_steps": loop.total_steps,
             "loop.seed": loop.seed,
             "global_batch_size": self.loader(self.data.train).global_batch_size,
         }

@@ -171,6 +171,25 @@ def test_an_adapter_is_asked_as_its_run_was_trained(
     assert "system='x' is part of a chat, and this model is asked without one" in capfd.readouterr().err
 
 
+def test_a_template_that_a_run_was_given_is_merged_with_its_adapter(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(CHATML + "{# own #}")
+    more = ["data=chat", f"data.train={place / 'chat.jsonl'}", f"model.chat_template={template}", "method=lora"]
+    run = train(place, "templated", 1, *more, "loop.num_steps=1")
+    merge = ["merge", "model=hf", f"model.checkpoint={place / 'base'}", f"adapter={run}"]
+    for output, given, text in (
+        ("own", [], template.read_text()),
+        ("given", [f"model.chat_template={place / 'base' / 'chat_template.jinja'}"], CHATML),
+    ):
+        assert run_distributed(call, 1, [*merge, f"output={tmp_path / output}", *given]) == [0]
+        assert (tmp_path / output / "chat_template.jinja").read_text() == text
+    template.unlink()
+    assert run_distributed(call, 1, [*merge, f"output={tmp_path / 'none'}"]) != [0]
+    assert f"was trained with model.chat_template={template}, which is no file" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -42,6 +42,20 @@ def describe_command(tmp_path: Path, run: str, *words: str) -> list[str]:
     ]
 
 
+def test_a_run_goes_on_to_more_epochs(tmp_path: Path) -> None:
+    """As `train` does: at a constant rate to what a run of all epochs learns, bit for bit."""
+    train = [f"train={tmp_path / 'train.tsv'}", "optim.schedule=constant", "optim.num_warmup_steps=0"]
+    for run, words in (
+        ("whole", ["loop.num_epochs=4"]),
+        ("parts", ["loop.num_epochs=2"]),
+        ("parts", ["loop.num_epochs=4", "resume=must"]),
+    ):
+        assert run_distributed(call, 1, describe_command(tmp_path, run, *train, *words)) == [0]
+    whole, parts = (json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "parts"))
+    assert whole["num_steps_done"] == parts["num_steps_done"] == 12
+    assert whole["valid_loss_after"] == parts["valid_loss_after"]
+
+
 def test_a_run_trains_resumes_and_is_scored(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train_words = [f"train={tmp_path / 'train.tsv'}", "loop.num_epochs=20", "optim.warmup_ratio=0.1"]
     assert run_distributed(call, 1, describe_command(tmp_path, "whole", *train_words)) == [0]
