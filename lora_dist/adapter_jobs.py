@@ -23,7 +23,7 @@ from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.adapters import apply_lora
 from lora_dist.mcore.bottlenecks import apply_bottlenecks
 from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
-from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, load_shards
+from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, attach_alone, load_shards
 from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.mcore.prefixes import put_prefixes
@@ -149,10 +149,12 @@ def put_adapters(gpt: ShardedGpt, adapters: Sequence[Stored], *, merge: bool, mi
         put_beside(gpt, first)
         return
     loaded = [load(gpt, adapter) for adapter in adapters]
-    if merge and loaded:
+    if mixed:
+        attach_adapters(gpt, loaded)
+    elif merge and loaded:
         LiveMerge(gpt, keep_base=False).merge(loaded[0])
     elif loaded:
-        attach_adapters(gpt, loaded)
+        attach_alone(gpt, loaded[0])
 
 
 def find_slots(adapters: Sequence[Stored]) -> PrefixConfig | None:

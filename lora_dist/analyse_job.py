@@ -1,6 +1,5 @@
 """What `lora-dist analyse` does, from adapters and a sharded base to tables and heat maps; every process runs it."""
 
-import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -16,6 +15,7 @@ from lora_dist.adapter_jobs import Stored, open_base, open_on_base, tell
 from lora_dist.analysis.projections import WeightShard, draw_directions
 from lora_dist.analysis.subspaces import compute_input_directions, compute_similarity, decompose_update
 from lora_dist.checkpoint.store import Adapter, StoredAdapter
+from lora_dist.files.directories import open_new_directory, write_json
 from lora_dist.lora.factors import derive_seed
 from lora_dist.lora.function import read_weight
 from lora_dist.lora.layer import compute_fused_rows, find_shared_ranges
@@ -232,8 +232,6 @@ def _write(
     amplifications: Sequence[Amplification],
     similarities: Sequence[Similarity],
 ) -> None:
-    output = Path(config.output)
-    output.mkdir(parents=True)
     content = {
         "base": config.model.name,
         "adapters": {directory: one.manifest for directory, one in zip(config.adapters, stored, strict=True)},
@@ -241,7 +239,12 @@ def _write(
         "similarity": [asdict(row) for row in similarities],
         "environment": describe_environment(),
     }
-    (output / "analysis.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with open_new_directory(Path(config.output)) as output:
+        write_json(output / "analysis.json", content)
+        _draw(output, similarities)
+
+
+def _draw(output: Path, similarities: Sequence[Similarity]) -> None:
     for number, ((first, second, target, *_), group) in enumerate(_group(similarities, _describe_pair).items()):
         mean = torch.tensor([row.phi for row in group]).mean(0).tolist()
         save_heat_map(

@@ -94,11 +94,17 @@ def _answer_rows(
 
 
 def describe_questions(
-    base_fingerprint: str, adapters: Sequence[StoredAdapter | StoredMethod], asked: Questions, *, merge: bool
+    base_fingerprint: str,
+    adapters: Sequence[StoredAdapter | StoredMethod],
+    asked: Questions,
+    *,
+    base_format: str,
+    merge: bool,
 ) -> dict[str, Any]:
     """What the texts depend on besides how they are chosen; topology and batch size change none."""
     return {
         "base_fingerprint": base_fingerprint,
+        "model.base_format": base_format,
         "adapters": [_hash(sorted(one.manifest["sha256"].items())) for one in adapters],
         "merge": merge,
         "contexts": _hash([asked.prompts, list(asked.adapter_of_row)]),

@@ -23,7 +23,8 @@ class EvaluateConfig(LiveConfig):
     generate: GenerationConfig = field(default_factory=GenerationConfig)
     """How texts are generated; tasks with labels take the most likely label instead."""
     merge: bool = False
-    """Merge the adapter into the shards first; done in any case for one with trained biases or modules, or DoRA's."""
+    """Merge the adapter into the shards first; one with trained biases or modules, or DoRA's, is wherever the base is
+    not quantised."""
     chat: bool | None = None
     """Ask through the model's chat template: each context is a user's message. null asks as the adapter, or the model
     in model.checkpoint, was trained by its run, and of task.format=chat always so."""

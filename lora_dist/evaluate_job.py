@@ -53,7 +53,9 @@ def _ask(
     adapters = []
     if config.adapter is not None:
         adapters = [open_on_base(gpt, config, find_adapter(config.adapter))]
-    merge = bool(adapters) and (config.merge or adapters[0].needs_merge)
+    # What a whole batch shares costs a pass over the weights at every token while it is beside them.
+    fits = config.model.base_format == "native" and bool(adapters)
+    merge = config.merge or (fits and adapters[0].needs_merge)
     put_adapters(gpt, adapters, merge=merge)
     asked = build_questions(
         [item.context for item in items],
@@ -104,7 +106,7 @@ def _open_file(
     merge: bool,
 ) -> RowFile:
     fingerprint = run_on_first(gpt.topology, lambda: compute_base_fingerprint(config.model, config.seed))
-    identity = describe_questions(fingerprint, adapters, asked, merge=merge)
+    identity = describe_questions(fingerprint, adapters, asked, base_format=config.model.base_format, merge=merge)
     identity |= describe_labels(labels) if labels else describe_generation(config.generate)
     return RowFile(path=path, identity=identity, num_rows=len(asked.prompts))
 

@@ -8,7 +8,7 @@ from typing import Any
 from lora_dist.adapter_jobs import Stored, find_slots, open_base, open_on_base, put_adapters, tell
 from lora_dist.answers import describe_generation, describe_questions, generate_texts
 from lora_dist.checkpoint.row_file import RowFile
-from lora_dist.data.contexts import Context, read_contexts
+from lora_dist.data.contexts import Context, check_context, read_contexts
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.generation_config import GenerateConfig, GenerateOptions
 from lora_dist.mcore.model import ShardedGpt
@@ -46,7 +46,9 @@ def _open_file(
     gpt: ShardedGpt, config: GenerateConfig, adapters: Sequence[Stored], asked: Questions, path: str
 ) -> RowFile:
     fingerprint = run_on_first(gpt.topology, lambda: compute_base_fingerprint(config.model, config.seed))
-    identity = describe_questions(fingerprint, adapters, asked, merge=config.generate.merge)
+    identity = describe_questions(
+        fingerprint, adapters, asked, base_format=config.model.base_format, merge=config.generate.merge
+    )
     identity |= describe_generation(config.generate)
     return RowFile(path=Path(path), identity=identity, num_rows=len(asked.prompts))
 
@@ -84,7 +86,8 @@ def _choose_form(config: GenerateConfig) -> QuestionForm:
 
 def _read(options: GenerateOptions, form: QuestionForm) -> list[Context]:
     if options.prompt is not None:
-        return [Context(options.prompt.strip() if form.is_asked else options.prompt)]
+        prompt = check_context(options.prompt, "generate.prompt")
+        return [Context(prompt.strip() if form.is_asked else prompt)]
     assert options.input is not None  # GenerateConfig has checked it
     return read_contexts(Path(options.input).read_bytes(), options.format, options.input)
 

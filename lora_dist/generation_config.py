@@ -7,6 +7,8 @@ from lora_dist.adapter_config import LiveConfig
 from lora_dist.refusals import require, require_one_of, require_seed
 
 EARLY_STOPPING = ("heuristic", "when_full", "exhaustive")
+_MOST_PENALTY = 20
+"""The power of any model's context that a float holds."""
 CONTEXT_FORMATS = ("auto", "text", "e2e_text", "e2e_csv", "jsonl", "chat")
 
 
@@ -45,6 +47,10 @@ class GenerationConfig:
         for key in ("no_repeat_ngram_size", "temperature", "top_k"):
             require(getattr(self, key) >= 0, f"generate.{key}={getattr(self, key)} must not be negative")
         require_seed("generate.seed", self.seed)
+        require(
+            abs(self.length_penalty) <= _MOST_PENALTY,
+            f"generate.length_penalty={self.length_penalty} must lie between -{_MOST_PENALTY} and {_MOST_PENALTY}",
+        )
         require(0.0 < self.top_p <= 1.0, f"generate.top_p={self.top_p} must lie in (0, 1]")
         require_one_of("generate.early_stopping", self.early_stopping, EARLY_STOPPING)
         require(
@@ -83,7 +89,7 @@ class GenerateOptions(GenerationConfig):
     """Put the end token after each context, which asks for the target as in training on pairs; false continues the
     text, as null does where the run has trained on running text. A chat template asks by itself."""
     merge: bool = False
-    """Merge the adapter into the shards first; needed where it has trained biases or is DoRA's."""
+    """Merge the adapter into the shards first: a token then takes what it takes with the base alone."""
 
     def __post_init__(self) -> None:
         GenerationConfig.__post_init__(self)

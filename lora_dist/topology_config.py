@@ -45,7 +45,7 @@ class ZeroConfig:
         )
 
 
-def compute_dp_size(topology: TopologyConfig, world_size: int) -> int:
+def compute_dp_size(topology: TopologyConfig, world_size: int, source: str = "the launcher started") -> int:
     """Data-parallel replicas on `world_size` processes; ValueError when the sizes do not multiply out."""
     model_parallel_size = topology.tp_size * topology.pp_size
     dp_size = topology.dp_size or max(1, world_size // model_parallel_size)
@@ -53,6 +53,6 @@ def compute_dp_size(topology: TopologyConfig, world_size: int) -> int:
     require(
         needed == world_size,
         f"tp {topology.tp_size} x pp {topology.pp_size} x dp {dp_size} = {needed} processes,"
-        f" but the launcher started {world_size}; start {needed} or change the topology",
+        f" but {source} {world_size}; start {needed} or change the topology",
     )
     return dp_size

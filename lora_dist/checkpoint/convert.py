@@ -38,6 +38,11 @@ def import_adapter(config: ImportConfig, base_fingerprint: str) -> ImportedAdapt
         imported = import_loralib(
             source, model, alpha=config.alpha, fused_targets=config.fused_targets, drop=config.drop
         )
+    for name, value in imported.values.items():
+        if not value.is_floating_point():
+            raise ValueError(f"source={source}: {name} is {value.dtype}; only floating point is supported")
+        if not value.isfinite().all():
+            raise ValueError(f"source={source}: {name} holds values that are not finite; name another adapter")
     values = {name: value.float() for name, value in imported.values.items()}
     about = {"task": config.task_name, "step": 0, "metrics": {}, "source_format": config.format}
     write_adapter_directory(

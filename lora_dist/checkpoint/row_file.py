@@ -45,8 +45,8 @@ class RowFile:
             return {}
         check_same(self.identity, read_json(self.about_path), self.about_path)
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            return dict(enumerate(self._parse_finished(lines)))
+            # As bytes, whose lines end at a newline alone: a text may hold what Unicode calls the end of a line.
+            return dict(enumerate(self._parse_finished(self.path.read_bytes().splitlines())))
         return self._read_rows() if self.rows_path.exists() else {}
 
     def append(self, texts: Mapping[int, str]) -> None:
@@ -62,7 +62,7 @@ class RowFile:
         write_lines(self.path, lines)
         self.rows_path.unlink(missing_ok=True)
 
-    def _parse_finished(self, lines: Sequence[str]) -> list[str]:
+    def _parse_finished(self, lines: Sequence[bytes]) -> list[str]:
         texts = []
         for number, line in enumerate(lines, 1):
             texts.append(_take_text(_parse(line), f"{self.path}:{number}"))
@@ -85,7 +85,7 @@ class RowFile:
         return known
 
 
-def _parse(line: str | bytes) -> Any:
+def _parse(line: bytes) -> Any:
     """None where it is no JSON."""
     try:
         return json.loads(line)

@@ -11,7 +11,7 @@ from lora_dist.data.conversations import parse_question, write_question
 from lora_dist.data.documents import read_json_rows
 from lora_dist.data.examples import tokenize_texts
 from lora_dist.data.readers import read_pairs
-from lora_dist.data.rows import BadRow, BadRows
+from lora_dist.data.rows import BadRow, BadRows, check_text
 from lora_dist.data.tokenizer import find_start_tokens
 from lora_dist.prefix.slots import list_slots
 from lora_dist.prefix_config import PrefixConfig
@@ -112,4 +112,13 @@ def _parse_json(row: str, place: str) -> Context:
     context = record.get("context") if isinstance(record, dict) else None
     if not isinstance(context, str):
         raise ValueError(f"{place}: a JSON object with the string 'context' is expected")
-    return Context(context.strip(), _take_adapter(record, place))
+    return Context(check_context(context, place).strip(), _take_adapter(record, place))
+
+
+def check_context(text: str, place: str) -> str:
+    """The text. ValueError, naming `place`, where it holds half a character, which no tokenizer takes."""
+    try:
+        check_text(text)
+    except BadRow as problem:
+        raise ValueError(f"{place}: {problem.reason}; correct the text") from None
+    return text

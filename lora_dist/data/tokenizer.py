@@ -1,12 +1,13 @@
 """The base model's own tokenizer, from local files only, and how it begins a text."""
 
-import json
 from pathlib import Path
 
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast  # type: ignore[attr-defined]
 
 from lora_dist.config import ModelConfig
+from lora_dist.files.directories import read_json
 
+_JSON_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _WORD_MARKER = "\u2581"
 """SentencePiece's sign for the space before a word; such a tokenizer begins every text with one."""
 
@@ -64,12 +65,8 @@ def _check_files(directory: Path) -> None:
                 f"{path} does not exist; model.tokenizer (or model.checkpoint) must be a directory with tokenizer.json,"
                 " or vocab.json and merges.txt"
             )
-        if path.suffix == ".json":
-            _check_json(path)
-
-
-def _check_json(path: Path) -> None:
-    try:
-        json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON ({error}); copy it again") from None
+    for name in _JSON_FILES:
+        if (directory / name).is_file():
+            read_json(directory / name)
+    if names == ("tokenizer.json",) and "model" not in read_json(directory / names[0]):
+        raise ValueError(f"{directory / names[0]} has no model, so it is no tokenizer's; copy it again")

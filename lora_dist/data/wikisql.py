@@ -79,10 +79,9 @@ def parse_query(text: str) -> Query | None:
 
 
 def list_columns(context: str) -> list[str]:
-    """The columns that a context starts with, in the table's order."""
+    """The columns that a context starts with, in the table's order; none where it starts otherwise."""
     found = _COLUMNS.match(context)
-    assert found is not None
-    return [_read_name(name) for name in re.findall(_NAME, found.group())]
+    return [_read_name(name) for name in re.findall(_NAME, found.group())] if found else []
 
 
 def _parse_row(row: str, headers: dict[str, list[str]], path: str) -> tuple[str, str, str]:
@@ -119,7 +118,7 @@ def _find_tables(path: str) -> Path:
 def _read_headers(path: str) -> dict[str, list[str]]:
     tables = _find_tables(path)
     try:
-        rows = tables.read_text(encoding="utf-8").splitlines()
+        rows = tables.read_bytes().splitlines()
         records = [json.loads(row) for row in rows if row]
         return {record["id"]: record["header"] for record in records}
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -62,7 +62,7 @@ def find_weight_files(directory: Path) -> list[Path]:
             " save the model as safetensors (save_pretrained does) or name another directory"
         )
     weight_map = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or any(type(name) is not str for name in weight_map.values()):
         raise ValueError(f"{directory / INDEX} has no weight_map; copy the checkpoint again")
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]

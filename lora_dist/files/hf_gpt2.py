@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.config import ModelConfig
-from lora_dist.files.hf_layout import HfFamily, HfPart, get_size
+from lora_dist.files.hf_layout import HfFamily, HfPart, get_number, get_size
 
 QKV_TARGETS = ("q_proj", "k_proj", "v_proj")
 PREFIX = "transformer."
@@ -81,10 +81,10 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "ffn_hidden_size": config.get("n_inner") or 4 * hidden_size,
         "vocab_size": get_size(config, "vocab_size", path),
         "max_position_embeddings": get_size(config, "n_positions", path),
-        "layernorm_epsilon": config.get("layer_norm_epsilon", 1e-5),
-        "hidden_dropout": config.get("resid_pdrop", 0.1),
-        "attention_dropout": config.get("attn_pdrop", 0.1),
-        "init_std": config.get("initializer_range", 0.02),
+        "layernorm_epsilon": get_number(config, "layer_norm_epsilon", 1e-5, path),
+        "hidden_dropout": get_number(config, "resid_pdrop", 0.1, path),
+        "attention_dropout": get_number(config, "attn_pdrop", 0.1, path),
+        "init_std": get_number(config, "initializer_range", 0.02, path),
     }
 
 

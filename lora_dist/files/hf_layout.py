@@ -146,6 +146,16 @@ def join_from_hf(
     return whole
 
 
+def get_number(config: Mapping[str, Any], key: str, default: float, path: Path) -> float:
+    """A number of config.json, `default` where that has none or null; ValueError where it is something else."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{path}: {key}={value!r} is not a number")
+    return value
+
+
 def get_size(config: Mapping[str, Any], key: str, path: Path) -> int:
     """A positive integer of config.json; ValueError where it is none."""
     value = config.get(key)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_dist.files.hf_layout import TIED_HEAD, HfFamily, LayerNames, get_size
+from lora_dist.files.hf_layout import TIED_HEAD, HfFamily, LayerNames, get_number, get_size
 from lora_dist.files.hf_rope import describe_rope, get_rope, read_rope
 from lora_dist.model_config import ModelConfig
 
@@ -61,15 +61,19 @@ def read_sizes(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "num_layers": get_size(config, "num_hidden_layers", path),
         "hidden_size": get_size(config, "hidden_size", path),
         "num_heads": num_heads,
-        "num_kv_heads": config.get("num_key_value_heads") or num_heads,
-        "head_size": config.get("head_dim") or get_size(config, "hidden_size", path) // num_heads,
+        "num_kv_heads": _get_size_or(config, "num_key_value_heads", num_heads, path),
+        "head_size": _get_size_or(config, "head_dim", get_size(config, "hidden_size", path) // num_heads, path),
         "ffn_hidden_size": get_size(config, "intermediate_size", path),
         "vocab_size": get_size(config, "vocab_size", path),
-        "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "layernorm_epsilon": get_number(config, "rms_norm_eps", 1e-6, path),
         "tied_output": bool(config.get("tie_word_embeddings", False)),
-        "attention_dropout": config.get("attention_dropout") or 0.0,
-        "init_std": config.get("initializer_range", 0.02),
+        "attention_dropout": get_number(config, "attention_dropout", 0.0, path),
+        "init_std": get_number(config, "initializer_range", 0.02, path),
     }
+
+
+def _get_size_or(config: Mapping[str, Any], key: str, default: int, path: Path) -> int:
+    return default if config.get(key) is None else get_size(config, key, path)
 
 
 def _read_fields(config: Mapping[str, Any], path: Path, *, family: str) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def _read_fields(config: Mapping[str, Any], path: Path, *, family: str) -> dict[
 
 
 def _read_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    fraction = get_rope(config).get("partial_rotary_factor", 1.0)
+    fraction = get_rope(config, path).get("partial_rotary_factor", 1.0)
     if fraction != 1.0:
         raise ValueError(f"{path}: partial_rotary_factor={fraction} is not supported, only 1.0")
     return read_rope(config, path, ("default", "linear", "llama3", "yarn"))
@@ -95,7 +99,7 @@ def _read_context(config: Mapping[str, Any], path: Path, family: str, scaling: M
     if "beta_fast" in scaling:
         context = max(context, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
     window = config["sliding_window"] if family == "mistral" else None
-    return context if window is None else min(context, int(window))
+    return context if window is None else min(context, get_size(config, "sliding_window", path))
 
 
 def describe_llama(model: ModelConfig) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_dist.files.hf_layout import HfFamily, LayerNames, get_size
+from lora_dist.files.hf_layout import HfFamily, LayerNames, get_number, get_size
+from lora_dist.files.hf_rope import get_rope, read_rope
 from lora_dist.model_config import ModelConfig
 
 NEOX_NAMES = LayerNames(
@@ -39,10 +40,7 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
 
 
 def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{path}: rope type {kind!r} is not supported, only default")
+    fraction = get_number(config, "rotary_pct", 0.25, path)
     return {
         "family": "gpt_neox",
         "num_layers": get_size(config, "num_hidden_layers", path),
@@ -51,15 +49,15 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "ffn_hidden_size": get_size(config, "intermediate_size", path),
         "vocab_size": get_size(config, "vocab_size", path),
         "max_position_embeddings": get_size(config, "max_position_embeddings", path),
-        "layernorm_epsilon": config.get("layer_norm_eps", 1e-5),
+        "layernorm_epsilon": get_number(config, "layer_norm_eps", 1e-5, path),
         "tied_output": False,
         "activation": _ACTIVATIONS[config.get("hidden_act", "gelu")],
-        "rope_theta": float(rope.get("rope_theta") or config.get("rotary_emb_base") or 10000.0),
-        "rotary_fraction": float(rope.get("partial_rotary_factor") or config.get("rotary_pct", 0.25)),
+        **read_rope({"rope_theta": config.get("rotary_emb_base")} | dict(config), path, ("default",)),
+        "rotary_fraction": float(get_number(get_rope(config, path), "partial_rotary_factor", fraction, path)),
         "parallel_residual": config.get("use_parallel_residual", True),
-        "hidden_dropout": config.get("hidden_dropout") or 0.0,
-        "attention_dropout": config.get("attention_dropout") or 0.0,
-        "init_std": config.get("initializer_range", 0.02),
+        "hidden_dropout": get_number(config, "hidden_dropout", 0.0, path),
+        "attention_dropout": get_number(config, "attention_dropout", 0.0, path),
+        "init_std": get_number(config, "initializer_range", 0.02, path),
     }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_dist.files.hf_layout import TIED_HEAD, HfFamily, LayerNames, get_size
+from lora_dist.files.hf_layout import TIED_HEAD, HfFamily, LayerNames, get_number, get_size
 from lora_dist.model_config import ModelConfig
 
 OPT_NAMES = LayerNames(
@@ -58,9 +58,9 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "max_position_embeddings": get_size(config, "max_position_embeddings", path),
         "layernorm_epsilon": 1e-5,
         "tied_output": bool(config.get("tie_word_embeddings", True)),
-        "hidden_dropout": config.get("dropout", 0.1),
-        "attention_dropout": config.get("attention_dropout") or 0.0,
-        "init_std": config.get("init_std", 0.02),
+        "hidden_dropout": get_number(config, "dropout", 0.1, path),
+        "attention_dropout": get_number(config, "attention_dropout", 0.0, path),
+        "init_std": get_number(config, "init_std", 0.02, path),
     }
 
 

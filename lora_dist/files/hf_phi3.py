@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_dist.files.hf_layout import HfFamily, LayerNames, get_size
+from lora_dist.files.hf_layout import HfFamily, LayerNames, get_number, get_size
 from lora_dist.files.hf_llama import LLAMA_NAMES, describe_llama, read_sizes
 from lora_dist.files.hf_rope import describe_rope, find_original, get_rope, read_rope
 from lora_dist.model_config import ModelConfig
@@ -33,12 +33,12 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
 
 def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     config = {"rms_norm_eps": 1e-5} | dict(config)
-    fraction = get_rope(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    fraction = get_number(config, "partial_rotary_factor", 1.0, path)
     return {
         "family": "phi3",
         **read_sizes(config, path),
         "max_position_embeddings": _read_context(config, path),
-        "rotary_fraction": float(fraction),
+        "rotary_fraction": float(get_number(get_rope(config, path), "partial_rotary_factor", fraction, path)),
         **read_rope(config, path, ("default", "longrope")),
     }
 
@@ -46,10 +46,10 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _read_context(config: Mapping[str, Any], path: Path) -> int:
     """Positions a row may have: no window yet bounds what they see, and LongRoPE's short factors still hold."""
     context = get_size(config, "max_position_embeddings", path)
-    if get_rope(config)["rope_type"] == "longrope":
+    if get_rope(config, path)["rope_type"] == "longrope":
         context = min(context, find_original(config, path))
     window = config.get("sliding_window")
-    return context if window is None else min(context, int(window))
+    return context if window is None else min(context, get_size(config, "sliding_window", path))
 
 
 def _describe(model: ModelConfig) -> dict[str, Any]:

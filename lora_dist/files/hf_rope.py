@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_dist.files.hf_layout import get_size
+from lora_dist.files.hf_layout import get_number, get_size
 from lora_dist.model_config import ROPE_SCALINGS, ModelConfig
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -15,7 +15,7 @@ _ORIGINAL = "original_max_position_embeddings"
 
 def read_rope(config: Mapping[str, Any], path: Path, kinds: Collection[str]) -> dict[str, Any]:
     """ModelConfig's rotary fields, the share of a head that is turned apart. ValueError for a rule not in `kinds`."""
-    rope = get_rope(config)
+    rope = get_rope(config, path)
     kind = rope["rope_type"]
     if kind not in kinds:
         raise ValueError(f"{path}: rope type {kind!r} is not supported, only {', '.join(kinds)}")
@@ -25,15 +25,17 @@ def read_rope(config: Mapping[str, Any], path: Path, kinds: Collection[str]) -> 
     if missing:
         raise ValueError(f"{path}: rope type {kind!r} has no number {missing[0]}")
     return {
-        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        "rope_theta": float(get_number(rope if rope.get("rope_theta") else config, "rope_theta", 10000.0, path)),
         "rope_scaling": {key: float(rope[key]) for key in sorted(ROPE_SCALINGS[kind])},
         "rope_divisors": [float(divisor) for divisor in rope["short_factor"]] if kind == "longrope" else [],
     }
 
 
-def get_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rule's settings, always with its `rope_type`."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+def get_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The rule's settings, always with its `rope_type`. ValueError where config.json has no object there."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_parameters (or rope_scaling) is {rope!r}, no JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     return rope | {"rope_type": "longrope" if kind == "su" else kind}  # Phi-3's first name of it
 
@@ -76,7 +78,7 @@ def _find_factor(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path)
 
 def find_original(config: Mapping[str, Any], path: Path) -> int:
     """Positions that the model was first trained with."""
-    original = config.get(_ORIGINAL) or get_rope(config).get(_ORIGINAL) or config.get("max_position_embeddings")
+    original = config.get(_ORIGINAL) or get_rope(config, path).get(_ORIGINAL) or config.get("max_position_embeddings")
     return get_size({_ORIGINAL: original}, _ORIGINAL, path)
 
 

@@ -100,18 +100,26 @@ def _pair(path: Path, name: str, pair: Mapping[str, torch.Tensor], config: Mappi
         raise ValueError(f"{path}: {key}.{missing[0]}{suffix} is missing")
     if extra := sorted(pair.keys() - wanted):
         raise ValueError(f"{path}: {key}.{extra[0]} is there, but {_CONFIG} says use_dora={config.get('use_dora')}")
-    lora_rank = _find_setting(config, name, "rank_pattern", "r")
+    lora_rank = _find_setting(path.with_name(_CONFIG), config, name, "rank_pattern", "r")
     if pair["lora_A"].shape[0] != lora_rank:
         found = tuple(pair["lora_A"].shape)
         raise ValueError(f"{path}: {key}.lora_A.weight has shape {found}, {_CONFIG} says rank {lora_rank}")
-    alpha = _find_setting(config, name, "alpha_pattern", "lora_alpha")
+    alpha = _find_setting(path.with_name(_CONFIG), config, name, "alpha_pattern", "lora_alpha")
     factors = build_factors(path, name, f"{key}.lora_A.weight", pair["lora_A"], pair["lora_B"], alpha)
     return replace(factors, magnitude_O=pair.get("lora_magnitude_vector"))
 
 
-def _find_setting(config: Mapping[str, Any], name: str, pattern_key: str, key: str) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name."""
-    for pattern, value in (config.get(pattern_key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return config.get(key, 8)
+def _find_setting(path: Path, config: Mapping[str, Any], name: str, pattern_key: str, key: str) -> float:
+    """PEFT's rule: the first pattern that matches the end of the module's name. ValueError for what is no number."""
+    found, value = key, config.get(key, 8)
+    for pattern, own in (config.get(pattern_key) or {}).items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise ValueError(f"{path}: {pattern_key}: {pattern!r} is no regular expression ({error})") from None
+        if matches:
+            found, value = f"{pattern_key}.{pattern}", own
+            break
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{path}: {found}={value!r} is not a number")
+    return value

@@ -66,14 +66,26 @@ def attach_adapters(gpt: ShardedGpt, adapters: Sequence[LoadedAdapter]) -> None:
     for adapter in adapters:
         if adapter.shared is not None:
             raise ValueError(
-                f"{adapter.name} has {adapter.shared}, which no adapter beside the weights can have; set"
-                " generate.merge=true (merge=true of evaluate), or lora-dist merge it"
+                f"{adapter.name} has {adapter.shared}, which the rows of a batch share; give it alone, as adapter=DIR,"
+                " or lora-dist merge it"
             )
     adapted = {name for adapter in adapters for name in adapter.shards}
     for name, linear in gpt.named_modules():
         if isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear):
             shards = [adapter.shards.get(name) for adapter in adapters]
             linear.lora = MixedLoraShard(shards, gpt.clock) if name in adapted else None
+
+
+@torch.no_grad()
+def attach_alone(gpt: ShardedGpt, adapter: LoadedAdapter) -> None:
+    """Put one adapter, whatever it has, where it was trained: factors beside the weights, the rest in the base's place.
+
+    Nothing takes it out again.
+    """
+    for name, shard in adapter.shards.items():
+        gpt.get_submodule(name).lora = shard
+    for name, value in adapter.replaced.items():
+        gpt.get_parameter(name).copy_(value)
 
 
 def describe_attached(adapter: LoadedAdapter) -> list[TrainableParameter]:
@@ -93,7 +105,7 @@ class LiveMerge:
         if quantized := find_quantized(gpt):
             raise ValueError(
                 f"model.base_format={quantized[0].base_format}: an adapter cannot be merged into a quantised base in"
-                " place; use generate.merge=false, or `lora-dist merge`, which writes the merged model"
+                " place; leave merge=false, or `lora-dist merge`, which writes the merged model"
             )
         self._gpt, self._keep_base = gpt, keep_base
         self._merges: dict[str, WeightMerge] = {}

@@ -247,5 +247,5 @@ def compute_world_size(config: RunConfig) -> int:
     topology = config.topology
     replica = topology.tp_size * topology.pp_size
     world_size = config.plan.num_gpus or replica * (topology.dp_size or 1)
-    compute_dp_size(topology, world_size)
+    compute_dp_size(topology, world_size, source="plan.num_gpus is")
     return world_size

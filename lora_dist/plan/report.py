@@ -132,7 +132,7 @@ def _render_paper(paper: Sequence[PaperRow]) -> str:
 
 
 def render_search(config: RunConfig, candidates: Sequence[Candidate]) -> str:
-    """The topologies that fit, best first; the fewest GPUs that do; why the others do not."""
+    """The topologies that fit, best first; the smallest replicas among them; why the others do not."""
     hardware = require_hardware(config)
     fitting = [one for one in candidates if one.job is not None]
     head = (
@@ -147,7 +147,8 @@ def render_search(config: RunConfig, candidates: Sequence[Candidate]) -> str:
         for recompute in config.plan.recompute:
             fewest = min((one for one in fitting if one.recompute == recompute), key=_count_gpus, default=None)
             if fewest is not None:
-                parts.append(f"fewest GPUs with recompute {recompute}: {fewest.num_gpus} ({fewest.name})")
+                size = f"{fewest.tp_size * fewest.pp_size} (tp{fewest.tp_size} pp{fewest.pp_size})"
+                parts.append(f"fewest GPUs a replica with recompute {recompute}: {size}")
     refused = [f"  {one.name}: {one.reason}" for one in candidates if one.job is None]
     return "\n".join([*parts, *(["does not fit:"] if refused else []), *refused])
 

@@ -127,22 +127,27 @@ def compute_weight_bytes(model: ModelConfig, dtype: str, *, tp_size: int, pp_siz
 
 def _try_all(config: RunConfig, candidates: Sequence[Candidate], recompute: str) -> list[Candidate]:
     """Execute the first stage, which holds the most microbatches, and the last one of those that fit so far."""
-    open_ones = [one for one in candidates if one.job is None and (one.reason is None or one.recompute)]
-    jobs = [_configure(config, one, recompute) for one in open_ones]
-    first = execute_all([(job, one.num_gpus, 0) for job, one in zip(jobs, open_ones, strict=True)], _workers(config))
-    tried = {one.name: (job, [process]) for one, job, process in zip(open_ones, jobs, first, strict=True)}
-    more = [one for one in open_ones if one.pp_size > 1 and _fits(config, tried[one.name][1])]
-    last = execute_all([(tried[one.name][0], one.num_gpus, one.pp_size - 1) for one in more], _workers(config))
+    jobs: dict[str, RunConfig] = {}
+    judged: dict[str, Candidate] = {}
+    for one in candidates:
+        if one.job is None and (one.reason is None or one.recompute):
+            try:
+                jobs[one.name] = _configure(config, one, recompute)
+            except ValueError as refusal:
+                judged[one.name] = replace(one, recompute=recompute, reason=one.reason or str(refusal))
+    open_ones = [one for one in candidates if one.name in jobs]
+    first = execute_all([(jobs[one.name], one.num_gpus, 0) for one in open_ones], config.plan.num_processes)
+    tried = {one.name: [process] for one, process in zip(open_ones, first, strict=True)}
+    more = [one for one in open_ones if one.pp_size > 1 and _fits(config, tried[one.name])]
+    last = execute_all([(jobs[one.name], one.num_gpus, one.pp_size - 1) for one in more], config.plan.num_processes)
     for one, process in zip(more, last, strict=True):
-        tried[one.name][1].append(process)
-    return [_judge(config, one, recompute, *tried[one.name]) if one.name in tried else one for one in candidates]
-
-
-def _workers(config: RunConfig) -> int:
-    return config.plan.num_processes
+        tried[one.name].append(process)
+    judged |= {one.name: _judge(config, one, recompute, jobs[one.name], tried[one.name]) for one in open_ones}
+    return [judged.get(one.name, one) for one in candidates]
 
 
 def _configure(config: RunConfig, one: Candidate, recompute: str) -> RunConfig:
+    """ValueError where the job's other settings rule the topology out."""
     topology = replace(
         config.topology,
         tp_size=one.tp_size,

@@ -1,10 +1,9 @@
 """Labels as text: accuracy, F1, Matthews correlation, and Pearson and Spearman correlation of numbers."""
 
-import math
 from collections.abc import Sequence
 
 from lora_dist.task_config import TaskConfig
-from lora_dist.tasks.items import Item
+from lora_dist.tasks.items import Item, read_number
 from lora_dist.tasks.needs import import_extra
 from lora_dist.tasks.scores import Result, ScoreRow, Values
 
@@ -32,7 +31,7 @@ def score_matthews(task: TaskConfig, predictions: Sequence[str], items: Sequence
 
 def score_correlation(task: TaskConfig, predictions: Sequence[str], items: Sequence[Item]) -> Result:
     """Pearson and Spearman correlation, times 100; None where all outputs are one number."""
-    numbers = [_read_number(text) for text in predictions]
+    numbers = [read_number(text) for text in predictions]
     given = [0.0 if number is None else number for number in numbers]
     wanted = [float(item.references[0]) for item in items]
     stats = import_extra("scipy.stats")
@@ -59,11 +58,3 @@ def _report(values: Values, given: Sequence[str], wanted: Sequence[str]) -> Resu
         for example in unknown[:1]
     ]
     return [ScoreRow(label="outputs", values=values)], notes
-
-
-def _read_number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

@@ -1,11 +1,13 @@
 """A task's items: every context once, with all its references."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.rows import BadRows, Fields, Pair, read_file
+from lora_dist.data.wikisql import parse_query
 from lora_dist.task_config import TaskConfig
 
 _OF_ROWS = ("sql", "accuracy", "accuracy_f1", "matthews", "correlation")
@@ -34,7 +36,28 @@ def load_items(task: TaskConfig) -> list[Item]:
     items = [_build_item([pair]) for pair in pairs] if task.metric in _OF_ROWS else group_pairs(pairs)
     if not items:
         raise ValueError(f"task.references={path} has no rows; give the file of the references")
+    if task.metric in _READABLE:
+        what, is_readable = _READABLE[task.metric]
+        for item in items:
+            if not is_readable(item.references[0]):
+                raise ValueError(f"{path}:{item.line}: {item.references[0]!r} is no {what}: task.metric={task.metric}")
     return items
+
+
+def read_number(text: str) -> float | None:
+    """None where it is none."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+_READABLE: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "sql": ("query", lambda text: parse_query(text) is not None),
+    "correlation": ("number", lambda text: read_number(text) is not None),
+}
+"""Metrics that have to read the references, and as what."""
 
 
 def pick_format(task: TaskConfig) -> str:

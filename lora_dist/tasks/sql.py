@@ -22,7 +22,6 @@ def score_sql(task: TaskConfig, predictions: Sequence[str], items: Sequence[Item
     """Logical-form accuracy and, with `task.database`, execution accuracy, times 100."""
     queries = [parse_query(text) for text in predictions]
     answers = [parse_query(item.references[0]) for item in items]
-    assert None not in answers, "a reference of our own making cannot be read back"
     right = sum(
         query is not None and answer is not None and query.logical_form == answer.logical_form
         for query, answer in zip(queries, answers, strict=True)

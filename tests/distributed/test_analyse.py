@@ -45,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def analyse(place: Path, output: Path, world_size: int, *more: str) -> dict:
     adapters = f"adapters=[{place / 'r2'},{place / 'r5'}]"
     words = ["analyse", "model=hf", f"model.checkpoint={place / 'base'}", adapters, f"output={output}", *more]
+    output.mkdir(parents=True)  # an empty directory is as good as none
     assert run_distributed(call, world_size, words) == [0] * world_size
     return json.loads((output / "analysis.json").read_text())
 

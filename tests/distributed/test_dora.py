@@ -39,7 +39,7 @@ from lora_dist.lora.dropout import DropoutMask, compute_row_keys
 from lora_dist.lora.function import NO_COMMUNICATION
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
-from lora_dist.mcore.live import LiveMerge, attach_adapters, load_shards
+from lora_dist.mcore.live import LiveMerge, attach_adapters, attach_alone, load_shards
 from lora_dist.mcore.schedule import forward_backward
 from lora_dist.methods import apply_method
 from lora_dist.whole import cut_shard, read_value
@@ -183,19 +183,30 @@ def merge(options: dict, base: Path, adapter: Path, target: Path) -> None:
     write_hf_checkpoint(gpt, target, model=model)
     live.unmerge()
     assert all(torch.equal(parameter, before[name]) for name, parameter in gpt.named_parameters())
-    with pytest.raises(ValueError, match="dora has DoRA's row lengths, which no adapter beside the weights can have"):
+    with pytest.raises(ValueError, match="dora has DoRA's row lengths, which the rows of a batch share"):
         attach_adapters(gpt, [loaded])
 
 
+def attach(options: dict, base: Path, adapter: Path) -> torch.Tensor | None:
+    model = read_toy_config(base)
+    gpt = build_shard(options, model)
+    load_hf_checkpoint(gpt, base)
+    stored = open_adapter(adapter, model=model, base_fingerprint="base")
+    attach_alone(gpt, load_shards(gpt, "dora", stored.specs, stored.read().values))
+    return compute_logits(gpt)
+
+
 @pytest.mark.parametrize("options", [{}, {"tp_size": 2}], ids=str)
-def test_merged_and_unmerged(options: dict, tmp_path: Path) -> None:
+def test_merged_unmerged_and_beside(options: dict, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     write_toy_checkpoint(base)
     run_distributed(write_and_learn, 1, {}, base, adapter, Q_V)
     run_distributed(merge, count_processes(options), options, base, adapter, tmp_path / "merged")
     theirs = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base, dtype=torch.float32), adapter)
     expected = theirs.merge_and_unload().eval()(draw_tokens()).logits
-    assert (compute_hf_logits(tmp_path / "merged") - expected).abs().max() < 1e-5 * expected.abs().max()
+    beside = run_distributed(attach, count_processes(options), options, base, adapter)
+    for logits in (compute_hf_logits(tmp_path / "merged"), *beside):
+        assert logits is None or (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_trains_like_plain_torch_under_zero() -> None:

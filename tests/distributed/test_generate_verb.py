@@ -42,6 +42,8 @@ def place(tmp_path: Path) -> Path:
         values = {key: value * rank for key, value in draw_adapter_values(specs, model, bias).items()}
         adapter = Adapter(specs=specs, bias=bias, values=values)
         write_adapter_directory(tmp_path / name, adapter, model, {"task": name}, base_fingerprint=fingerprint)
+    (tmp_path / "biased.jsonl").write_text(json.dumps({"context": "x", "adapter": str(tmp_path / "biased")}))
+    (tmp_path / "half.jsonl").write_text('{"context": "a\\ud83d"}\n')
     (tmp_path / "e2e.txt").write_text("".join(f"{context}||a text\n" for context in CONTEXTS))
     return tmp_path
 
@@ -154,6 +156,23 @@ def test_a_prompt_of_the_command_line_is_answered_on_it(place: Path, capfd: pyte
     assert capfd.readouterr().out.strip() == generate_with_transformers(CONTEXTS[:1], None)[0]
 
 
+def test_trained_biases_need_no_merge(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [f"generate.prompt={CONTEXTS[0]}", f"adapter={place / 'biased'}", *SHORT]
+    expected = generate_with_transformers(CONTEXTS[:1], place / "biased")[0]
+    assert expected != generate_with_transformers(CONTEXTS[:1], None)[0]
+    for more in ([], ["generate.merge=true"]):
+        assert run_distributed(call, 1, [*words, *more]) == [0]
+        assert capfd.readouterr().out.strip() == expected
+
+
+def test_rows_of_another_base_format_are_refused(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The base's files are the same, its weights are not."""
+    words = [f"generate.input={place / 'e2e.txt'}", f"generate.output={place / 'out.jsonl'}", *SHORT]
+    assert run_distributed(call, 1, words) == [0]
+    assert run_distributed(call, 1, [*words, "model.base_format=fp8"]) == [2]
+    assert "model.base_format is 'native' there and 'fp8' in this run" in capfd.readouterr().err
+
+
 def test_each_row_of_a_file_names_its_adapter(place: Path) -> None:
     chosen = [str(place / "run"), None, str(place / "other")]
     rows = [{"context": c, "adapter": a} for c, a in zip(CONTEXTS, chosen, strict=True)]
@@ -176,7 +195,9 @@ def test_each_row_of_a_file_names_its_adapter(place: Path) -> None:
         ([], "give generate.input=FILE or generate.prompt='...', one of them"),
         (["generate.prompt=x", "adapter=PLACE/none"], "adapter=PLACE/none is not a directory"),
         (["generate.prompt=x", "adapter=PLACE"], "adapter=PLACE has no manifest.json"),
-        (["generate.prompt=x", "adapter=PLACE/biased"], "trained biases, which no adapter beside the weights can have"),
+        (["generate.input=PLACE/biased.jsonl", "adapters=[PLACE/biased]"], "trained biases, which the rows of a batch"),
+        (["generate.input=PLACE/half.jsonl"], "half.jsonl:1: broken UTF-8; correct the text"),
+        (["generate.prompt=x", "generate.length_penalty=2000"], "generate.length_penalty=2000.0 must lie between -20"),
         (["generate.prompt=x", "adapters=[PLACE/other]"], "no row names one; use adapter=DIR"),
         (["generate.input=PLACE/none"], "generate.input=PLACE/none is no file"),
         (["generate.prompt=x", "generate.output=PLACE/e2e.txt"], "e2e.txt exists already; give a new file"),

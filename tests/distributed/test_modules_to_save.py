@@ -35,7 +35,7 @@ from lora_dist.config import LoraConfig, ZeroConfig
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.adapters import apply_lora
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
-from lora_dist.mcore.live import LiveMerge, attach_adapters, load_shards
+from lora_dist.mcore.live import LiveMerge, attach_adapters, attach_alone, load_shards
 from lora_dist.parameters import find_source
 from lora_dist.whole import cut_shard, read_value
 
@@ -114,7 +114,8 @@ def load(options: dict, base: Path, adapter: Path, lora: LoraConfig) -> torch.Te
     return compute_logits(gpt)
 
 
-def merge(options: dict, base: Path, adapter: Path, target: Path) -> None:
+def merge(options: dict, base: Path, adapter: Path, target: Path) -> torch.Tensor | None:
+    """The merged checkpoint; logits with the adapter beside the base."""
     model = read_toy_config(base)
     gpt = build_shard(options, model)
     load_hf_checkpoint(gpt, base)
@@ -125,8 +126,10 @@ def merge(options: dict, base: Path, adapter: Path, target: Path) -> None:
     write_hf_checkpoint(gpt, target, model=model)
     live.unmerge()
     assert all(torch.equal(parameter, before[name]) for name, parameter in gpt.named_parameters())
-    with pytest.raises(ValueError, match="saved has trained modules, which no adapter beside the weights can have"):
+    with pytest.raises(ValueError, match="saved has trained modules, which the rows of a batch share"):
         attach_adapters(gpt, [loaded])
+    attach_alone(gpt, loaded)
+    return compute_logits(gpt)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +154,8 @@ def check_topologies(directory: Path, lora: LoraConfig, topologies: list[dict]) 
         raw = [(each / "adapter_model.safetensors").read_bytes() for each in (one, many)]
         assert raw[0] == raw[1]
         loaded = run_distributed(load, count_processes(options), options, base, one, lora)
-        run_distributed(merge, count_processes(options), options, base, one, merged)
-        for logits in (*results, *loaded, compute_family_logits(merged, draw_tokens())):
+        beside = run_distributed(merge, count_processes(options), options, base, one, merged)
+        for logits in (*results, *loaded, *beside, compute_family_logits(merged, draw_tokens())):
             assert logits is None or (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 

@@ -166,6 +166,30 @@ def test_merging_into_a_live_quantised_base_is_refused(trained: Path, capfd: pyt
     assert run_distributed(call, 1, words[:-1]) == [0]
 
 
+@pytest.mark.parametrize("method", ["dora", "bitfit"])
+def test_what_would_be_merged_runs_beside_a_quantised_base(method: str, tmp_path: Path) -> None:
+    """As it was trained: `evaluate` finds what `merge` writes into the dequantised weights to answer alike."""
+    run, base = tmp_path / "run", ["model.base_format=fp8", "device=cpu"]
+    few = ["data.max_train_examples=16", "data.max_valid_examples=2", "loop.global_batch_size=4", "topology=single"]
+    words = [*DEMO, *base, *few, "optim.lr=2e-2", f"method={method}", f"run_dir={run}"]
+    assert run_distributed(call, 1, ["train", *words]) == [0]
+    assert run_distributed(call, 1, ["merge", *base[:1], f"adapter={run}", f"output={tmp_path / 'merged'}"]) == [0]
+    (tmp_path / "asked.jsonl").write_text('{"context": "name : The Vaults | Type : pub", "target": "x"}\n')
+    short = ["generate.max_new_tokens=12", f"generate.input={tmp_path / 'asked.jsonl'}"]
+    texts = []
+    for name, words in (
+        ("beside", [*base, f"adapter={run}"]),
+        ("merged", ["model=hf", f"model.checkpoint={tmp_path / 'merged'}"]),
+        ("base", base),
+    ):
+        output = tmp_path / f"{name}.jsonl"
+        assert run_distributed(call, 1, ["generate", *words, *short, f"generate.output={output}"]) == [0]
+        texts.append([json.loads(line)["text"] for line in output.read_text().splitlines()])
+    assert texts[0] == texts[1] != texts[2]
+    task = ["task=jsonl", f"task.references={tmp_path / 'asked.jsonl'}", "generate.max_new_tokens=2"]
+    assert run_distributed(call, 1, ["evaluate", *base, *task, f"adapter={run}"]) == [0]
+
+
 def write_adapter(directory: Path) -> Path:
     model = read_model("native")
     specs = build_adapter_specs(LORA, model)

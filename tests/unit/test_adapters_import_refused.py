@@ -1,6 +1,7 @@
 """Foreign adapters that have no place here are refused by name, and nothing is written."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ def damage_config(directory: Path, **changes: object) -> None:
         ({"use_dora": True}, "attn.c_attn.lora_magnitude_vector is missing"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' trained beside a changed base"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] unties the output layer"),
+        ({"lora_alpha": None}, "adapter_config.json: lora_alpha=None is not a number"),
+        ({"alpha_pattern": {"(c_attn": 2}}, "alpha_pattern: '(c_attn' is no regular expression"),
+        ({"rank_pattern": {"c_attn": "2"}}, "rank_pattern.c_attn='2' is not a number"),
         ({"r": 5}, "c_attn.lora_A.weight has shape (2, 32), adapter_config.json says rank 5"),
         ({"bias": "all"}, "h.0.attn.c_attn.bias has shape none, bias=all on"),
     ],
@@ -73,6 +77,27 @@ def test_tensors_without_a_place_are_named(
     with pytest.raises(ValueError, match="adapter_model") as caught:
         read_in(tmp_path / "source", tmp_path / "stored", base[1])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.fill_(torch.nan), "lora_A holds values that are not finite"),
+        (lambda tensor: tensor.to(torch.int64), "lora_A is torch.int64; only floating point is supported"),
+    ],
+)
+def test_values_that_are_none_are_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str, base: tuple[Path, ModelConfig], tmp_path: Path
+) -> None:
+    write_with_peft(build_hf_model(), tmp_path / "source", target_modules=["c_fc"], r=2)
+    path = tmp_path / "source/adapter_model.safetensors"
+    key = "base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"
+    tensors = load_file(path)
+    save_file(tensors | {key: change(tensors[key])}, path)
+    with pytest.raises(ValueError, match="source") as caught:
+        read_in(tmp_path / "source", tmp_path / "stored", base[1])
+    assert message in str(caught.value)
+    assert not (tmp_path / "stored").exists()
 
 
 def test_a_pickle_that_runs_code_is_refused(base: tuple[Path, ModelConfig], tmp_path: Path) -> None:

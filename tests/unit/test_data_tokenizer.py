@@ -76,7 +76,21 @@ def test_missing_directory() -> None:
 def test_truncated_file(tmp_path: Path) -> None:
     vocab = write_tokenizer(tmp_path) / "vocab.json"
     vocab.write_bytes(vocab.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"vocab.json is not whole JSON \(.*\); copy it again"):
+    with pytest.raises(ValueError, match=r"vocab.json is not JSON \(.*\)"):
+        load_tokenizer(str(tmp_path), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+        ("special_tokens_map.json", "[]", "special_tokens_map.json holds no JSON object"),
+        ("tokenizer.json", "{}", "tokenizer.json has no model, so it is no tokenizer's"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (write_tokenizer(tmp_path) / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
         load_tokenizer(str(tmp_path), VOCAB_SIZE)
 
 

@@ -8,13 +8,14 @@ from hf_toy import build_run_config
 
 from lora_dist.cli.compose import compose_config
 from lora_dist.cli.schema import list_groups
-from lora_dist.config import HardwareConfig, LoraConfig, PlanConfig, RunConfig
+from lora_dist.config import HardwareConfig, LoraConfig, ModelConfig, PlanConfig, RunConfig, ZeroConfig
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.measure.collectives import Collective
 from lora_dist.plan.clock import compute_message_seconds
 from lora_dist.plan.execute import compute_world_size, require_hardware
 from lora_dist.plan.job import compute_checkpoint_bytes, compute_step_seconds, list_variants
 from lora_dist.plan.process_plan import ProcessPlan, list_distinct_stages, name_stage
+from lora_dist.plan.report import render_search
 from lora_dist.plan.search import Candidate, compute_weight_bytes, list_candidates, search_topologies
 from lora_dist.plan.steady import WatchedBatches, Work, compute_num_executed, count_calls
 
@@ -143,6 +144,28 @@ def test_what_cannot_hold_the_weights_is_not_executed() -> None:
     assert reasons["tp3 pp2 dp1"] == "tp3 does not divide a node of 8 GPUs"
     with pytest.raises(ValueError, match=r"plan.search=true needs plan.num_gpus"):
         search_topologies(search_config(None))
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "options", "reasons"),
+    [
+        (3, {}, {"tp1 pp2 dp1": "zero.stage=3 needs topology.pp_size=1, got 2"}),
+        (1, {"cuda_graphs": True}, {"tp1 pp2 dp1": "cuda_graphs=true needs topology.pp_size=1"}),
+        (1, {"method": "full"}, {"tp2 pp1 dp1": "topology.tp_size=2 keeps each of 1 key-value heads on several"}),
+    ],
+)
+def test_what_the_other_settings_rule_out_is_a_reason(zero_stage: int, options: dict, reasons: dict[str, str]) -> None:
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 1, "ffn_hidden_size": 128}
+    model = ModelConfig(name="small", family="llama", vocab_size=64, max_position_embeddings=2048, **sizes)
+    plan = PlanConfig(num_gpus=2, recompute=["none"])
+    zero, hardware = ZeroConfig(stage=zero_stage), replace(HARDWARE, gpus_per_node=8)
+    config = build_run_config(model, zero=zero, hardware=hardware, dtype="fp16", plan=plan, **options)
+    found = {one.name: one for one in search_topologies(config)}
+    assert set(found) == {"tp1 pp1 dp2", "tp1 pp2 dp1", "tp2 pp1 dp1"}
+    for name, one in found.items():
+        assert (one.reason or "").startswith(reasons.get(name, "")), one.reason
+        assert (one.job is None) == (name in reasons)
+    assert "fewest GPUs a replica with recompute none: 1 (tp1 pp1)" in render_search(config, list(found.values()))
 
 
 def test_replicas_only_where_rows_divide() -> None:

@@ -7,6 +7,9 @@ import pytest
 
 from lora_dist.checkpoint.row_file import RowFile
 
+TEXT = "c\nc\u2028d\x85"
+"""With every end of a line that Unicode has; JSON escapes the first alone."""
+
 
 def open_rows(directory: Path, **identity: object) -> RowFile:
     return RowFile(path=directory / "new" / "out.jsonl", identity={"seed": 1, **identity}, num_rows=3)
@@ -14,12 +17,12 @@ def open_rows(directory: Path, **identity: object) -> RowFile:
 
 def test_rows_come_back_in_any_order_until_the_file_is_whole(tmp_path: Path) -> None:
     assert open_rows(tmp_path).begin() == {}
-    open_rows(tmp_path).append({2: "c\nc", 0: "ä"})
+    open_rows(tmp_path).append({2: TEXT, 0: "ä"})
     assert not open_rows(tmp_path).path.exists()
-    assert open_rows(tmp_path).begin() == {2: "c\nc", 0: "ä"}
+    assert open_rows(tmp_path).begin() == {2: TEXT, 0: "ä"}
     open_rows(tmp_path).append({1: ""})
-    open_rows(tmp_path).finish([{"text": "ä"}, {"text": ""}, {"text": "c\nc"}])
-    assert open_rows(tmp_path).begin() == {0: "ä", 1: "", 2: "c\nc"}
+    open_rows(tmp_path).finish([{"text": "ä"}, {"text": ""}, {"text": TEXT}])
+    assert open_rows(tmp_path).begin() == {0: "ä", 1: "", 2: TEXT}
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.jsonl", "out.jsonl.about.json"]
 
 

@@ -150,6 +150,18 @@ def test_references_are_grouped_by_context_wherever_they_stand(write: Write) -> 
 
 
 @pytest.mark.parametrize(
+    ("metric", "message"),
+    [("sql", r"r.jsonl:2: 'b' is no query: task.metric=sql"), ("correlation", r"r.jsonl:2: 'b' is no number")],
+)
+def test_references_that_a_metric_cannot_read_are_refused(write: Write, metric: str, message: str) -> None:
+    readable = {"sql": "SELECT [Name] FROM table", "correlation": "1.5"}[metric]
+    rows = [{"context": "q", "target": readable}, {"context": "q", "target": "b"}]
+    write("r.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        load_items(TaskConfig(name="jsonl", format="jsonl", metric=metric, references="r.jsonl"))
+
+
+@pytest.mark.parametrize(
     ("task", "expected"),
     [
         ("glue_mnli", ["contradiction", "entailment", "neutral"]),
