@@ -83,7 +83,7 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if is_first:
-        _prune(target.parent, keep)
+        _prune(target.parent, keep, step)
     return target
 
 
@@ -125,16 +125,24 @@ def _commit(temporary: Path, target: Path, hashes: Mapping[str, str], content: M
     commit_directory(temporary, target)
 
 
-def _prune(directory: Path, keep: int) -> None:
-    """Old generations, and what an interrupted save has left."""
-    for path in [*_list_generations(directory)[keep:], *directory.glob(".step-*")]:
+def _prune(directory: Path, keep: int, step: int) -> None:
+    """All but the newest `keep` up to `step`, and what an interrupted save has left. Later ones were no good: the run
+    would have gone on from them.
+    """
+    generations = [path for path in _list_generations(directory) if _read_step(path) <= step]
+    others = set(_list_generations(directory)) - set(generations[:keep])
+    for path in [*others, *directory.glob(".step-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _list_generations(directory: Path) -> list[Path]:
     """Newest first; whole or not."""
     found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_read_step, reverse=True)
+
+
+def _read_step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def find_newest_checkpoint(run_dir: str | Path) -> Path | None:

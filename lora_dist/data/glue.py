@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from lora_dist.data.rows import BadRow, BadRows, Pair, Texts, check_pair
+from lora_dist.data.rows import BadRow, BadRows, Pair, Texts
 from lora_dist.data.tables import read_table
 
 
@@ -43,16 +43,18 @@ TASKS: dict[str, GlueTask] = {
 
 
 SENTENCE_END = "\t"
-"""Between the sentences of `read_sentences`: no cell of a TSV file holds one."""
+"""Between the two sentences of `read_sentences`: no cell of a TSV file holds one."""
 
 
 def read_glue(name: str, text: str, bad: BadRows) -> Iterator[Pair]:
     """`premise : ... | hypothesis : ...` -> `entailment`. A row without a known label is a bad row."""
-    return _read(name, text, bad, lambda parts: " | ".join(f"{role} : {part}" for role, part in parts.items()))
+    return _read(name, text, bad, lambda parts: " | ".join(f"{role} : {part}".strip() for role, part in parts.items()))
 
 
 def read_sentences(name: str, text: str, bad: BadRows) -> Iterator[Pair]:
-    """The same rows with the one or two sentences as they stand, as an encoder reads them."""
+    """The same rows with the one or two sentences as they stand, as an encoder reads them; one of two may be empty, as
+    in a few rows of QQP.
+    """
     return _read(name, text, bad, lambda parts: SENTENCE_END.join(parts.values()))
 
 
@@ -61,7 +63,9 @@ def _read(name: str, text: str, bad: BadRows, join: Callable[[Mapping[str, str]]
 
     def parse(cells: Mapping[str, str]) -> Texts:
         parts = {role: cells[column].strip() for role, column in task.columns.items()}
-        return check_pair(join(parts), _read_label(task, cells[task.label].strip()))
+        if not any(parts.values()):
+            raise BadRow("empty context")
+        return join(parts), _read_label(task, cells[task.label].strip())
 
     columns = [*task.columns.values(), task.label]
     return read_table(text, columns, parse, bad, quoted=False, header=task.header)

@@ -21,9 +21,17 @@ class EncoderEngine:
     """Data-parallel: every process has the whole model, or under ZeRO 3 its part of each weight."""
 
     def __init__(
-        self, model: nn.Module, zero: ZeroEngine, trainable: list[TrainableParameter], topology: Topology, *, seed: int
+        self,
+        model: nn.Module,
+        zero: ZeroEngine,
+        trainable: list[TrainableParameter],
+        topology: Topology,
+        *,
+        seed: int,
+        label_smoothing: float = 0.0,
     ) -> None:
         self.model, self.zero, self.trainable, self.topology, self._seed = model, zero, trainable, topology, seed
+        self._label_smoothing = label_smoothing
         self._gradients_checked = False
 
     def train_step(self, batches: Sequence[EncoderBatch], *, step: int, lr: float) -> StepResult:
@@ -76,12 +84,12 @@ class EncoderEngine:
 
     def _compute_loss_sum(self, batch: EncoderBatch) -> torch.Tensor:
         logits, device = self._compute_logits(batch).float(), self.topology.device
-        losses_B = compute_losses(logits, batch.labels_B.to(device))
+        losses_B = compute_losses(logits, batch.labels_B.to(device), label_smoothing=self._label_smoothing)
         return (losses_B * batch.counts_B.to(device)).sum()
 
 
-def compute_losses(logits: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+def compute_losses(logits: torch.Tensor, labels_B: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
     """[B]: cross-entropy of logits [B, labels], or the squared error where the head has one output."""
     if logits.shape[1] == 1:
         return F.mse_loss(logits[:, 0], labels_B, reduction="none")
-    return F.cross_entropy(logits, labels_B.long(), reduction="none")
+    return F.cross_entropy(logits, labels_B.long(), reduction="none", label_smoothing=label_smoothing)

@@ -54,6 +54,11 @@ def load_pairs(key: str, path: str, task: TaskConfig, split: str | None) -> list
     return pairs
 
 
+def has_two_sentences(task: TaskConfig) -> bool:
+    """Whether an input is a pair, whatever its rows hold."""
+    return task.format.startswith(_GLUE) and len(TASKS[task.format.removeprefix(_GLUE)].columns) == 2
+
+
 def find_label_words(task: TaskConfig, pairs: Sequence[Pair]) -> Labels:
     """GLUE's own labels in GLUE's order; elsewhere those of the training file, sorted."""
     if task.format.startswith(_GLUE):
@@ -62,19 +67,26 @@ def find_label_words(task: TaskConfig, pairs: Sequence[Pair]) -> Labels:
 
 
 def encode_examples(
-    key: str, path: str, pairs: Sequence[Pair], labels: Labels, tokenizer: PreTrainedTokenizerBase, seq_len: int
+    key: str,
+    path: str,
+    pairs: Sequence[Pair],
+    task: TaskConfig,
+    labels: Labels,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
 ) -> list[Example]:
-    """ValueError with file and line for a label that is none of `labels`."""
+    """Of `load_pairs`' rows. ValueError with file and line for a label that is none of `labels`."""
     for pair in pairs:
         if labels.words and pair.target not in labels.words:
             raise ValueError(
                 f"{key}={path}:{pair.line}: label {pair.target!r} is none of the {len(labels.words)} that are known"
                 f" ({', '.join(labels.words[:3])}, ...)"
             )
-    sentences = [pair.context.split(SENTENCE_END) for pair in pairs]
-    firsts = [parts[0] for parts in sentences]
-    seconds = [parts[1] for parts in sentences] if all(len(parts) == 2 for parts in sentences) else None
-    encoded = tokenizer(firsts, seconds, truncation=True, max_length=seq_len)
+    sentences = [pair.context for pair in pairs]
+    seconds = None
+    if has_two_sentences(task):
+        sentences, seconds = map(list, zip(*(text.split(SENTENCE_END) for text in sentences), strict=True))
+    encoded = tokenizer(sentences, seconds, truncation=True, max_length=seq_len)
     return [
         Example(inputs={name: rows[row] for name, rows in encoded.items()}, label=labels.encode(pair.target))
         for row, pair in enumerate(pairs)

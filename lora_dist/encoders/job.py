@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_dist.checkpoint.resume import find_newest_checkpoint, load_checkpoint, save_checkpoint
 from lora_dist.classify_config import ClassifyConfig
 from lora_dist.config import compute_num_microbatches
+from lora_dist.data.rows import Pair
 from lora_dist.encoders.adapt import apply_encoder_method
 from lora_dist.encoders.batches import EncoderLoader
 from lora_dist.encoders.engine import EncoderEngine
@@ -48,6 +50,7 @@ class Data:
     labels: Labels
     tokenizer: PreTrainedTokenizerBase
     train_sha256: str
+    scored_sha256: str
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,16 +105,20 @@ def load_data(config: ClassifyConfig) -> Data:
     scored = load_pairs("task.references", task.references, task, task.split)
     training = [] if config.train is None else load_pairs("train", config.train, task, config.train_split)
     labels = find_label_words(task, training or scored)
-    train = encode_examples("train", config.train, training, labels, tokenizer, seq_len) if config.train else []
-    content = json.dumps([[pair.context, pair.target] for pair in training])
+    encode = partial(encode_examples, task=task, labels=labels, tokenizer=tokenizer, seq_len=seq_len)
     return Data(
-        train=train,
-        scored=encode_examples("task.references", task.references, scored, labels, tokenizer, seq_len),
+        train=encode("train", config.train, training) if config.train else [],
+        scored=encode("task.references", task.references, scored),
         items=load_items(task),
         labels=labels,
         tokenizer=tokenizer,
-        train_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        train_sha256=_hash_pairs(training),
+        scored_sha256=_hash_pairs(scored),
     )
+
+
+def _hash_pairs(pairs: Sequence[Pair]) -> str:
+    return hashlib.sha256(json.dumps([[pair.context, pair.target] for pair in pairs]).encode()).hexdigest()
 
 
 def open_job(config: ClassifyConfig, topology: Topology, data: Data) -> Job:
@@ -123,6 +130,8 @@ def open_job(config: ClassifyConfig, topology: Topology, data: Data) -> Job:
     fingerprint = run_on_first(topology, lambda: compute_base_fingerprint(encoder.shape, seed))
     if config.train is None and config.adapter is None:
         check_own_head(config, encoder, data.labels)
+    if config.optim.label_smoothing and not data.labels.words:
+        raise ValueError(f"optim.label_smoothing={config.optim.label_smoothing}: {config.task.name} has numbers; set 0")
     if config.adapter is not None:
         load_trained(encoder, config, data.labels.words, fingerprint)
     zero = build_zero_engine(
@@ -134,7 +143,8 @@ def open_job(config: ClassifyConfig, topology: Topology, data: Data) -> Job:
         dtype=dtype,
         topology=topology,
     )
-    engine = EncoderEngine(encoder.model, zero, trainable, topology, seed=seed)
+    smoothing = config.optim.label_smoothing
+    engine = EncoderEngine(encoder.model, zero, trainable, topology, seed=seed, label_smoothing=smoothing)
     return Job(
         config=config, topology=topology, encoder=encoder, engine=engine, data=data, base_fingerprint=fingerprint
     )
@@ -166,8 +176,11 @@ def resume(job: Job) -> tuple[int, float | None]:
     content = load_checkpoint(
         newest, engine=engine.zero, trainable=engine.trainable, topology=topology, identity=job.describe()
     )
-    job.best.value = content["state"].get("best")  # checkpoints of older versions have none
-    return content["step"], content["state"]["valid_loss_before"]
+    state = content["state"]
+    if state.get("scored", job.data.scored_sha256) != job.data.scored_sha256:
+        raise ValueError(f"{newest}: that run was scored on other rows than task.references={config.task.references}")
+    job.best.value = state.get("best")  # checkpoints of older versions have none
+    return content["step"], state["valid_loss_before"]
 
 
 def save(job: Job, step: int, valid_loss_before: float | None) -> None:
@@ -178,7 +191,7 @@ def save(job: Job, step: int, valid_loss_before: float | None) -> None:
         topology=job.topology,
         step=step,
         identity=job.describe(),
-        state={"valid_loss_before": valid_loss_before, "best": job.best.value},
+        state={"valid_loss_before": valid_loss_before, "best": job.best.value, "scored": job.data.scored_sha256},
         keep=job.config.loop.keep_checkpoints,
     )
 

@@ -91,6 +91,7 @@ def open_encoder(config: EncoderConfig, *, num_labels: int, dtype: torch.dtype, 
     """
     kind, content = read_family(config)
     family = FAMILIES[kind]
+    _check_seq_len(config, kind, content)
     settings = AutoConfig.from_pretrained(config.checkpoint, num_labels=num_labels, local_files_only=True)
     if config.classifier_dropout is not None:
         setattr(settings, family.dropout, config.classifier_dropout)
@@ -110,11 +111,24 @@ def open_encoder(config: EncoderConfig, *, num_labels: int, dtype: torch.dtype, 
     except OSError as error:
         raise ValueError(f"encoder.checkpoint={config.checkpoint}: {str(error).splitlines()[0]}") from None
     has_head = _check_loaded(config, family, info)
-    model.requires_grad_(False)
+    model.to(dtype).requires_grad_(False)  # transformers leaves DeBERTa's biases of q and v in fp32
     for name in family.head:
         model.get_submodule(name).float().register_forward_pre_hook(_to_fp32)
     labels = _read_labels(content) if has_head else None
     return Encoder(model=model, family=family, shape=_describe_shape(config, content), head_labels=labels)
+
+
+def _check_seq_len(config: EncoderConfig, kind: str, content: Mapping[str, Any]) -> None:
+    """ValueError for more positions than the checkpoint's table has, where it has one. RoBERTa's begins behind padding.
+
+    DeBERTa's positions are relative, and where it adds none to the embedding any length will do.
+    """
+    if kind != "roberta" and not content.get("position_biased_input", True):
+        return
+    behind = 1 + (content.get("pad_token_id", 1) or 0) if kind == "roberta" else 0
+    most = content["max_position_embeddings"] - behind
+    if config.seq_len > most:
+        raise ValueError(f"encoder.seq_len={config.seq_len} exceeds the {most} positions of {config.checkpoint}")
 
 
 def _read_labels(content: Mapping[str, Any]) -> tuple[str, ...]:

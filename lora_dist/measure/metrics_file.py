@@ -41,7 +41,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line, in order; a last line that a killed process left unfinished is passed over."""
+    """Every whole line, in order; one that a killed process or a full disk left broken is passed over."""
     return [metrics for line in _split_lines(path) if (metrics := _parse(line)) is not None]
 
 
@@ -53,15 +53,16 @@ def _read_kept_lines(path: Path, num_steps_done: int) -> list[str]:
 
 
 def _split_lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def _parse(line: str) -> dict[str, Any] | None:
+    """None where it is no step's line."""
     try:
-        metrics: dict[str, Any] = json.loads(line)
+        metrics = json.loads(line)
     except json.JSONDecodeError:
         return None
-    return metrics
+    return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None
 
 
 def _to_json(value: float | int | bool | None) -> float | int | bool | None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lora_dist.config import OptimConfig, ZeroConfig
+from lora_dist.zero.loss_scale import INITIAL_SCALE
 
 _MAX_BUCKET_ELEMENTS = 200_000_000
 """Of gradients reduced in one collective: 400 MB in half precision."""
@@ -45,5 +46,6 @@ def build_ds_config(
         # fp32 accumulation would select an optimizer wrapper that cannot coalesce the microbatches' reductions.
         config["data_types"] = {"grad_accum_dtype": "bf16"}
     if master_dtype == "fp16":
-        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 12, "hysteresis": 1}
+        # Not 0, which is DeepSpeed's dynamic scale: `LossScale` sets it from step to step.
+        config["fp16"] = {"enabled": True, "loss_scale": INITIAL_SCALE}
     return config

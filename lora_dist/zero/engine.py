@@ -4,7 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,12 +23,6 @@ from lora_dist.zero.state import (
     read_parameter_state,
     write_parameter_state,
 )
-
-_SCALE_KEYS = (
-    *("value", "num_good_steps", "num_consecutive_skips"),
-    *("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"),
-)
-"""Of `LossScale`, and of DeepSpeed's loss scalers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +83,7 @@ def build_zero_engine(
             ),
             dist_init_required=False,
         )
-    scale = LossScale(dynamic=dtype == torch.float16 and master_dtype == "fp32")
+    scale = LossScale(dynamic=dtype == torch.float16)
     return ZeroEngine(engine, trainable, placeholders, zero.stage, optim.clip_grad_norm, scale, topology)
 
 
@@ -123,7 +117,7 @@ class ZeroEngine:
 
     @property
     def loss_scale(self) -> float:
-        return self.scale.value if self._owns_masters else float(self.deepspeed.optimizer.loss_scale)
+        return self.scale.value
 
     @property
     def num_steps(self) -> int:
@@ -161,17 +155,20 @@ class ZeroEngine:
             raise ValueError(f"what has been trained is not finite, so it is not written; {remedy}")
 
     def read_loss_scale(self) -> dict[str, float]:
-        """The loss scale and its counters: this project's, or DeepSpeed's where DeepSpeed holds the masters."""
-        return {key: getattr(self._scale_holder, key) for key in _SCALE_KEYS if hasattr(self._scale_holder, key)}
+        """The loss scale and its counters."""
+        return asdict(self.scale)
 
     def write_loss_scale(self, state: Mapping[str, float]) -> None:
-        """Set what `read_loss_scale` read; what the other kind of loss scale counted is left out."""
-        for key in self.read_loss_scale().keys() & state.keys():
-            setattr(self._scale_holder, key, state[key])
+        """Set what `read_loss_scale` read. A run in another dtype, which needs another scale, keeps its own."""
+        if state.get("dynamic", state.get("value") != 1.0) == self.scale.dynamic:
+            for key in asdict(self.scale).keys() & state.keys():
+                setattr(self.scale, key, state[key])
+        self._tell_loss_scale()
 
-    @property
-    def _scale_holder(self) -> Any:
-        return self.scale if self._owns_masters else self.deepspeed.optimizer.loss_scaler
+    def _tell_loss_scale(self) -> None:
+        """To DeepSpeed, where it holds fp16's masters: it undoes the scale, and must not change it in between."""
+        if self.deepspeed.fp16_enabled():
+            self.deepspeed.optimizer.loss_scaler.cur_scale = self.scale.value
 
     def set_lr(self, lr: float) -> None:
         """Base learning rate; lora_B's group takes it times optim.lora_plus_ratio."""
@@ -195,7 +192,7 @@ class ZeroEngine:
             self._unscale()
 
     def _unscale(self) -> None:
-        """Undo the loss scale and agree on whether all gradients are finite; DeepSpeed does both for its own fp16."""
+        """Undo the loss scale and agree on whether all gradients are finite; DeepSpeed does both for its masters."""
         if not self._owns_masters:
             return
         if self.scale.value != 1.0:
@@ -205,12 +202,16 @@ class ZeroEngine:
         self._finite = all_gradients_finite(self.trainable, self.topology)
 
     def step(self) -> StepOutcome:
-        """Clip by the true global norm, step, clear the gradients. A step that is not finite changes nothing."""
-        if self._owns_masters:
-            self.scale.update(finite=self._finite)
-            if not self._finite:
-                self._discard_gradients()
-                return StepOutcome(grad_norm=float("nan"), skipped=True)
+        """Clip by the true global norm, step, clear the gradients. A step that is not finite changes nothing.
+
+        ValueError, on every process, after 20 such steps in a row.
+        """
+        outcome = self._step() if self._finite else self._skip()
+        self.scale.update(finite=not outcome.skipped)
+        self._tell_loss_scale()
+        return outcome
+
+    def _step(self) -> StepOutcome:
         grad_norm = self._clip() if self.stage == 0 else None
         self.deepspeed.step()
         if grad_norm is None:
@@ -226,10 +227,11 @@ class ZeroEngine:
                 one.parameter.grad.mul_(factor)
         return norm.item()
 
-    def _discard_gradients(self) -> None:
+    def _skip(self) -> StepOutcome:
         self.deepspeed.optimizer.zero_grad()
         for one in self.trainable:
             one.parameter.grad = None
+        return StepOutcome(grad_norm=float("nan"), skipped=True)
 
 
 def _import_deepspeed(topology: Topology) -> Any:

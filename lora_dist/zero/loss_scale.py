@@ -1,8 +1,8 @@
-"""Dynamic loss scale for fp16 activations over fp32 adapters, and the guard against gradients that are not finite."""
+"""Dynamic loss scale for fp16 activations, and the guard against gradients that are not finite."""
 
 from dataclasses import dataclass
 
-_INITIAL_SCALE = 2.0**12
+INITIAL_SCALE = 2.0**12
 _GROWTH_INTERVAL = 1000
 _MAX_CONSECUTIVE_SKIPS = 20
 
@@ -18,7 +18,7 @@ class LossScale:
 
     def __post_init__(self) -> None:
         if self.dynamic and self.value == 1.0:
-            self.value = _INITIAL_SCALE
+            self.value = INITIAL_SCALE
 
     def update(self, *, finite: bool) -> None:
         """Tell it how a step went. ValueError after 20 steps in a row that had to be skipped."""

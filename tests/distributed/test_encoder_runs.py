@@ -115,9 +115,40 @@ def test_sentence_pairs_stay_two(tmp_path: Path) -> None:
     pairs = load_pairs("task.references", task.references, task, None)
     labels = find_label_words(task, pairs)
     tokenizer = AutoTokenizer.from_pretrained(config.encoder.checkpoint)
-    first = encode_examples("task.references", task.references, pairs, labels, tokenizer, 16)[0]
+    first = encode_examples("task.references", task.references, pairs, task, labels, tokenizer, 16)[0]
     assert tokenizer.decode(first.inputs["input_ids"]) == "<s> the film was good </s> </s> it was good </s>"
     assert (labels.words, first.label) == (("entailment", "not_entailment"), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("task_format", "rows", "expected"),
+    [
+        (
+            "glue_qqp",
+            ["question1\tquestion2\tis_duplicate", "the film\tit was good\t1", "the plot\t\t0", "\tgood\t0"],
+            ["the film </s> </s> it was good", "the plot </s> </s>", "</s> </s> good"],
+        ),
+        ("banking77", ["text,category", '"the film\twas bad",a', "it was good,b"], ["the film was bad", "it was good"]),
+    ],
+)
+def test_an_empty_sentence_or_a_tab_changes_no_other_row(
+    task_format: str, rows: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "rows").write_text("\n".join(rows) + "\n")
+    task = TaskConfig(name="rows", format=task_format, metric="accuracy", references=str(tmp_path / "rows"))
+    pairs = load_pairs("task.references", task.references, task, None)
+    tokenizer = AutoTokenizer.from_pretrained(build_config(tmp_path, "roberta").encoder.checkpoint)
+    labels = find_label_words(task, pairs)
+    examples = encode_examples("task.references", task.references, pairs, task, labels, tokenizer, 16)
+    assert [tokenizer.decode(one.inputs["input_ids"]) for one in examples] == [f"<s> {text} </s>" for text in expected]
+
+
+def test_a_run_validated_on_other_rows_is_not_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train = [f"train={tmp_path / 'train.tsv'}", "loop.num_steps=1"]
+    assert run_distributed(call, 1, describe_command(tmp_path, "run", *train)) == [0]
+    other = [*train, "loop.num_steps=2", "resume=must", f"task.references={tmp_path / 'train.tsv'}"]
+    assert run_distributed(call, 1, describe_command(tmp_path, "run", *other)) == [2]
+    assert "that run was scored on other rows than task.references=" in capfd.readouterr().err
 
 
 def test_numbers_are_predicted_by_one_output(tmp_path: Path) -> None:
@@ -195,6 +226,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         (["encoder.method=bitfit", "dtype=bf16"], "encoder.method=bitfit trains weights of the base"),
         (["encoder.checkpoint=/nowhere"], "has no config.json"),
         (["lora.target_modules=[gate_proj]"], "matches nothing"),
+        (["encoder.seq_len=40"], "encoder.seq_len=40 exceeds the 39 positions of"),
         (["train=null"], "has no head for 2 labels; give train=FILE"),
     ],
 )

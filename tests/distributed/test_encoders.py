@@ -81,10 +81,56 @@ def test_without_training_it_is_transformers_model(family: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_heads_dropout_can_be_set(family: str, tmp_path: Path) -> None:
-    config = EncoderConfig(name=family, checkpoint=str(write_encoder(tmp_path, family)), classifier_dropout=0.25)
+    checkpoint = str(write_encoder(tmp_path, family))
+    config = EncoderConfig(name=family, checkpoint=checkpoint, seq_len=16, classifier_dropout=0.25)
     model = open_encoder(config, num_labels=2, dtype=torch.float32, seed=0).model
     dropouts = [module.p for module in model.modules() if hasattr(module, "p")]
     assert dropouts.count(0.25) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_train_in_16_bits(family: str, dtype: str, tmp_path: Path) -> None:
+    def learn(config: ClassifyConfig) -> list[float]:
+        with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
+            job = open_alone(config, topology)
+            loader = job.loader(job.data.train)
+            return [job.engine.train_step(loader.batches_at(step), step=step, lr=1e-2).loss for step in range(4)]
+
+    config = build_config(tmp_path, family)
+    exact, rounded = (run_distributed(learn, 1, replace(config, dtype=one))[0] for one in ("fp32", dtype))
+    assert rounded == pytest.approx(exact, abs=0.02)
+
+
+def test_labels_can_be_smoothed(tmp_path: Path) -> None:
+    """In training; what is validated is the loss itself."""
+
+    def learn(smoothing: float) -> tuple[float, float]:
+        config = build_config(tmp_path, "roberta")
+        config = replace(config, optim=replace(config.optim, label_smoothing=smoothing))
+        with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
+            job = open_alone(config, topology)
+            before = validate(job)["valid_loss"]
+            assert before is not None
+            return before, job.engine.train_step(job.loader(job.data.train).batches_at(0), step=0, lr=1e-2).loss
+
+    def expect(config: ClassifyConfig) -> float:
+        with open_topology(config.topology, device=torch.device("cpu"), local_rank=0, seed=0) as topology:
+            job = open_alone(config, topology)
+            batches = job.loader(job.data.train).batches_at(0)
+            logits = torch.cat([job.engine.model.eval()(**batch.inputs).logits for batch in batches])
+            labels = torch.cat([batch.labels_B.long() for batch in batches])
+            return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3).item()
+
+    config = build_config(
+        tmp_path,
+        "roberta",
+        encoder=EncoderConfig(name="roberta", checkpoint=str(tmp_path / "roberta"), seq_len=16, classifier_dropout=0.0),
+    )
+    plain, smoothed = (run_distributed(learn, 1, smoothing)[0] for smoothing in (0.0, 0.3))
+    assert smoothed[0] == plain[0]
+    assert smoothed[1] == pytest.approx(run_distributed(expect, 1, config)[0], rel=1e-5)
+    assert abs(smoothed[1] - plain[1]) > 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

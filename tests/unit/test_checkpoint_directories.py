@@ -87,15 +87,23 @@ def test_an_interrupted_save_is_not_a_checkpoint_and_is_cleared(tmp_path: Path) 
     (temporary / "stage-00.safetensors").write_bytes(b"half")
     assert find_newest_checkpoint(tmp_path) == whole
     commit(tmp_path, 3)
-    _prune(tmp_path / "checkpoints", keep=2)
+    _prune(tmp_path / "checkpoints", keep=2, step=3)
     assert sorted(path.name for path in whole.parent.iterdir()) == ["step-000001", "step-000003"]
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (2, 4, 10):
         commit(tmp_path, step)
-    _prune(tmp_path / "checkpoints", keep=2)
+    _prune(tmp_path / "checkpoints", keep=2, step=10)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000010"]
+
+
+def test_pruning_keeps_what_is_saved_in_place_of_a_damaged_one(tmp_path: Path) -> None:
+    """The run went on from step 4, since that of step 10 is no good."""
+    for step in (4, 10, 6):
+        commit(tmp_path, step)
+    _prune(tmp_path / "checkpoints", keep=1, step=6)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000006"]
 
 
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:

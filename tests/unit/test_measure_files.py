@@ -48,6 +48,16 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(6))
 
 
+@pytest.mark.parametrize("broken", [b"5", b"[]", b'{"a": 1}', b'{"step": "x"}', b"\xff\xfe", b"\0\0", b""])
+def test_a_line_that_is_no_steps_is_dropped(tmp_path: Path, broken: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(2), num_steps_done=0)
+    with path.open("ab") as file:
+        file.write(broken + b"\n")
+    write_steps(path, range(2, 4), num_steps_done=1)
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2, 3]
+
+
 def test_a_fresh_run_starts_empty(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(3), num_steps_done=0)
