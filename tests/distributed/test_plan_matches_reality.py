@@ -161,6 +161,11 @@ CASES = {
     "lora-dp2-stage2": {"topology": {"dp_size": 2}, "zero": ZeroConfig(stage=2)},
     "full-dp2-bf16": {**FULL, "topology": {"dp_size": 2}, "dtype": "bf16"},
     "lora-dp2-stage3": {"topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
+    "lora-tp2-sp-stage3": {"topology": {"tp_size": 2, "sequence_parallel": True}, "zero": ZeroConfig(stage=3)},
+    "phi3-lora-tp2": {
+        "model": replace(LLAMA, name="phi3", family="phi3", rotary_fraction=0.5),
+        **{"lora": SEVEN, "topology": {"tp_size": 2}},
+    },
     "lora-pp2": {"topology": {"pp_size": 2}, "num_microbatches": 8},
     "full-pp2-recompute": {**FULL, "topology": {"pp_size": 2}, "num_microbatches": 8, "recompute": "full"},
     "llama-lora-packed": {"model": LLAMA, "lora": SEVEN, "collate": "pack"},
