@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import deepspeed  # noqa: E402, F401
 import megatron.core.models.gpt.gpt_model  # noqa: E402, F401
 
 torch.set_num_threads(1)
+_CACHE = tempfile.TemporaryDirectory(prefix="lora_dist_tests_")
+os.environ["LORA_DIST_CACHE"] = _CACHE.name  # the user's own stays as it is
 
 
 @pytest.fixture(autouse=True)

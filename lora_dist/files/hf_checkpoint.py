@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from lora_dist.config import ModelConfig
-from lora_dist.files.directories import compute_sha256, read_json
+from lora_dist.files.directories import read_json
+from lora_dist.files.hash_cache import find_sha256
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_gpt2 import PREFIX
 from lora_dist.files.hf_layout import TIED_HEAD, HfFamily
@@ -157,7 +158,8 @@ def read_dtype(directory: str | Path) -> torch.dtype:
 def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
     """Identifies the base weights: the contents of the checkpoint's files, or the seed and shape they are drawn from.
 
-    Reads every byte once (several files at a time), so one process computes it and tells the others.
+    Reads every byte once (several files at a time), and none again while the files stay as they are; one process
+    computes it and tells the others.
     """
     if model.checkpoint is None:
         shape: list[object] = [getattr(model, key) for key in (*_SIZES, "init_std")]
@@ -168,5 +170,5 @@ def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
             shape += [model.rotary_fraction, model.mlp_activation, model.has_parallel_residual]
         return f"seed:{seed}:{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]}"
     with ThreadPoolExecutor(max_workers=8) as pool:
-        hashes = sorted(pool.map(compute_sha256, find_weight_files(Path(model.checkpoint))))
+        hashes = sorted(pool.map(find_sha256, find_weight_files(Path(model.checkpoint))))
     return "sha256:" + hashlib.sha256("\n".join(hashes).encode()).hexdigest()
