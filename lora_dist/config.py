@@ -157,8 +157,7 @@ def _validate_data(config: RunConfig) -> None:
     require(
         config.data.seq_len <= config.model.max_position_embeddings,
         f"data.seq_len={config.data.seq_len} exceeds"
-        f" model.max_position_embeddings={config.model.max_position_embeddings}"
-        + (", of a Mistral its sliding window if that is shorter" if config.model.family == "mistral" else ""),
+        f" model.max_position_embeddings={config.model.max_position_embeddings}",
     )
     if config.topology.sequence_parallel:
         require(

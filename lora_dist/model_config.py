@@ -29,6 +29,8 @@ class Architecture:
     """A model may turn some of a head's features alone."""
     parallel_residual: bool = False
     """A model's attention and MLP may both read the layer's input, their outputs being added to it together."""
+    windows: bool = False
+    """A model may bound how far back a position sees."""
     linear_biases: bool = True
     """Every linear of a layer has a bias."""
     qkv_biases: bool = False
@@ -46,10 +48,10 @@ _LLAMA = Architecture(rotary=True, grouped_query=True, rms_norm=True, gated=True
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(fused_targets=(_QKV,)),
     "llama": _LLAMA,
-    "mistral": _LLAMA,
+    "mistral": replace(_LLAMA, windows=True),
     "qwen2": replace(_LLAMA, qkv_biases=True),
     "qwen3": replace(_LLAMA, qk_norm=True),
-    "phi3": replace(_LLAMA, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
+    "phi3": replace(_LLAMA, windows=True, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
     "opt": Architecture(activations=("relu",), position_offset=2),
     "gpt_neox": Architecture(
         rotary=True,
@@ -105,6 +107,8 @@ class ModelConfig:
     original_max_position_embeddings and attention_factor YaRN's. attention_factor multiplies cosines and sines."""
     rope_divisors: list[float] = field(default_factory=list)
     """What divides each frequency: LongRoPE's short factors. Empty means none."""
+    sliding_window: int | None = None
+    """Positions that a position sees, itself and those just before it; null means all before it."""
     checkpoint: str | None = None
     """Directory with config.json and safetensors; null draws the weights from loop.seed."""
     tokenizer: str | None = None
@@ -134,6 +138,7 @@ class ModelConfig:
             "ffn_hidden_size",
             "vocab_size",
             "max_position_embeddings",
+            "sliding_window",
         ):
             size = getattr(self, key)
             require(size is None or size >= 1, f"model.{key}={size} must be at least 1")
@@ -149,6 +154,10 @@ class ModelConfig:
             not self.parallel_residual or self.architecture.parallel_residual,
             f"model.parallel_residual={self.parallel_residual}: a layer of {self.family} has the MLP after the"
             " attention; leave it null",
+        )
+        require(
+            self.sliding_window is None or self.architecture.windows,
+            f"model.sliding_window={self.sliding_window}: {self.family} sees all positions before; leave it null",
         )
         self._check_heads()
         if self.architecture.rotary:

@@ -55,10 +55,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
         )
     ),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=48)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=5)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True, rope_parameters=_YARN)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=8)),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES, partial_rotary_factor=0.5)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES, partial_rotary_factor=0.5, sliding_window=9)),
     "phi3_long": lambda: Phi3ForCausalLM(
         Phi3Config(**_SIZES, tie_word_embeddings=True, original_max_position_embeddings=48, rope_parameters=_LONG)
     ),

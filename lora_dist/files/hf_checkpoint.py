@@ -24,7 +24,12 @@ _SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_hidden_si
 
 _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
-    **{"rope_divisors": "rope_divisors", "rotary_fraction": "rotary_fraction", "activation": "mlp_activation"},
+    **{
+        "sliding_window": "sliding_window",
+        "rope_divisors": "rope_divisors",
+        "rotary_fraction": "rotary_fraction",
+        "activation": "mlp_activation",
+    },
     **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
 }
 """Key of the configuration -> what of the model must be as config.json has it."""
@@ -166,6 +171,8 @@ def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
         if model.family != "gpt2":
             shape += [model.family, model.num_query_groups, model.head_dim, model.tied_output]
             shape += [model.rope_theta, sorted(model.rope_scaling.items())]
+        if model.sliding_window is not None:
+            shape += [model.sliding_window]
         if model.architecture.partial_rotary:
             shape += [model.rotary_fraction, model.mlp_activation, model.has_parallel_residual]
         return f"seed:{seed}:{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]}"

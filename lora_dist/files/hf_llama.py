@@ -79,8 +79,15 @@ def _get_size_or(config: Mapping[str, Any], key: str, default: int, path: Path) 
 def _read_fields(config: Mapping[str, Any], path: Path, *, family: str) -> dict[str, Any]:
     config = _ABSENT[family] | dict(config)
     rope = _read_rope(config, path)
-    context = _read_context(config, path, family, rope["rope_scaling"])
-    return {"family": family, **read_sizes(config, path), "max_position_embeddings": context, **rope}
+    window = read_window(config, path) if family == "mistral" else None
+    context = _read_context(config, path, rope["rope_scaling"])
+    fields = {"family": family, **read_sizes(config, path), "max_position_embeddings": context, **rope}
+    return fields | {"sliding_window": window}
+
+
+def read_window(config: Mapping[str, Any], path: Path) -> int | None:
+    """None where a position sees all before it."""
+    return None if config.get("sliding_window") is None else get_size(config, "sliding_window", path)
 
 
 def _read_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -90,16 +97,14 @@ def _read_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return read_rope(config, path, ("default", "linear", "llama3", "yarn"))
 
 
-def _read_context(config: Mapping[str, Any], path: Path, family: str, scaling: Mapping[str, float]) -> int:
-    """Positions a row may have. Up to the length of a sliding window every position sees all before it.
-
-    Where YaRN was put into config.json by hand, max_position_embeddings is often the context that it starts from.
+def _read_context(config: Mapping[str, Any], path: Path, scaling: Mapping[str, float]) -> int:
+    """Positions a row may have. Where YaRN was put into config.json by hand, max_position_embeddings is often the
+    context that it starts from.
     """
     context = get_size(config, "max_position_embeddings", path)
     if "beta_fast" in scaling:
         context = max(context, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
-    window = config["sliding_window"] if family == "mistral" else None
-    return context if window is None else min(context, get_size(config, "sliding_window", path))
+    return context
 
 
 def describe_llama(model: ModelConfig) -> dict[str, Any]:
@@ -124,8 +129,7 @@ def describe_llama(model: ModelConfig) -> dict[str, Any]:
 
 
 def _describe(model: ModelConfig) -> dict[str, Any]:
-    window = {"sliding_window": None} if model.family == "mistral" else {}
-    return describe_llama(model) | window
+    return describe_llama(model) | ({"sliding_window": model.sliding_window} if model.architecture.windows else {})
 
 
 LLAMA_FAMILIES = {

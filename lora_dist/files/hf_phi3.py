@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.files.hf_layout import HfFamily, LayerNames, get_number, get_size
-from lora_dist.files.hf_llama import LLAMA_NAMES, describe_llama, read_sizes
+from lora_dist.files.hf_llama import LLAMA_NAMES, describe_llama, read_sizes, read_window
 from lora_dist.files.hf_rope import describe_rope, find_original, get_rope, read_rope
 from lora_dist.model_config import ModelConfig
 
@@ -38,23 +38,22 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "family": "phi3",
         **read_sizes(config, path),
         "max_position_embeddings": _read_context(config, path),
+        "sliding_window": read_window(config, path),
         "rotary_fraction": float(get_number(get_rope(config, path), "partial_rotary_factor", fraction, path)),
         **read_rope(config, path, ("default", "longrope")),
     }
 
 
 def _read_context(config: Mapping[str, Any], path: Path) -> int:
-    """Positions a row may have: no window yet bounds what they see, and LongRoPE's short factors still hold."""
+    """Positions a row may have: those up to which LongRoPE's short factors hold."""
     context = get_size(config, "max_position_embeddings", path)
-    if get_rope(config, path)["rope_type"] == "longrope":
-        context = min(context, find_original(config, path))
-    window = config.get("sliding_window")
-    return context if window is None else min(context, get_size(config, "sliding_window", path))
+    return min(context, find_original(config, path)) if get_rope(config, path)["rope_type"] == "longrope" else context
 
 
 def _describe(model: ModelConfig) -> dict[str, Any]:
     return {
         **describe_llama(model),
+        "sliding_window": model.sliding_window,
         "rope_parameters": {**describe_rope(model), "partial_rotary_factor": model.rotary_fraction},
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # the defaults are of Phi-3's vocabulary
     }

@@ -53,12 +53,17 @@ def compute_positions(num_padding_R: torch.Tensor, first: int, num_columns: int)
     return (columns - num_padding_R[:, None]).clamp(min=0)
 
 
-def compute_mask(num_padding_R: torch.Tensor, first: int, num_columns: int) -> torch.Tensor:
-    """[R, 1, columns, first + columns], True where a column may look: at or before itself, not into the padding.
+def compute_mask(
+    num_padding_R: torch.Tensor, first: int, num_columns: int, sliding_window: int | None = None
+) -> torch.Tensor:
+    """[R, 1, columns, first + columns], True where a column may look: at or before itself, within its window, not into
+    the padding.
 
     Padding looks at itself, so that no row of the softmax is empty.
     """
     key = torch.arange(first + num_columns, device=num_padding_R.device)
     query = key[first:, None]
     own_text_RQK = (key <= query) & (key >= num_padding_R[:, None, None])
+    if sliding_window is not None:
+        own_text_RQK &= key > query - sliding_window
     return (own_text_RQK | (key == query))[:, None]

@@ -105,15 +105,19 @@ def write_out_heads(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
 
-def compute_attention_bias(block_ids_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def compute_attention_bias(
+    block_ids_BS: torch.Tensor, dtype: torch.dtype, sliding_window: int | None = None
+) -> torch.Tensor:
     """[B, 1, S, S] to add to the scores: 0 where a position may look, that is at or before itself within its own block
-    (`number_blocks`), else -inf.
+    (`number_blocks`) and its window, else -inf.
 
     Padding looks at itself, so that no row of the softmax is empty. One for all layers: of truth values, attention
     would make such a tensor in each layer, and keep it for backward.
     """
     B, S = block_ids_BS.shape
     causal_SS = torch.ones(S, S, dtype=torch.bool, device=block_ids_BS.device).tril()
+    if sliding_window is not None:
+        causal_SS = causal_SS.triu(1 - sliding_window)
     same_BSS = block_ids_BS[:, :, None] == block_ids_BS[:, None, :]
     may_look_B1SS = (same_BSS & causal_SS)[:, None]
     room = torch.zeros(B, 1, S, -(-S // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT, dtype=dtype, device=block_ids_BS.device)

@@ -133,7 +133,7 @@ class IncrementalGpt:
         output = gpt(
             tokens_RC,
             compute_positions(self._num_padding_R, first, num_columns),
-            compute_mask(self._num_padding_R, first, num_columns),
+            compute_mask(self._num_padding_R, first, num_columns, gpt.model.sliding_window),
         )
         if topology.is_last_stage:
             return self._gather_logits(output[:, -1])

@@ -18,9 +18,10 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from lora_dist.batch import RowBlocks
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
-from lora_dist.mcore.attention import SdpaAttention
+from lora_dist.mcore.attention import SdpaAttention, compute_attention_bias
 from lora_dist.mcore.head_loss import compute_target_loss
 from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, ParallelLayer
 from lora_dist.mcore.norm import Norm, RmsNorm
@@ -65,6 +66,21 @@ class ShardedGpt(GPTModel):
     def first_layer(self) -> int:
         """Global index of this stage's first layer."""
         return self.topology.pp_rank * self.num_stage_layers
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | RowBlocks | None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """`attention_mask` as `SdpaAttention` takes it; None means that rows are causal, within the model's window."""
+        window = self.model.sliding_window
+        if attention_mask is None and window is not None and input_ids.shape[1] > window:
+            whole_rows = torch.zeros_like(input_ids)
+            attention_mask = compute_attention_bias(whole_rows, self.config.params_dtype, window)
+        output: torch.Tensor = super().forward(input_ids, position_ids, attention_mask, **options)
+        return output
 
     def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **options: Any) -> tuple[Any, ...]:
         if self.position_offset:

@@ -96,13 +96,13 @@ class Inputs:
     row_keys_B: torch.Tensor
     """Of `compute_row_keys`."""
     block_ids_BS: torch.Tensor | None
-    """Of `number_blocks`, for packed rows where the model does not attend in blocks."""
+    """Of `number_blocks`, for packed rows that do not attend in blocks."""
 
 
 def prepare_inputs(gpt: ShardedGpt, batch: Batch, *, seed: int, step: int, target_multiple: int = 1) -> Inputs:
     """What depends on values is worked out on the host, which need not wait for the device then."""
     device, block_ids_BS = gpt.topology.device, None
-    if batch.row_blocks is not None and not gpt.attends_in_blocks:
+    if batch.row_blocks is not None and _needs_bias(gpt, batch.row_blocks):
         block_ids_BS = move(number_blocks(batch.row_blocks), device)
     return Inputs(
         batch=batch.to(device),
@@ -110,6 +110,12 @@ def prepare_inputs(gpt: ShardedGpt, batch: Batch, *, seed: int, step: int, targe
         row_keys_B=move(compute_row_keys(batch.row_ids_B, seed=seed, step=step), device),
         block_ids_BS=block_ids_BS,
     )
+
+
+def _needs_bias(gpt: ShardedGpt, row_blocks: RowBlocks) -> bool:
+    """Whether packed rows cannot attend block by block: they are not to, or a block is longer than the window."""
+    window = gpt.model.sliding_window
+    return not gpt.attends_in_blocks or (window is not None and max(map(max, row_blocks)) > window)
 
 
 def run_forward(gpt: ShardedGpt, inputs: Inputs, *, drops: bool) -> torch.Tensor:
@@ -120,7 +126,7 @@ def run_forward(gpt: ShardedGpt, inputs: Inputs, *, drops: bool) -> torch.Tensor
     gpt.slots_BS = batch.slots_BS
     mask: torch.Tensor | RowBlocks | None = batch.row_blocks
     if inputs.block_ids_BS is not None:
-        mask = compute_attention_bias(inputs.block_ids_BS, gpt.config.params_dtype)
+        mask = compute_attention_bias(inputs.block_ids_BS, gpt.config.params_dtype, gpt.model.sliding_window)
     output: torch.Tensor = gpt(
         batch.input_ids_BS,
         batch.position_ids_BS,

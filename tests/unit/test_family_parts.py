@@ -110,16 +110,18 @@ def test_what_a_configuration_leaves_out_is_as_transformers_has_it(name: str, tm
     model, theirs = read_family_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
     assert model.num_query_groups == theirs.num_key_value_heads
     assert model.head_dim == getattr(theirs, "head_dim", 4)
-    assert model.max_position_embeddings == min(64, getattr(theirs, "sliding_window", None) or 64)
+    assert model.sliding_window == (theirs.sliding_window if name == "mistral" else None)
     assert (model.layernorm_epsilon, model.tied_output) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
     assert model.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
-def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
-    """Up to its length every position sees all before it, which is what is computed here."""
-    assert write_family_checkpoint("mistral", tmp_path).max_position_embeddings == 48
+def test_a_sliding_window_is_read(tmp_path: Path) -> None:
+    model = write_family_checkpoint("mistral", tmp_path)
+    assert (model.max_position_embeddings, model.sliding_window) == (64, 5)
     edit(tmp_path, sliding_window=None)
-    assert read_family_config(tmp_path).max_position_embeddings == 64
+    assert read_family_config(tmp_path).sliding_window is None
+    edit(tmp_path, sliding_window="gone")
+    assert read_family_config(tmp_path).sliding_window == 4096
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,7 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
         ("model.family=bert", "model.family='bert' is not one of gpt2, llama, mistral, qwen2, qwen3, phi3"),
         ("model.num_kv_heads=0", "model.num_kv_heads=0 must be at least 1"),
         ("model.head_size=7", "model.head_size=7 must be even for rotary positions"),
+        ("model.sliding_window=8", "model.sliding_window=8: llama sees all positions before; leave it null"),
         ("model.rotary_fraction=1.5", "model.rotary_fraction=1.5 must lie above 0, and up to 1"),
         ("model.rotary_fraction=0.01", "model.rotary_fraction=0.01: llama turns whole heads; leave it 1"),
         ("model.activation=gelu", "model.activation=gelu: llama has a gate; leave it null"),
@@ -210,9 +213,8 @@ def test_yarn_put_in_by_hand_lengthens_the_context(tmp_path: Path) -> None:
     ("changes", "context"),
     [
         ({}, 48),
-        ({"sliding_window": 40}, 40),
         ({"original_max_position_embeddings": 20}, 20),
-        ({"rope_parameters": "gone", "sliding_window": None}, 64),
+        ({"rope_parameters": "gone"}, 64),
     ],
 )
 def test_longrope_holds_up_to_the_original_context(changes: dict, context: int, tmp_path: Path) -> None:
