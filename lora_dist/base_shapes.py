@@ -29,6 +29,8 @@ def _compute_layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     for name, (num_out, num_in, has_bias) in linears.items():
         shapes[f"{name}.weight"] = (num_out, num_in)
         shapes |= {f"{name}.bias": (num_out,)} if has_bias else {}
+    if kind.output_norms:
+        shapes |= _norm("self_attention.output_layernorm", h, model) | _norm("mlp.output_layernorm", h, model)
     if kind.qk_norm:
         for name in ("q_layernorm", "k_layernorm"):
             shapes |= _norm(f"self_attention.{name}", model.head_dim, model)

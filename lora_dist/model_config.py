@@ -21,8 +21,16 @@ class Architecture:
     """Norms divide by the root mean square and have no bias (arXiv:1910.07467); otherwise LayerNorm."""
     qk_norm: bool = False
     """Each head's queries and keys are normalised before they are turned."""
+    unit_norms: bool = False
+    """Norms multiply by one more than their weight."""
+    output_norms: bool = False
+    """What attention and the MLP give is normalised before it is added to the residual stream."""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by the root of hidden_size."""
     gated: bool = False
-    """The MLP's activation is silu(gate) * up (arXiv:2002.05202)."""
+    """The MLP's activation is f(gate) * up (arXiv:2002.05202)."""
+    gate_activation: str = "silu"
+    """f: silu or gelu_tanh."""
     activations: tuple[str, ...] = ("gelu_tanh",)
     """That an MLP without gate may have, the usual one first: gelu_tanh, gelu (exact), relu."""
     partial_rotary: bool = False
@@ -52,6 +60,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": replace(_LLAMA, qkv_biases=True),
     "qwen3": replace(_LLAMA, qk_norm=True),
     "phi3": replace(_LLAMA, windows=True, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
+    "gemma3_text": replace(
+        _LLAMA,
+        qk_norm=True,
+        windows=True,
+        unit_norms=True,
+        output_norms=True,
+        scaled_embedding=True,
+        gate_activation="gelu_tanh",
+    ),
     "opt": Architecture(activations=("relu",), position_offset=2),
     "gpt_neox": Architecture(
         rotary=True,
@@ -78,7 +95,8 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, qwen2, qwen3, phi3, opt or gpt_neox: what its layers consist of."""
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, qwen2, qwen3, phi3, gemma3_text, opt or gpt_neox: what its layers consist
+    of."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -109,6 +127,12 @@ class ModelConfig:
     """What divides each frequency: LongRoPE's short factors. Empty means none."""
     sliding_window: int | None = None
     """Positions that a position sees, itself and those just before it; null means all before it."""
+    full_attention_layers: list[int] = field(default_factory=list)
+    """Layers, from 0, whose positions see all before them whatever sliding_window says."""
+    local_rope_theta: float | None = None
+    """Base of the rotary frequencies under sliding_window, which nothing scales; null means those of all layers."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; null means head_size^-0.5."""
     checkpoint: str | None = None
     """Directory with config.json and safetensors; null draws the weights from loop.seed."""
     tokenizer: str | None = None
@@ -155,13 +179,29 @@ class ModelConfig:
             f"model.parallel_residual={self.parallel_residual}: a layer of {self.family} has the MLP after the"
             " attention; leave it null",
         )
+        self._check_windows()
+        self._check_heads()
+        if self.architecture.rotary:
+            self._check_rotary()
+
+    def _check_windows(self) -> None:
         require(
             self.sliding_window is None or self.architecture.windows,
             f"model.sliding_window={self.sliding_window}: {self.family} sees all positions before; leave it null",
         )
-        self._check_heads()
-        if self.architecture.rotary:
-            self._check_rotary()
+        for key in ("full_attention_layers", "local_rope_theta"):
+            require(
+                not getattr(self, key) or self.sliding_window is not None,
+                f"model.{key}={getattr(self, key)} has no meaning without model.sliding_window",
+            )
+        for layer in self.full_attention_layers:
+            require(
+                0 <= layer < self.num_layers,
+                f"model.full_attention_layers: there is no layer {layer} of {self.num_layers}",
+            )
+        for key in ("local_rope_theta", "attention_scale"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"model.{key}={value} must be positive")
 
     def _check_heads(self) -> None:
         require(
@@ -225,6 +265,10 @@ class ModelConfig:
     def num_query_groups(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
+    def sees_window(self, layer: int) -> bool:
+        """Whether `sliding_window` bounds what a layer's positions see."""
+        return self.sliding_window is not None and layer not in self.full_attention_layers
+
     @property
     def rotary_size(self) -> int:
         """Features of a head that positions turn."""
@@ -257,7 +301,8 @@ class ModelConfig:
         norm = h if kind.rms_norm else 2 * h
         positions = 0 if kind.rotary else self.max_position_embeddings + kind.position_offset
         vocabulary = self.vocab_size * (1 if self.tied_output else 2)
-        return self.num_layers * (self._count_linears() + 2 * norm) + (vocabulary + positions) * h + norm
+        num_norms = 4 if kind.output_norms else 2
+        return self.num_layers * (self._count_linears() + num_norms * norm) + (vocabulary + positions) * h + norm
 
     def _count_linears(self) -> int:
         """Weights and biases of one layer's linears, and its q and k norms."""

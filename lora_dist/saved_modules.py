@@ -29,6 +29,14 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), _LLAMA),
     "qwen3": _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)},
+    "gemma3_text": _LLAMA
+    | {
+        "post_attention_layernorm": ("decoder.layers.*.self_attention.output_layernorm",),
+        "pre_feedforward_layernorm": (_MLP_NORM,),
+        "post_feedforward_layernorm": ("decoder.layers.*.mlp.output_layernorm",),
+        "q_norm": (_Q_NORM,),
+        "k_norm": (_K_NORM,),
+    },
     "opt": {
         "embed_tokens": (_EMBEDDING,),
         "embed_positions": (_POSITIONS,),

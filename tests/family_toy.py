@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -43,6 +45,8 @@ _NEOX_SIZES = {key: value for key, value in _SIZES.items() if key != "num_key_va
 _NEOX_ROPE = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
 _LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings": 32}
+_LOCAL = {"rope_type": "default", "rope_theta": 9.0}
+_LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(
@@ -52,7 +56,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         LlamaConfig(
             **_SIZES | {"num_key_value_heads": 8},
             tie_word_embeddings=True,
-            rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+            rope_parameters=_LINEAR,
         )
     ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=5)),
@@ -61,6 +65,16 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES, partial_rotary_factor=0.5, sliding_window=9)),
     "phi3_long": lambda: Phi3ForCausalLM(
         Phi3Config(**_SIZES, tie_word_embeddings=True, original_max_position_embeddings=48, rope_parameters=_LONG)
+    ),
+    "gemma3_text": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **_SIZES,
+            head_dim=8,
+            sliding_window=5,
+            sliding_window_pattern=3,
+            query_pre_attn_scalar=6,
+            rope_parameters={"full_attention": _LINEAR, "sliding_attention": _LOCAL},
+        )
     ),
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_NEOX_SIZES, rope_parameters=_NEOX_ROPE)),
     "gpt_neox_serial": lambda: GPTNeoXForCausalLM(
@@ -92,7 +106,8 @@ def build_family_model(name: str, seed: int = 0) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     for parameter_name, parameter in model.named_parameters():
         drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + drawn if "norm" in parameter_name and parameter_name.endswith("weight") else drawn)
+        is_factor = "norm" in parameter_name and parameter_name.endswith("weight") and name != "gemma3_text"
+        parameter.copy_(1 + drawn if is_factor else drawn)
     return model.eval()
 
 

@@ -24,13 +24,10 @@ _SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_hidden_si
 
 _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
-    **{
-        "sliding_window": "sliding_window",
-        "rope_divisors": "rope_divisors",
-        "rotary_fraction": "rotary_fraction",
-        "activation": "mlp_activation",
-    },
+    **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
+    **{key: key for key in ("sliding_window", "full_attention_layers")},
     **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
+    "activation": "mlp_activation",
 }
 """Key of the configuration -> what of the model must be as config.json has it."""
 
@@ -172,7 +169,9 @@ def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
             shape += [model.family, model.num_query_groups, model.head_dim, model.tied_output]
             shape += [model.rope_theta, sorted(model.rope_scaling.items())]
         if model.sliding_window is not None:
-            shape += [model.sliding_window]
+            shape += [model.sliding_window, model.full_attention_layers, model.local_rope_theta]
+        if model.attention_scale is not None:
+            shape += [model.attention_scale]
         if model.architecture.partial_rotary:
             shape += [model.rotary_fraction, model.mlp_activation, model.has_parallel_residual]
         return f"seed:{seed}:{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]}"

@@ -1,5 +1,6 @@
 """The families whose Hugging Face checkpoints are read and written."""
 
+from lora_dist.files.hf_gemma3 import GEMMA3_FAMILY
 from lora_dist.files.hf_gpt2 import GPT2_FAMILY
 from lora_dist.files.hf_layout import HfFamily
 from lora_dist.files.hf_llama import LLAMA_FAMILIES
@@ -11,6 +12,7 @@ HF_FAMILIES: dict[str, HfFamily] = {
     "gpt2": GPT2_FAMILY,
     **LLAMA_FAMILIES,
     "phi3": PHI3_FAMILY,
+    "gemma3_text": GEMMA3_FAMILY,
     "opt": OPT_FAMILY,
     "gpt_neox": NEOX_FAMILY,
 }

@@ -7,6 +7,7 @@ import torch
 
 from lora_dist.config import ModelConfig
 from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.files.hf_gemma3 import GEMMA3_NAMES
 from lora_dist.files.hf_llama import LLAMA_FAMILIES, LLAMA_NAMES
 from lora_dist.files.hf_neox import NEOX_NAMES
 from lora_dist.files.hf_opt import OPT_NAMES
@@ -23,6 +24,7 @@ GPT2_NAMES = {
 FAMILY_NAMES: dict[str, dict[str, str]] = {
     "gpt2": GPT2_NAMES,
     **dict.fromkeys(LLAMA_FAMILIES, LLAMA_NAMES.list_target_names()),
+    "gemma3_text": GEMMA3_NAMES.list_target_names(),
     "phi3": PHI3_NAMES.list_target_names(),
     "opt": OPT_NAMES.list_target_names(),
     "gpt_neox": NEOX_NAMES.list_target_names(),

@@ -3,6 +3,7 @@
 Shapes: S sequence, B rows, A attention heads of this rank, D head dimension.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,28 @@ _BIAS_ALIGNMENT = 8
 """Elements; the memory-efficient kernel takes rows that begin at multiples of so many, and copies others."""
 
 
+Mask = torch.Tensor | RowBlocks | None
+"""Who looks at whom: [B, 1, S, S], True where a query may look, or added to its scores; blocks that are causal within
+themselves; None for causal rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMasks:
+    """Of a model with layers that see a sliding window."""
+
+    full: Mask
+    """For the layers that see all before a position."""
+    windowed: Mask
+
+
 class SdpaAttention(nn.Module):
     """Attention core through torch's fused kernels: no [S, S] tensor is kept, and V100 has the kernel too."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
         self.dropout = config.attention_dropout
+        self.scale = config.softmax_scale
+        self.sees_window = False
         self.cache: LayerCache | None = None
         """Where the model runs step by step: what it has seen of each row."""
 
@@ -32,16 +49,17 @@ class SdpaAttention(nn.Module):
         query_SBAD: torch.Tensor,
         key_SBAD: torch.Tensor,
         value_SBAD: torch.Tensor,
-        attention_mask: torch.Tensor | RowBlocks | None,
+        attention_mask: Mask | LayerMasks,
         **_: Any,
     ) -> torch.Tensor:
-        """[S, B, A * D]. `attention_mask` [B, 1, S, S] is True where a query may look, or added to its scores; blocks
-        are causal within themselves; None means causal.
+        """[S, B, A * D].
 
         Keys and values may have fewer heads, a divisor of A. With a cache the mask has a column for everything kept,
         these S positions last.
         """
         dropout = self.dropout if self.training else 0.0
+        if isinstance(attention_mask, LayerMasks):
+            attention_mask = attention_mask.windowed if self.sees_window else attention_mask.full
         if dropout:
             with get_cuda_rng_tracker().fork():
                 return self._compute(query_SBAD, key_SBAD, value_SBAD, attention_mask, dropout)
@@ -52,40 +70,50 @@ class SdpaAttention(nn.Module):
         query_SBAD: torch.Tensor,
         key_SBAD: torch.Tensor,
         value_SBAD: torch.Tensor,
-        mask: torch.Tensor | RowBlocks | None,
+        mask: Mask,
         dropout: float,
     ) -> torch.Tensor:
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBAD, key_SBAD, value_SBAD))
         if isinstance(mask, tuple):
-            return _attend_in_blocks(query, key, value, mask, dropout).flatten(2)
+            return _attend_in_blocks(query, key, value, mask, dropout, self.scale).flatten(2)
         if self.cache is not None:
             key, value = self.cache.append(key, value)
-        out = _attend(query, key, value, mask, dropout)
+        out = _attend(query, key, value, mask, dropout, self.scale)
         # In a plain layout, or matmul would make one small product a position of the next linear's one large product.
         return out.permute(2, 0, 1, 3).flatten(0, 1).reshape(*query_SBAD.shape[:2], -1)
 
 
 def _attend_in_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_blocks: RowBlocks, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    row_blocks: RowBlocks,
+    dropout: float,
+    scale: float | None,
 ) -> torch.Tensor:
     """[S, B, A, D] of [B, heads, S, D]; scores of two positions in different blocks are never computed."""
     rows = []
     # Split, not indexed: its backward joins the parts' gradients, where that of an index fills up a tensor for each.
     for lengths, q, k, v in zip(row_blocks, query.split(1), key.split(1), value.split(1), strict=True):
         blocks = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
-        rows.append(torch.cat([_attend(*block, None, dropout).permute(2, 0, 1, 3) for block in blocks]))
+        rows.append(torch.cat([_attend(*block, None, dropout, scale).permute(2, 0, 1, 3) for block in blocks]))
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scale: float | None,
 ) -> torch.Tensor:
     is_shared = key.shape[1] < query.shape[1]
     if is_shared and not takes_shared_heads(query, mask):
         key, value = write_out_heads(key, query), write_out_heads(value, query)
         is_shared = False
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=is_shared
+        query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=is_shared, scale=scale
     )
 
 

@@ -120,7 +120,7 @@ def initialize_base(gpt: ShardedGpt, model: ModelConfig, seed: int) -> None:
     """GPT-2's initialisation, whatever the family: the same at every topology.
 
     Each whole tensor is drawn from (seed, name) and sliced. Normal with `init_std`, the two projections into the
-    residual stream by 1 / sqrt(2 num_layers) smaller, biases zero, norms one (Radford et al. 2019, section 2.3).
+    residual stream by 1 / sqrt(2 num_layers) smaller, biases zero, norms at one (Radford et al. 2019, section 2.3).
     """
     for described in describe_base_parameters(gpt):
         with open_value(described) as value:
@@ -134,7 +134,7 @@ def _initialize(
     if name.endswith("bias"):
         value.zero_()
     elif "layernorm" in name:
-        value.fill_(1.0)
+        value.fill_(0.0 if model.architecture.unit_norms else 1.0)
     else:
         residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         std = model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std

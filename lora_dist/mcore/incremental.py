@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lora_dist.generation.batches import PromptBatch, compute_mask, compute_positions
 from lora_dist.generation.cache import LayerCache
 from lora_dist.generation.decode import Choice, Search
-from lora_dist.mcore.attention import SdpaAttention
+from lora_dist.mcore.attention import LayerMasks, SdpaAttention
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.prefix.slots import split_slots
 
@@ -133,12 +133,19 @@ class IncrementalGpt:
         output = gpt(
             tokens_RC,
             compute_positions(self._num_padding_R, first, num_columns),
-            compute_mask(self._num_padding_R, first, num_columns, gpt.model.sliding_window),
+            self._build_masks(first, num_columns),
         )
         if topology.is_last_stage:
             return self._gather_logits(output[:, -1])
         dist.send(output.contiguous(), group=topology.pp_group, group_dst=topology.pp_rank + 1)
         return None
+
+    def _build_masks(self, first: int, num_columns: int) -> LayerMasks:
+        full = compute_mask(self._num_padding_R, first, num_columns)
+        window = self._gpt.model.sliding_window
+        return LayerMasks(
+            full, full if window is None else compute_mask(self._num_padding_R, first, num_columns, window)
+        )
 
     def _receive(self, tokens_RC: torch.Tensor) -> torch.Tensor:
         config, topology = self._gpt.config, self._gpt.topology

@@ -18,15 +18,14 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lora_dist.batch import RowBlocks
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
-from lora_dist.mcore.attention import SdpaAttention, compute_attention_bias
+from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention, compute_attention_bias
+from lora_dist.mcore.gates import GeGlu, NormedMlp, SwiGlu
 from lora_dist.mcore.head_loss import compute_target_loss
 from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, ParallelLayer
-from lora_dist.mcore.norm import Norm, RmsNorm
-from lora_dist.mcore.rotary import Rotary, RotarySelfAttention
-from lora_dist.mcore.swiglu import SwiGlu
+from lora_dist.mcore.norm import Norm, RmsNorm, UnitRmsNorm
+from lora_dist.mcore.rotary import NormedSelfAttention, Rotary, RotarySelfAttention
 from lora_dist.topology import Topology
 
 _VOCAB_ROWS_MULTIPLE = 8
@@ -71,14 +70,15 @@ class ShardedGpt(GPTModel):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | RowBlocks | None,
+        attention_mask: Mask | LayerMasks,
         **options: Any,
     ) -> torch.Tensor:
         """`attention_mask` as `SdpaAttention` takes it; None means that rows are causal, within the model's window."""
         window = self.model.sliding_window
         if attention_mask is None and window is not None and input_ids.shape[1] > window:
             whole_rows = torch.zeros_like(input_ids)
-            attention_mask = compute_attention_bias(whole_rows, self.config.params_dtype, window)
+            bias = compute_attention_bias(whole_rows, self.config.params_dtype, window)
+            attention_mask = LayerMasks(full=None, windowed=bias)
         output: torch.Tensor = super().forward(input_ids, position_ids, attention_mask, **options)
         return output
 
@@ -159,13 +159,22 @@ def build_model(
         topology=topology,
         clock=clock,
     )
-    for layer in gpt.decoder.layers:
+    for number, layer in enumerate(gpt.decoder.layers, gpt.first_layer):
         layer.clock = clock
+        layer.self_attention.core_attention.sees_window = model.sees_window(number)
+    if model.architecture.scaled_embedding and topology.is_first_stage:
+        embedding = gpt.embedding.word_embeddings
+        embedding.register_buffer("scale", torch.tensor(model.hidden_size**0.5, dtype=dtype), persistent=False)
+        embedding.register_forward_hook(_scale)
     for layer in gpt.decoder.layers[:num_recomputed]:
         layer.recompute = recompute
     if topology.is_first_stage and topology.pp_size > 1:
         gpt.embedding.register_forward_hook(_require_grad)
     return gpt.to(device=topology.device, dtype=dtype)
+
+
+def _scale(embedding: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+    return output * embedding.get_buffer("scale")
 
 
 def _require_grad(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
@@ -194,13 +203,14 @@ def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: tor
         layernorm_epsilon=model.layernorm_epsilon,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
+        softmax_scale=model.attention_scale,
         normalization="RMSNorm" if architecture.rms_norm else "LayerNorm",
         qk_layernorm=architecture.qk_norm,
         add_bias_linear=architecture.linear_biases,
         add_qkv_bias=architecture.qkv_biases,
         gated_linear_unit=architecture.gated,
         activation_func=F.silu if architecture.gated else _ACTIVATIONS[model.mlp_activation],
-        use_te_activation_func=architecture.gated,  # that is: a module, SwiGlu, in place of Megatron's own gate
+        use_te_activation_func=architecture.gated,  # that is: a module, e.g. SwiGlu, in place of Megatron's own gate
         params_dtype=dtype,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=topology.tp_size,
@@ -221,15 +231,17 @@ def _build_block_spec(model: ModelConfig, num_stage_layers: int) -> TransformerB
     spec.module = ParallelLayer if model.has_parallel_residual else Layer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     mlp = layer.mlp.submodules
-    norm = RmsNorm if architecture.rms_norm else Norm
+    norm = UnitRmsNorm if architecture.unit_norms else RmsNorm if architecture.rms_norm else Norm
     layer.input_layernorm = layer.pre_mlp_layernorm = norm
     attention.core_attention = SdpaAttention
     attention.linear_qkv = mlp.linear_fc1 = LoraColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = LoraRowParallelLinear
     if architecture.gated:
-        mlp.activation_func = SwiGlu
+        mlp.activation_func = GeGlu if architecture.gate_activation == "gelu_tanh" else SwiGlu
     if architecture.rotary:
-        layer.self_attention.module = RotarySelfAttention
+        layer.self_attention.module = NormedSelfAttention if architecture.output_norms else RotarySelfAttention
+    if architecture.output_norms:
+        layer.mlp.module = NormedMlp
     if architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[spec] * num_stage_layers, layer_norm=norm)

@@ -90,15 +90,31 @@ class RmsNorm(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         from_output = self.keeps_output and not self.weight.requires_grad and self._is_invertible()
-        output: torch.Tensor = _RmsNorm.apply(input, self.weight, self.eps, from_output)  # type: ignore[no-untyped-call]
+        factor_H = self.compute_factor()
+        output: torch.Tensor = _RmsNorm.apply(input, factor_H, self.eps, from_output)  # type: ignore[no-untyped-call]
         return output
 
+    def compute_factor(self) -> torch.Tensor:
+        """[H]; what the normalised input is multiplied by."""
+        return self.weight
+
     def _is_invertible(self) -> bool:
-        """Whether no weight is so small that the output has lost the input; asked once, since weights are frozen."""
+        """Whether no factor is so small that the output has lost the input; asked once, since weights are frozen."""
         if self._invertible is None:
-            bad_H = self.weight.abs() < _MIN_NORMALS * torch.finfo(self.weight.dtype).smallest_normal
+            bad_H = self.compute_factor().abs() < _MIN_NORMALS * torch.finfo(self.weight.dtype).smallest_normal
             self._invertible = bad_H.sum().item() == 0
         return self._invertible
+
+
+class UnitRmsNorm(RmsNorm):
+    """Gemma's: the factor is one more than the weight, in fp32, so that a weight of 16 bits is exact near one."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **options: Any) -> None:
+        super().__init__(config, hidden_size, eps, **options)
+        nn.init.zeros_(self.weight)
+
+    def compute_factor(self) -> torch.Tensor:
+        return 1 + _upcast(self.weight)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lora_dist.config import ModelConfig
 from lora_dist.fusion import Chain
+from lora_dist.mcore.norm import UnitRmsNorm
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, each [S, B, 1, F] in the model's dtype."""
@@ -22,23 +24,32 @@ class Rotary:
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies_F = compute_frequencies(model).to(device)
+        self._local_frequencies_F: torch.Tensor | None = None
+        if model.local_rope_theta is not None:
+            self._local_frequencies_F = _compute_plain(model.local_rope_theta, model.rotary_size).to(device)
         self._magnitude = model.rope_scaling.get("attention_factor", 1.0)
         self._dtype = dtype
 
-    def compute_angles(self, positions_BS: torch.Tensor) -> Angles:
-        """Of any positions: packed examples count from their own start, generation from what it has kept.
+    def compute_angles(self, positions_BS: torch.Tensor) -> tuple[Angles, Angles]:
+        """Of the layers that see everything and of those under a sliding window, where these have others.
 
-        The angle is formed in fp32 whatever the model's dtype: bf16 cannot tell position 256 from 257.
+        Positions may be any: packed examples count from their own start, generation from what it has kept.
         """
-        angles_SBF = positions_BS.t()[..., None].float() * self._frequencies_F
-        cos_SBF, sin_SBF = angles_SBF.cos() * self._magnitude, angles_SBF.sin() * self._magnitude
+        angles = self._compute(positions_BS, self._frequencies_F, self._magnitude)
+        if self._local_frequencies_F is None:
+            return angles, angles
+        return angles, self._compute(positions_BS, self._local_frequencies_F, 1.0)
+
+    def _compute(self, positions_BS: torch.Tensor, frequencies_F: torch.Tensor, magnitude: float) -> Angles:
+        """The angle is formed in fp32 whatever the model's dtype: bf16 cannot tell position 256 from 257."""
+        angles_SBF = positions_BS.t()[..., None].float() * frequencies_F
+        cos_SBF, sin_SBF = angles_SBF.cos() * magnitude, angles_SBF.sin() * magnitude
         return cos_SBF.to(self._dtype)[:, :, None], sin_SBF.to(self._dtype)[:, :, None]
 
 
 def compute_frequencies(model: ModelConfig) -> torch.Tensor:
     """[F] fp32, theta^(-f / F), scaled as model.rope_scaling and rope_divisors say."""
-    exponents_F = torch.arange(0, model.rotary_size, 2, dtype=torch.float32) / model.rotary_size
-    frequencies_F = 1.0 / model.rope_theta**exponents_F
+    frequencies_F = _compute_plain(model.rope_theta, model.rotary_size)
     scaling = model.rope_scaling
     if "low_freq_factor" in scaling:
         return _scale_as_llama3(frequencies_F, **scaling)
@@ -47,6 +58,10 @@ def compute_frequencies(model: ModelConfig) -> torch.Tensor:
     if model.rope_divisors:
         return frequencies_F / torch.tensor(model.rope_divisors)
     return frequencies_F / scaling.get("factor", 1.0)
+
+
+def _compute_plain(theta: float, size: int) -> torch.Tensor:
+    return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
 
 
 def _scale_as_llama3(
@@ -135,8 +150,10 @@ class RotarySelfAttention(SelfAttention):
 
     _angles: Angles | None = None
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, rotary_pos_emb: Angles, **options: Any) -> Any:
-        self._angles = rotary_pos_emb
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, rotary_pos_emb: tuple[Angles, Angles], **options: Any
+    ) -> Any:
+        self._angles = rotary_pos_emb[self.core_attention.sees_window]
         try:
             return super().forward(hidden_states, *args, rotary_pos_emb=None, **options)
         finally:
@@ -149,3 +166,16 @@ class RotarySelfAttention(SelfAttention):
         assert self._angles is not None
         # The value's own copy: a view would keep the whole fused projection for backward.
         return rotate(query, self._angles), rotate(key, self._angles), value.contiguous()
+
+
+class NormedSelfAttention(RotarySelfAttention):
+    """The same with a norm on what it gives."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.output_layernorm = UnitRmsNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        output, bias = super().forward(*args, **options)
+        assert bias is None, "nothing but the norm's output is added to the residual stream"
+        return self.output_layernorm(output), None

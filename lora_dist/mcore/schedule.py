@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from lora_dist.batch import Batch, RowBlocks, move, number_blocks
 from lora_dist.lora.dropout import compute_row_keys
-from lora_dist.mcore.attention import compute_attention_bias
+from lora_dist.mcore.attention import LayerMasks, Mask, compute_attention_bias
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.stopping import is_stop_requested
 
@@ -118,19 +119,28 @@ def _needs_bias(gpt: ShardedGpt, row_blocks: RowBlocks) -> bool:
     return not gpt.attends_in_blocks or (window is not None and max(map(max, row_blocks)) > window)
 
 
+def _build_mask(gpt: ShardedGpt, inputs: Inputs) -> Mask | LayerMasks:
+    """Whatever the blocks are: a recording is repeated with others."""
+    row_blocks, window = inputs.batch.row_blocks, gpt.model.sliding_window
+    if inputs.block_ids_BS is None:
+        return row_blocks
+    build_bias = partial(compute_attention_bias, inputs.block_ids_BS, gpt.config.params_dtype)
+    if window is None or window >= inputs.batch.seq_len:
+        return build_bias()
+    full = row_blocks if gpt.attends_in_blocks or not gpt.model.full_attention_layers else build_bias()
+    return LayerMasks(full=full, windowed=build_bias(window))
+
+
 def run_forward(gpt: ShardedGpt, inputs: Inputs, *, drops: bool) -> torch.Tensor:
     """This stage's output: on the last one the loss summed over the target tokens."""
     batch = inputs.batch
     gpt.clock.row_keys_B = inputs.row_keys_B if drops else None
     gpt.clock.adapter_of_row = batch.adapter_of_row
     gpt.slots_BS = batch.slots_BS
-    mask: torch.Tensor | RowBlocks | None = batch.row_blocks
-    if inputs.block_ids_BS is not None:
-        mask = compute_attention_bias(inputs.block_ids_BS, gpt.config.params_dtype, gpt.model.sliding_window)
     output: torch.Tensor = gpt(
         batch.input_ids_BS,
         batch.position_ids_BS,
-        mask,
+        _build_mask(gpt, inputs),
         labels=batch.labels_BS,
         loss_mask=inputs.targets_N,
     )

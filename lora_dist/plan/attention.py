@@ -44,14 +44,17 @@ class AttentionKernel(TorchFunctionMode):
         is_causal: bool,
         dropout_p: float,
         enable_gqa: bool,
+        scale: float | None,
     ) -> torch.Tensor:
         if self._has_flash and attn_mask is None and query.dtype != torch.float32:
-            return _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]  # type: ignore[no-any-return]
+            return _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
         if enable_gqa:
             key, value = write_out_heads(key, query), write_out_heads(value, query)
         bias = None if attn_mask is None else attn_mask.expand(query.shape[0], query.shape[1], -1, -1)
         needs_lse = torch.is_grad_enabled() and query.requires_grad
-        out = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, needs_lse, dropout_p, is_causal)
+        out = _aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, needs_lse, dropout_p, is_causal, scale=scale
+        )
         return out[0]  # type: ignore[no-any-return]
 
 
@@ -64,8 +67,9 @@ def _attend_on_cpu(
     is_causal: bool,
     dropout_p: float,
     enable_gqa: bool,
+    scale: float | None,
 ) -> torch.Tensor:
     out = _aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, attn_mask=attn_mask
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )
     return out[0]  # type: ignore[no-any-return]

@@ -124,6 +124,7 @@ HF_NAMES = [
     "qwen2_5_7b",
     "qwen3_8b",
     "phi4",
+    "gemma3_1b",
     "opt_125m",
     "opt_175b",
     "pythia_410m",

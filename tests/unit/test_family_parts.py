@@ -19,9 +19,9 @@ from lora_dist.files.hf_layout import compute_canonical_shapes
 from lora_dist.files.modules import FAMILY_NAMES, find_stored_rows
 from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.mcore.attention import SdpaAttention
+from lora_dist.mcore.gates import SwiGlu
 from lora_dist.mcore.norm import RmsNorm
 from lora_dist.mcore.rotary import Rotary, compute_frequencies, rotate
-from lora_dist.mcore.swiglu import SwiGlu
 from lora_dist.measure.ledger import open_activation_ledger
 from lora_dist.plan.attention import AttentionKernel
 
@@ -183,7 +183,7 @@ def test_angles_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(compute_frequencies(model), theirs.inv_freq, rtol=1e-6, atol=0)
     positions_BS = torch.arange(40).view(2, 20)
     ours = Rotary(model, torch.float32, torch.device("cpu")).compute_angles(positions_BS)
-    for own_SB1F, cos_BSD in zip(ours, theirs(torch.empty(0), positions_BS), strict=True):
+    for own_SB1F, cos_BSD in zip(ours[0], theirs(torch.empty(0), positions_BS), strict=True):
         expected_SBF = cos_BSD[..., : own_SB1F.shape[-1]].transpose(0, 1)
         torch.testing.assert_close(own_SB1F[:, :, 0], expected_SBF, rtol=1e-5, atol=1e-5)
 

@@ -9,10 +9,10 @@ from processes import run_distributed
 
 from lora_dist.fusion import Chain, compile_chains
 from lora_dist.lora.dropout import _drop
+from lora_dist.mcore.gates import _compute_gated, _compute_grad
 from lora_dist.mcore.head_loss import _exponentiate, _find_max
 from lora_dist.mcore.norm import _compute_norm_input_grad, _compute_rms_grads, _divide_by_rms
 from lora_dist.mcore.rotary import _turn
-from lora_dist.mcore.swiglu import _compute_gated, _compute_grad
 from lora_dist.quant.blocks import _scale_blocks
 
 N, H = 6, 64
@@ -42,8 +42,10 @@ CHAINS: dict[str, tuple[Chain, Arguments]] = {
             *draw(2, H, dtype=dtype),
         ),
     ),
-    "gate": (_compute_gated, lambda dtype: (draw(N, 2 * H, dtype=dtype),)),
-    "gate_grad": (_compute_grad, lambda dtype: (draw(N, H, dtype=dtype), draw(N, 2 * H, dtype=dtype))),
+    "gate": (_compute_gated, lambda dtype: (draw(N, 2 * H, dtype=dtype), False)),
+    "gate_grad": (_compute_grad, lambda dtype: (draw(N, H, dtype=dtype), draw(N, 2 * H, dtype=dtype), False)),
+    "gelu_gate": (_compute_gated, lambda dtype: (draw(N, 2 * H, dtype=dtype), True)),
+    "gelu_gate_grad": (_compute_grad, lambda dtype: (draw(N, H, dtype=dtype), draw(N, 2 * H, dtype=dtype), True)),
     "turn": (
         _turn,
         lambda dtype: (draw(N, 2, 3, H, dtype=dtype), *(draw(N, 2, 1, H // 2, dtype=dtype) for _ in range(2))),

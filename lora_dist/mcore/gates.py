@@ -1,0 +1,100 @@
+"""MLPs with a gate: the gated activation, which keeps its input alone for backward, and a norm on the output.
+
+Shapes: N leading dimensions, F features of the MLP on this rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from lora_dist.fusion import Chain
+from lora_dist.mcore.norm import UnitRmsNorm
+
+
+class SwiGlu(nn.Module):
+    """silu(gate) * up of [gate | up] (arXiv:2002.05202); with Megatron's constructor."""
+
+    is_gelu = False
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def forward(self, gate_up_N2F: torch.Tensor) -> torch.Tensor:
+        output_NF: torch.Tensor = _Gated.apply(gate_up_N2F, self.is_gelu)  # type: ignore[no-untyped-call]
+        return output_NF
+
+
+class GeGlu(SwiGlu):
+    """gelu(gate) * up, by the approximation with tanh."""
+
+    is_gelu = True
+
+
+class NormedMlp(MLP):
+    """Megatron's MLP with a norm on what it gives."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
+        # What Megatron's layer gives its own class alone.
+        group, size = parallel_state.get_tensor_model_parallel_group(), config.ffn_hidden_size
+        super().__init__(config, *args, **options, tp_group=group, ffn_hidden_size=size)
+        self.output_layernorm = UnitRmsNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        output, bias = super().forward(*args, **options)
+        assert bias is None, "nothing but the norm's output is added to the residual stream"
+        return self.output_layernorm(output), None
+
+
+class _Gated(torch.autograd.Function):
+    """Autograd's own would keep the activated gate too, F more values a token."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_N2F: torch.Tensor, is_gelu: bool) -> torch.Tensor:
+        ctx.save_for_backward(gate_up_N2F)
+        ctx.is_gelu = is_gelu
+        return _compute_gated(gate_up_N2F, is_gelu)
+
+    @staticmethod
+    def backward(ctx: Any, doutput_NF: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (gate_up_N2F,) = ctx.saved_tensors
+        return _compute_grad(doutput_NF, gate_up_N2F, ctx.is_gelu), None
+
+
+def _activate(gate_NF: torch.Tensor, is_gelu: bool) -> torch.Tensor:
+    return F.gelu(gate_NF, approximate="tanh") if is_gelu else F.silu(gate_NF)
+
+
+@Chain
+def _compute_gated(gate_up_N2F: torch.Tensor, is_gelu: bool) -> torch.Tensor:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    return _activate(gate_NF, is_gelu).mul_(up_NF)
+
+
+def _write_grad(doutput_NF: torch.Tensor, gate_up_N2F: torch.Tensor, is_gelu: bool) -> torch.Tensor:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    dgate_up_N2F = torch.empty_like(gate_up_N2F)
+    dgate_NF, dup_NF = dgate_up_N2F.chunk(2, dim=-1)
+    torch.mul(doutput_NF, _activate(gate_NF, is_gelu), out=dup_NF)
+    if is_gelu:
+        torch.ops.aten.gelu_backward.grad_input(doutput_NF * up_NF, gate_NF, approximate="tanh", grad_input=dgate_NF)
+    else:
+        torch.ops.aten.silu_backward.grad_input(doutput_NF * up_NF, gate_NF, grad_input=dgate_NF)
+    return dgate_up_N2F
+
+
+def _join_grad(doutput_NF: torch.Tensor, gate_up_N2F: torch.Tensor, is_gelu: bool) -> torch.Tensor:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    dactivated_NF = doutput_NF * up_NF
+    if is_gelu:
+        dgate_NF = torch.ops.aten.gelu_backward(dactivated_NF, gate_NF, approximate="tanh")
+    else:
+        dgate_NF = torch.ops.aten.silu_backward(dactivated_NF, gate_NF)
+    return torch.cat([dgate_NF, doutput_NF * _activate(gate_NF, is_gelu)], dim=-1)
+
+
+_compute_grad = Chain(_write_grad, compiled=_join_grad)
