@@ -41,7 +41,7 @@ BOTTLENECK = BottleneckConfig(size=3, activation="gelu")
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt"])
 def test_gradients_equal_one_process(name: str, method: str) -> None:
     case = Case(model=MODELS[name], method=method, lora=LoraConfig(rank=2))
     expected_loss, expected = run_case(case)

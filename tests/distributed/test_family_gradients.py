@@ -36,6 +36,16 @@ MODELS = {
     "llama": build_toy("llama", num_kv_heads=4, tied_output=False),
     "qwen2": build_toy("qwen2", num_kv_heads=8, tied_output=True),
     "qwen3": build_toy("qwen3", num_kv_heads=4, head_size=6, tied_output=False),
+    "gemma3_text": build_toy(
+        "gemma3_text",
+        num_kv_heads=4,
+        head_size=6,
+        sliding_window=5,
+        full_attention_layers=[1],
+        local_rope_theta=100.0,
+        attention_scale=0.4,
+    ),
+    "phi3": build_toy("phi3", num_kv_heads=4, rotary_fraction=0.5, sliding_window=12),
     "opt": build_toy("opt"),
     "gpt_neox": build_toy("gpt_neox", tied_output=False, rotary_fraction=0.5),
 }
@@ -55,6 +65,8 @@ CASES = [
     *(("llama", method, TOPOLOGIES) for method in ("lora", "full")),
     *(("qwen3", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
     ("qwen2", "full", TOPOLOGIES[1:4:2]),
+    *(("gemma3_text", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
+    ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
     *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
 ]

@@ -42,6 +42,10 @@ MODEL = ModelConfig(
 LLAMA = replace(
     MODEL, name="llama", family="llama", num_kv_heads=2, ffn_hidden_size=352, tied_output=False, rope_theta=500000.0
 )
+GEMMA = replace(
+    LLAMA, name="gemma", family="gemma3_text", tied_output=True, sliding_window=48, full_attention_layers=[1],
+    local_rope_theta=10000.0, attention_scale=0.1,
+)  # fmt: skip
 HARDWARE = HardwareConfig(
     name="here", kind="cpu", memory_gib=16, reserved_gib=0.5, peak_tflops={"fp32": 0.09, "bf16": 0.02},
     achievable_fraction=0.8, memory_gb_s=12, memory_fraction=0.8, gpus_per_node=8, link_gb_s=1, network_gb_s=1,
@@ -162,6 +166,10 @@ CASES = {
     "full-dp2-bf16": {**FULL, "topology": {"dp_size": 2}, "dtype": "bf16"},
     "lora-dp2-stage3": {"topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "lora-tp2-sp-stage3": {"topology": {"tp_size": 2, "sequence_parallel": True}, "zero": ZeroConfig(stage=3)},
+    "gemma-lora-tp2-sp-packed": {
+        **{"model": GEMMA, "lora": SEVEN, "topology": {"tp_size": 2, "sequence_parallel": True}, "collate": "pack"},
+    },
+    "gemma-full-pp2": {**FULL, "model": GEMMA, "topology": {"pp_size": 2}, "num_microbatches": 4},
     "phi3-lora-tp2": {
         "model": replace(LLAMA, name="phi3", family="phi3", rotary_fraction=0.5),
         **{"lora": SEVEN, "topology": {"tp_size": 2}},

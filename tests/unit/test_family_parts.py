@@ -19,8 +19,8 @@ from lora_dist.files.hf_layout import compute_canonical_shapes
 from lora_dist.files.modules import FAMILY_NAMES, find_stored_rows
 from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.mcore.attention import SdpaAttention
-from lora_dist.mcore.gates import SwiGlu
-from lora_dist.mcore.norm import RmsNorm
+from lora_dist.mcore.gates import GeGlu, SwiGlu
+from lora_dist.mcore.norm import RmsNorm, UnitRmsNorm
 from lora_dist.mcore.rotary import Rotary, compute_frequencies, rotate
 from lora_dist.measure.ledger import open_activation_ledger
 from lora_dist.plan.attention import AttentionKernel
@@ -67,6 +67,13 @@ def edit(directory: Path, **changes: object) -> None:
         ("qwen2", {"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "'yarn' with truncate=False"),
         ("phi3_long", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope' has no list short_factor"),
         ("phi3", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported, only default, longrope"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported, only None"),
+        ("gemma3_text", {"layer_types": ["full_attention"]}, "layer_types is not a list of 4 times"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}},
+            "rope type 'yarn' of sliding_attention is not supported, only default",
+        ),
         ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1 is not supported, only 0.0"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ("llama", {"num_key_value_heads": "2"}, "num_key_value_heads='2' is not a positive integer"),
@@ -113,6 +120,27 @@ def test_what_a_configuration_leaves_out_is_as_transformers_has_it(name: str, tm
     assert model.sliding_window == (theirs.sliding_window if name == "mistral" else None)
     assert (model.layernorm_epsilon, model.tied_output) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
     assert model.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_gemmas_layers_are_read(tmp_path: Path) -> None:
+    """As transformers 5 writes them, and as google's files had them before."""
+    model = write_family_checkpoint("gemma3_text", tmp_path)
+    assert (model.full_attention_layers, model.rope_theta, model.local_rope_theta) == ([2], 500.0, 9.0)
+    assert (model.rope_scaling, model.attention_scale) == ({"factor": 2.0}, pytest.approx(6**-0.5))
+    older = {"layer_types": "gone", "sliding_window_pattern": 3, "rope_parameters": "gone", "rope_theta": 500.0}
+    edit(tmp_path, **older, rope_local_base_freq=9.0, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert read_family_config(tmp_path) == model
+    gone = ("rope_local_base_freq", "rope_scaling", "rope_theta", "sliding_window_pattern", "query_pre_attn_scalar")
+    edit(tmp_path, **dict.fromkeys((*gone, "head_dim", "sliding_window", "num_key_value_heads"), "gone"))
+    edit(tmp_path, num_hidden_layers=12)
+    left_out, theirs = read_family_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    assert left_out.full_attention_layers == [n for n, k in enumerate(theirs.layer_types) if k == "full_attention"]
+    assert (left_out.head_dim, left_out.num_query_groups) == (theirs.head_dim, theirs.num_key_value_heads)
+    assert left_out.sliding_window == theirs.sliding_window
+    assert left_out.attention_scale == theirs.query_pre_attn_scalar**-0.5
+    ropes = theirs.rope_parameters
+    assert left_out.rope_theta == ropes["full_attention"]["rope_theta"]
+    assert left_out.local_rope_theta == ropes["sliding_attention"]["rope_theta"]
 
 
 def test_a_sliding_window_is_read(tmp_path: Path) -> None:
@@ -255,6 +283,27 @@ def test_rms_norm_has_torchs_gradients(dtype: torch.dtype, tolerance: float, fro
         torch.testing.assert_close(actual, wanted, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("from_output", [False, True])
+def test_a_unit_norms_weight_counts_from_one(from_output: bool) -> None:
+    """bf16 knows no weight between 1 and 1.0078, but 0.001 and twice that."""
+    norm = UnitRmsNorm(TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1), 16).to(torch.bfloat16)
+    assert not norm.weight.any()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-0.5, 0.5, 16))
+        norm.weight[:2] = torch.tensor([0.001, 0.002])
+    norm.keeps_output = from_output
+    norm.requires_grad_(not from_output)
+    x, dy = torch.randn(6, 3, 16).requires_grad_(), torch.randn(6, 3, 16)
+    factor = (1 + norm.weight.detach().float()).requires_grad_()
+    expected = F.rms_norm(x, (16,), factor, norm.eps)
+    torch.testing.assert_close(norm(x), expected)
+    dx, dfactor = torch.autograd.grad(expected, [x, factor], dy)
+    norm(x).backward(dy)
+    torch.testing.assert_close(x.grad, dx)
+    if not from_output:
+        torch.testing.assert_close(norm.weight.grad, dfactor.bfloat16())
+
+
 def test_a_weight_that_cannot_be_divided_by_keeps_the_input() -> None:
     norm = build_norm(torch.float64).requires_grad_(False)
     norm.keeps_output = True
@@ -268,8 +317,10 @@ def test_a_weight_that_cannot_be_divided_by_keeps_the_input() -> None:
 def test_the_gate_keeps_its_input_alone() -> None:
     x = torch.randn(6, 3, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(SwiGlu(), x)
+    assert torch.autograd.gradcheck(GeGlu(), x)
     gate, up = x.chunk(2, dim=-1)
     torch.testing.assert_close(SwiGlu()(x), F.silu(gate) * up)
+    torch.testing.assert_close(GeGlu()(x), F.gelu(gate, approximate="tanh") * up)
     with open_activation_ledger() as ledger:
         kept = SwiGlu()(x)
     assert kept.requires_grad
