@@ -1,83 +1,12 @@
-"""What a base model is: its family's architecture and its own sizes; standard library only."""
+"""What a base model is: its family and its own sizes; standard library only."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from lora_dist.architecture import ARCHITECTURES, Architecture
 from lora_dist.base_format import BASE_FORMATS
 from lora_dist.refusals import require, require_one_of
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Architecture:
-    """What all models of a family have in common."""
-
-    rotary: bool = False
-    """Positions turn queries and keys (arXiv:2104.09864); otherwise a learned vector is added to the embedding."""
-    position_offset: int = 0
-    """Rows of the learned table before that of position 0."""
-    grouped_query: bool = False
-    """Several query heads may share a key and a value head (arXiv:2305.13245)."""
-    rms_norm: bool = False
-    """Norms divide by the root mean square and have no bias (arXiv:1910.07467); otherwise LayerNorm."""
-    qk_norm: bool = False
-    """Each head's queries and keys are normalised before they are turned."""
-    unit_norms: bool = False
-    """Norms multiply by one more than their weight."""
-    output_norms: bool = False
-    """What attention and the MLP give is normalised before it is added to the residual stream."""
-    scaled_embedding: bool = False
-    """Embeddings are multiplied by the root of hidden_size."""
-    gated: bool = False
-    """The MLP's activation is f(gate) * up (arXiv:2002.05202)."""
-    gate_activation: str = "silu"
-    """f: silu or gelu_tanh."""
-    activations: tuple[str, ...] = ("gelu_tanh",)
-    """That an MLP without gate may have, the usual one first: gelu_tanh, gelu (exact), relu."""
-    partial_rotary: bool = False
-    """A model may turn some of a head's features alone."""
-    parallel_residual: bool = False
-    """A model's attention and MLP may both read the layer's input, their outputs being added to it together."""
-    windows: bool = False
-    """A model may bound how far back a position sees."""
-    linear_biases: bool = True
-    """Every linear of a layer has a bias."""
-    qkv_biases: bool = False
-    """Those of q, k and v have one, whatever linear_biases says."""
-    fused_targets: tuple[tuple[str, ...], ...] = ()
-    """Targets that transformers makes with one linear, to which PEFT gives one adapter."""
-
-    @property
-    def has_biases(self) -> bool:
-        return self.linear_biases or self.qkv_biases or not self.rms_norm
-
-
-_QKV = ("q_proj", "k_proj", "v_proj")
-_LLAMA = Architecture(rotary=True, grouped_query=True, rms_norm=True, gated=True, linear_biases=False)
-ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": Architecture(fused_targets=(_QKV,)),
-    "llama": _LLAMA,
-    "mistral": replace(_LLAMA, windows=True),
-    "qwen2": replace(_LLAMA, qkv_biases=True),
-    "qwen3": replace(_LLAMA, qk_norm=True),
-    "phi3": replace(_LLAMA, windows=True, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
-    "gemma3_text": replace(
-        _LLAMA,
-        qk_norm=True,
-        windows=True,
-        unit_norms=True,
-        output_norms=True,
-        scaled_embedding=True,
-        gate_activation="gelu_tanh",
-    ),
-    "opt": Architecture(activations=("relu",), position_offset=2),
-    "gpt_neox": Architecture(
-        rotary=True,
-        partial_rotary=True,
-        activations=("gelu", "gelu_tanh"),
-        fused_targets=(_QKV,),
-        parallel_residual=True,
-    ),
-}
 ROPE_SCALINGS: dict[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
