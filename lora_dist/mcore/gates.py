@@ -1,4 +1,4 @@
-"""MLPs with a gate: the gated activation, which keeps its input alone for backward, and a norm on the output.
+"""The gated activation of an MLP, which keeps its input alone for backward.
 
 Shapes: N leading dimensions, F features of the MLP on this rank.
 """
@@ -7,13 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from lora_dist.fusion import Chain
-from lora_dist.mcore.norm import UnitRmsNorm
 
 
 class SwiGlu(nn.Module):
@@ -33,21 +29,6 @@ class GeGlu(SwiGlu):
     """gelu(gate) * up, by the approximation with tanh."""
 
     is_gelu = True
-
-
-class NormedMlp(MLP):
-    """Megatron's MLP with a norm on what it gives."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
-        # What Megatron's layer gives its own class alone.
-        group, size = parallel_state.get_tensor_model_parallel_group(), config.ffn_hidden_size
-        super().__init__(config, *args, **options, tp_group=group, ffn_hidden_size=size)
-        self.output_layernorm = UnitRmsNorm(config, config.hidden_size, config.layernorm_epsilon)
-
-    def forward(self, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
-        output, bias = super().forward(*args, **options)
-        assert bias is None, "nothing but the norm's output is added to the residual stream"
-        return self.output_layernorm(output), None
 
 
 class _Gated(torch.autograd.Function):

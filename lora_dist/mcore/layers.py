@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from lora_dist.base_format import LinearShape
@@ -15,6 +16,7 @@ from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.function import NO_COMMUNICATION, BaseWeight, ShardCommunication, frozen_linear
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.mixed import MixedLoraShard
+from lora_dist.mcore.norm import UnitRmsNorm
 from lora_dist.quant.weight import QuantizedWeight
 
 
@@ -148,6 +150,22 @@ class Layer(TransformerLayer):
         if not inputs[0].requires_grad:
             inputs = inputs[0].detach().requires_grad_(), *inputs[1:]
         return tensor_parallel.checkpoint(keyed_region, False, *inputs)
+
+
+class NormedLayer(Layer):
+    """With a norm on what the MLP gives; attention has its own (`rotary.NormedSelfAttention`)."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.mlp.output_layernorm = UnitRmsNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def _forward_post_mlp(
+        self, mlp_output_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor
+    ) -> torch.Tensor:
+        output, bias = mlp_output_with_bias
+        assert bias is None, "nothing but the norm's output is added to the residual stream"
+        hidden: torch.Tensor = super()._forward_post_mlp((self.mlp.output_layernorm(output), None), residual)
+        return hidden
 
 
 class ParallelLayer(Layer):

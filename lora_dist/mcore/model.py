@@ -21,9 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention, compute_attention_bias
-from lora_dist.mcore.gates import GeGlu, NormedMlp, SwiGlu
+from lora_dist.mcore.gates import GeGlu, SwiGlu
 from lora_dist.mcore.head_loss import compute_target_loss
-from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, ParallelLayer
+from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, NormedLayer, ParallelLayer
 from lora_dist.mcore.norm import Norm, RmsNorm, UnitRmsNorm
 from lora_dist.mcore.rotary import NormedSelfAttention, Rotary, RotarySelfAttention
 from lora_dist.topology import Topology
@@ -228,7 +228,11 @@ def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: tor
 
 def _build_block_spec(model: ModelConfig, num_stage_layers: int) -> TransformerBlockSubmodules:
     spec, architecture = get_gpt_layer_local_spec(), model.architecture
-    spec.module = ParallelLayer if model.has_parallel_residual else Layer
+    spec.module = Layer
+    if model.has_parallel_residual:
+        spec.module = ParallelLayer
+    elif architecture.output_norms:
+        spec.module = NormedLayer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     mlp = layer.mlp.submodules
     norm = UnitRmsNorm if architecture.unit_norms else RmsNorm if architecture.rms_norm else Norm
@@ -240,8 +244,6 @@ def _build_block_spec(model: ModelConfig, num_stage_layers: int) -> TransformerB
         mlp.activation_func = GeGlu if architecture.gate_activation == "gelu_tanh" else SwiGlu
     if architecture.rotary:
         layer.self_attention.module = NormedSelfAttention if architecture.output_norms else RotarySelfAttention
-    if architecture.output_norms:
-        layer.mlp.module = NormedMlp
     if architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[spec] * num_stage_layers, layer_norm=norm)
