@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from lora_dist.base_format import check_blocks
 from lora_dist.config import ModelConfig, TopologyConfig
 from lora_dist.refusals import require_one_of
 
@@ -41,6 +42,8 @@ class LiveConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        model = self.model
+        check_blocks(model.base_format, model.query_size, model.ffn_hidden_size, tp_size=self.topology.tp_size)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -58,11 +58,12 @@ def check_frozen(base_format: str, *, method: str, zero_stage: int) -> None:
 
 def check_blocks(base_format: str, *in_features: int, tp_size: int = 1) -> None:
     """ValueError, with the numbers, where blocks would cross the ends of a row whose inputs TP splits."""
+    lower = "lower topology.tp_size or " if tp_size > 1 else ""
     for size in in_features:
         require(
             base_format == "native" or size % (BLOCK * tp_size) == 0,
             f"model.base_format={base_format} keeps one scale for {BLOCK} weights of a row, and {size} inputs over"
-            f" tp {tp_size} are no multiple of {BLOCK}; lower topology.tp_size or use model.base_format=native",
+            f" tp {tp_size} are no multiple of {BLOCK}; {lower}use model.base_format=native",
         )
 
 

@@ -137,8 +137,14 @@ class RunConfig:
                 f"method={self.method} puts its positions around a pair's context, and data.format={self.data.format}"
                 " has no pairs; use data.format=jsonl",
             )
-        for method in [*self.compare.methods, *self.compare.lr]:
-            require_one_of("compare.methods", method, METHODS)
+        for key, methods in (("compare.methods", self.compare.methods), ("compare.lr", self.compare.lr)):
+            for method in methods:
+                require_one_of(key, method, METHODS)
+        names = self.compare.methods
+        require(
+            0 < len(names) == len(set(names)),
+            f"compare.methods={names} must name one method or more, each once",
+        )
 
     def attends_in_blocks(self, *, on_gpu: bool) -> bool:
         """What packed_attention means there."""

@@ -117,7 +117,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter)
     if result.num_steps_done < config.loop.total_steps:
         _stop(config, topology, result.num_steps_done)
-    engine.zero.check_outcome()
+    engine.zero.check_outcome(result.valid_loss_after)
     peak_memory = memory.read()
     keeper.write_model(name_trained(config), config.loop.total_steps, {"valid_loss": result.valid_loss_after})
     return build_summary(

@@ -112,7 +112,7 @@ def describe_adapter(
         "use_rslora": specs[0].rank_stabilized,
         "use_dora": specs[0].use_dora,
         "modules_to_save": sorted(modules),
-        "shared_lora_A": sorted({spec.layer for spec in specs if spec.shares_a}),
+        "shared_lora_A": sorted(spec.name for spec in specs if spec.shares_a),
         "adapters": {spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha} for spec in specs},
     }
 
@@ -175,6 +175,7 @@ def open_adapter(directory: Path, *, model: ModelConfig, base_fingerprint: str) 
     if "method" in manifest:
         raise ValueError(f"adapter {directory} is of method={manifest['method']}; only LoRA's can be used so")
     check_same({"base_fingerprint": base_fingerprint}, manifest, directory)
+    manifest["shared_lora_A"] = _list_shared(manifest)
     specs = parse_specs(directory, manifest, model)
     bias = manifest.get("bias")
     if bias not in ("none", "lora_only", "all"):
@@ -195,6 +196,7 @@ def parse_specs(directory: Path, manifest: Mapping[str, Any], model: ModelConfig
     adapters = manifest.get("adapters")
     if not isinstance(adapters, dict) or not adapters:
         raise ValueError(f"{directory / MANIFEST} lists no adapters")
+    shared = _list_shared(manifest)
     for name, entry in adapters.items():
         found = re.fullmatch(r"layers\.(\d+)\.(\w+)", name)
         if found is None or found[2] not in shapes or int(found[1]) >= model.num_layers:
@@ -213,10 +215,18 @@ def parse_specs(directory: Path, manifest: Mapping[str, Any], model: ModelConfig
                 out_features=out_features,
                 rank_stabilized=bool(manifest.get("use_rslora")),
                 use_dora=bool(manifest.get("use_dora")),
-                shares_a=found[2] in QKV_TARGETS and int(found[1]) in manifest.get("shared_lora_A", ()),
+                shares_a=name in shared,
             )
         )
     return specs
+
+
+def _list_shared(manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the adapters that have one A with others; older manifests number the layers whose q, k and v do."""
+    names: list[str] = []
+    for entry in manifest.get("shared_lora_A", ()):
+        names += [f"layers.{entry}.{target}" for target in QKV_TARGETS] if isinstance(entry, int) else [entry]
+    return sorted(names)
 
 
 def _find_weights(directory: Path, manifest: Mapping[str, Any]) -> tuple[Path, bool]:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     note_stop_requests()
     try:
         end_with_launcher()
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        words = list(sys.argv[1:] if argv is None else argv)
+        # DeepSpeed's launcher puts the local rank in front, which LOCAL_RANK says as well.
+        return _dispatch([word for word in words if not re.fullmatch(r"--local[_-]rank=\d+", word)])
     except KeyboardInterrupt:
         return 130
     except Stopped:

@@ -79,7 +79,7 @@ def train(job: Job, memory: PeakMemoryMeter, given: ClassifyConfig) -> dict[str,
         message = f"stopped after step {result.num_steps_done} of {config.loop.total_steps}, as asked, and saved"
         run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
         raise_stopped(message)
-    job.engine.zero.check_outcome()
+    job.engine.zero.check_outcome(result.valid_loss_after)
     write(job, name_trained(config), result.num_steps_done, {"valid_loss": result.valid_loss_after})
     throughput = meter.summarize()
     return {

@@ -27,7 +27,7 @@ from lora_dist.encoders.examples import (
     open_tokenizer,
 )
 from lora_dist.encoders.model import Encoder, open_encoder
-from lora_dist.encoders.store import load_trained, write_trained
+from lora_dist.encoders.store import load_trained, read_trained_labels, write_trained
 from lora_dist.files.directories import read_manifest
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.run_dir import name_trained
@@ -104,7 +104,8 @@ def load_data(config: ClassifyConfig) -> Data:
     tokenizer, task, seq_len = open_tokenizer(config.encoder), config.task, config.encoder.seq_len
     scored = load_pairs("task.references", task.references, task, task.split)
     training = [] if config.train is None else load_pairs("train", config.train, task, config.train_split)
-    labels = find_label_words(task, training or scored)
+    words = None if training else read_trained_labels(config)
+    labels = find_label_words(task, training or scored) if words is None else Labels(words=words)
     encode = partial(encode_examples, task=task, labels=labels, tokenizer=tokenizer, seq_len=seq_len)
     return Data(
         train=encode("train", config.train, training) if config.train else [],

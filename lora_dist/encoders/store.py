@@ -6,6 +6,7 @@ own names. One adapter on DeBERTa's fused projection holds those of q, k and v: 
 Shapes: A [R, H], B [O, R].
 """
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,7 +19,14 @@ from lora_dist.checkpoint.store import ENCODER_KIND, PEFT_CONFIG, PEFT_WEIGHTS, 
 from lora_dist.classify_config import ClassifyConfig
 from lora_dist.encoders.adapt import FACTORS, AdaptedLinear, describe_trained
 from lora_dist.encoders.model import Encoder
-from lora_dist.files.directories import open_new_directory, read_json, read_manifest, write_json, write_manifest
+from lora_dist.files.directories import (
+    MANIFEST,
+    open_new_directory,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from lora_dist.files.loralib import read_state_dict
 from lora_dist.files.peft_config import describe_peft_config
 from lora_dist.lora.layer import LoraShard
@@ -51,6 +59,18 @@ def write_trained(
             specs = [spec for shard in list_shards(encoder).values() for spec in shard.specs]
             manifest["adapters"] = {spec.name: {"lora_rank": spec.lora_rank, "alpha": spec.alpha} for spec in specs}
         write_manifest(temporary, hashes, {**manifest, "created": created, "versions": describe_versions()})
+
+
+def read_trained_labels(config: ClassifyConfig) -> tuple[str, ...] | None:
+    """What the head that is scored says, in its outputs' order: the file to score may lack some. None where no file of
+    the adapter, or of the checkpoint, tells.
+    """
+    if config.adapter is not None:
+        manifest = Path(config.adapter) / MANIFEST
+        return tuple(read_json(manifest).get("labels", ())) or None if manifest.is_file() else None
+    names = read_json(Path(config.encoder.checkpoint) / "config.json").get("id2label", {})
+    words = tuple(names[number] for number in sorted(names, key=int))
+    return None if all(re.fullmatch(r"LABEL_\d+", word) for word in words) else words
 
 
 def _to_file(encoder: Encoder, config: ClassifyConfig, values: Values) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,9 +53,18 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def drop_infinite(content: Any) -> Any:
+    """The same with None for every number that is not finite."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: drop_infinite(value) for key, value in content.items()}
+    return [drop_infinite(value) for value in content] if isinstance(content, list | tuple) else content
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> str:
-    """Write and fsync; the file's sha256."""
-    raw = (json.dumps(content, indent=1) + "\n").encode()
+    """Write and fsync; the file's sha256. What is not a finite number becomes null: NaN is not JSON."""
+    raw = (json.dumps(drop_infinite(content), indent=1, allow_nan=False) + "\n").encode()
     with path.open("wb") as file:
         file.write(raw)
         file.flush()

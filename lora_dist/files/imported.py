@@ -3,6 +3,7 @@
 Shapes: A [R, H], B [O, R].
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -92,9 +93,23 @@ def build_imported(
 ) -> ImportedAdapter:
     """`biases` by the name of their module. ValueError for what does not fit the model."""
     specs, values = _build_adapters(path, factors, model, rank_stabilized=rank_stabilized)
+    _check_lengths(path, specs, model)
     trained = _read_biases(path, biases, specs, model, bias)
     names = {target: one.module.template for one in factors for target in one.module.targets}
     return ImportedAdapter(specs=specs, bias=bias if trained else "none", values=values | trained, names=names)
+
+
+def _check_lengths(path: Path, specs: Sequence[AdapterSpec], model: ModelConfig) -> None:
+    """ValueError where DoRA's lengths of a fused linear are there for some of its targets alone."""
+    named = {spec.name for spec in specs if spec.use_dora}
+    for layer, fused in itertools.product(range(model.num_layers), model.architecture.fused_targets):
+        names = [f"layers.{layer}.{target}" for target in fused]
+        missing = [name for name in names if name not in named]
+        if named & set(names) and missing:
+            raise ValueError(
+                f"{path}: {missing[0]} has no lora_magnitude_vector, but the linear of {', '.join(fused)} in"
+                f" {model.family} has one for all of them; import the adapter as PEFT wrote it for that linear"
+            )
 
 
 def build_factors(path: Path, name: str, key: str, a_RH: torch.Tensor, b_OR: torch.Tensor, alpha: float) -> Factors:

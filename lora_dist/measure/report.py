@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.config import RunConfig
+from lora_dist.files.directories import drop_infinite
 from lora_dist.measure.environment import describe_environment
 from lora_dist.measure.memory import LABELS
 from lora_dist.measure.metrics_file import METRICS_FILE, read_metrics
@@ -71,7 +72,9 @@ def write_report(
     _check_comparable(summaries)
     plots = _draw_plots(directory, summaries, metrics)
     comparison = Comparison(summaries=list(summaries), rows=build_rows(summaries), plots=plots)
-    (directory / "report.json").write_text(json.dumps(_to_json(comparison, environment), indent=1) + "\n")
+    (directory / "report.json").write_text(
+        json.dumps(drop_infinite(_to_json(comparison, environment)), indent=1) + "\n"
+    )
     (directory / "report.md").write_text(_to_markdown(comparison, environment))
     return comparison
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import LORA_METHODS, RunConfig, compute_num_microbatches
+from lora_dist.files.directories import drop_infinite
 from lora_dist.measure.collectives import Collective, compute_count_per_layer
 from lora_dist.measure.first_step import FirstStep
 from lora_dist.measure.ledger import StaticLedger, StepLedger
@@ -101,7 +102,7 @@ class Summary:
         }
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(drop_infinite(asdict(self)), indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def read(path: Path) -> "Summary":

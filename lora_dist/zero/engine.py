@@ -1,5 +1,6 @@
 """One partitioned optimizer over what trains: accumulate a step's microbatches, reduce once, step once."""
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -142,8 +143,10 @@ class ZeroEngine:
         """Set what `read_state` reads, from the same whole shard on every replica."""
         write_parameter_state(one.parameter, state, self.adam, self.stage)
 
-    def check_outcome(self) -> None:
-        """ValueError, on every process, where no step was usable or what has been trained is not finite. Collective."""
+    def check_outcome(self, valid_loss: float | None) -> None:
+        """ValueError, on every process, where no step was usable, or where what has been trained or its loss on the
+        validation data is not finite. Collective.
+        """
         finite = torch.tensor(
             float(all(bool(master.isfinite().all()) for master in self.adam.state)), device=self.topology.device
         )
@@ -153,6 +156,10 @@ class ZeroEngine:
             raise ValueError(f"no step was usable: no gradient was finite, so nothing has been trained; {remedy}")
         if not finite.item():
             raise ValueError(f"what has been trained is not finite, so it is not written; {remedy}")
+        if valid_loss is not None and not math.isfinite(valid_loss):
+            raise ValueError(
+                f"what has been trained has a validation loss of {valid_loss}; it is not written; {remedy}"
+            )
 
     def read_loss_scale(self) -> dict[str, float]:
         """The loss scale and its counters."""

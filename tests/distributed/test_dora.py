@@ -265,3 +265,13 @@ def test_a_norm_of_half_a_row_is_seen() -> None:
     _, expected = run_case(Case(lora=lora))
     results = run_distributed(compute_with_half_norms, 2, Case(lora=lora, tp_size=2))
     assert compute_error(results[0][1], expected) > 1e-2
+
+
+def test_lengths_of_some_of_a_fused_linear_are_refused(tmp_path: Path) -> None:
+    """As one a projection they can come from a model whose q, k and v are linears of their own."""
+    model = write_toy_checkpoint(tmp_path / "base")
+    run_distributed(write_and_learn, 1, {}, tmp_path / "base", tmp_path / "adapter", Q_V)
+    stored = open_adapter(tmp_path / "adapter", model=model, base_fingerprint="base")
+    export_adapter(stored, tmp_path / "split", "peft_split")
+    with pytest.raises(ValueError, match=r"layers.0.k_proj has no lora_magnitude_vector, but the linear of q_proj, k"):
+        read_in(tmp_path / "split", tmp_path / "again", model)

@@ -143,6 +143,31 @@ def test_an_empty_sentence_or_a_tab_changes_no_other_row(
     assert [tokenizer.decode(one.inputs["input_ids"]) for one in examples] == [f"<s> {text} </s>" for text in expected]
 
 
+def read_outputs(run_dir: Path) -> dict[str, str]:
+    rows = [json.loads(line) for line in (run_dir / "classify-banking77.jsonl").read_text().splitlines()]
+    return {row["context"]: row["text"] for row in rows}
+
+
+def test_a_file_that_lacks_a_label_is_scored(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [f"it was {word},{label}" for word, label in (("good", "a"), ("bad", "b"), ("fine", "c"))]
+    for name, chosen in (("train.csv", rows * 4), ("few.csv", rows[1:]), ("other.csv", ["it was good,d"])):
+        (tmp_path / name).write_text("\n".join(["text,category", *chosen]) + "\n")
+    task = ["task=banking77", "loop.num_steps=10"]
+    for method in ("lora", "full"):
+        train = [*task, f"task.references={tmp_path / 'train.csv'}", f"train={tmp_path / 'train.csv'}"]
+        words = describe_command(tmp_path, method, *train, f"encoder.method={method}")
+        assert run_distributed(call, 1, words) == [0]
+    trained = (f"adapter={tmp_path / 'lora'}", f"encoder.checkpoint={tmp_path / 'full' / 'model'}")
+    for method, given in zip(("lora", "full"), trained, strict=True):
+        words = [*task, f"task.references={tmp_path / 'few.csv'}", given]
+        assert run_distributed(call, 1, describe_command(tmp_path, f"{method}-few", *words)) == [0]
+        said, again = (read_outputs(tmp_path / run) for run in (method, f"{method}-few"))
+        assert again == {context: said[context] for context in ("it was bad", "it was fine")}
+        words = [*task, f"task.references={tmp_path / 'other.csv'}", given]
+        assert run_distributed(call, 1, describe_command(tmp_path, f"{method}-other", *words)) == [2]
+        assert "label 'd' is none of the 3 that are known (a, b, c" in capfd.readouterr().err
+
+
 def test_a_run_validated_on_other_rows_is_not_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train = [f"train={tmp_path / 'train.tsv'}", "loop.num_steps=1"]
     assert run_distributed(call, 1, describe_command(tmp_path, "run", *train)) == [0]

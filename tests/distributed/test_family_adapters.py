@@ -98,7 +98,11 @@ def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> Non
             assert logits is None or (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-TARGETS = {"opt": ["v_proj", "q_proj", "fc1"], "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"]}
+TARGETS = {
+    "opt": ["v_proj", "q_proj", "fc1"],
+    "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"],
+    "phi3": ["gate_up_proj", "qkv_proj", "down_proj"],
+}
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -108,11 +112,28 @@ def test_an_adapter_that_peft_wrote_comes_in_and_goes_out_as_it_was(name: str, t
     targets = TARGETS.get(name, ["v_proj", "q_proj", "gate_proj", "down_proj"])
     write_with_peft(build_family_model(name), source, target_modules=targets, r=2, rank_pattern={targets[0]: 4})
     stored = read_in(source, tmp_path / "stored", model)
-    for format in ("peft",) if name == "gpt_neox" else ("peft", "peft_split"):
+    for format in ("peft",) if model.architecture.fused_targets else ("peft", "peft_split"):
         export_adapter(stored, tmp_path / format, format)
         raw = [(directory / "adapter_model.safetensors").read_bytes() for directory in (source, tmp_path / format)]
         assert raw[0] == raw[1]
     assert torch.equal(compute_peft_logits(base, tmp_path / "stored"), compute_peft_logits(base, source))
+
+
+@pytest.mark.parametrize("targets", [["gate_up_proj"], ["qkv_proj"], ["qkv_proj", "gate_up_proj"]], ids="-".join)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_what_peft_trained_on_fused_linears_is_merged_as_peft_has_it(
+    targets: list[str], use_dora: bool, tmp_path: Path
+) -> None:
+    base, source, stored = tmp_path / "base", tmp_path / "source", tmp_path / "stored"
+    write_family_checkpoint("phi3", base)
+    write_with_peft(build_family_model("phi3"), source, target_modules=targets, r=2, use_dora=use_dora)
+    words = ["model=hf", f"model.checkpoint={base}"]
+    assert run_distributed(call, 1, ["import", *words, f"source={source}", f"output={stored}"]) == [0]
+    merge = ["merge", *words, f"adapter={stored}", f"output={tmp_path / 'merged'}", "topology=tp2"]
+    assert run_distributed(call, 2, merge) == [0, 0]
+    expected = compute_peft_logits(base, source)
+    assert (compute_family_logits(tmp_path / "merged", draw_tokens()) - expected).abs().max() < 1e-4
+    assert (compute_family_logits(base, draw_tokens()) - expected).abs().max() > 1e-2
 
 
 def call(words: list[str]) -> int:

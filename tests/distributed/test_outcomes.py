@@ -29,6 +29,16 @@ def test_a_run_that_diverged_writes_no_model(method: str, tmp_path: Path, capfd:
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_run_whose_losses_overflow_writes_no_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its weights are finite all the same."""
+    train(["model=tiny", "method=lora", "optim.lr=1e30", "loop.eval_every=4", f"run_dir={tmp_path / 'run'}"], code=2)
+    assert (
+        "what has been trained has a validation loss of nan; it is not written; lower optim.lr"
+        in capfd.readouterr().err
+    )
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 def test_a_base_that_is_not_finite_trains_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = build_hf_model()
     with torch.no_grad():

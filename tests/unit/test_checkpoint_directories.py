@@ -11,7 +11,7 @@ from hf_toy import build_run_config
 from lora_dist.checkpoint.identity import check_same, describe_run
 from lora_dist.checkpoint.resume import _commit, _prune, find_newest_checkpoint, read_resume_state
 from lora_dist.config import DataConfig, LoopConfig, LoraConfig, ModelConfig
-from lora_dist.files.directories import open_new_directory, prepare_temporary
+from lora_dist.files.directories import open_new_directory, prepare_temporary, write_json
 from lora_dist.files.safetensors_stream import open_writer
 from lora_dist.lora.targets import build_adapter_specs
 
@@ -89,6 +89,11 @@ def test_an_interrupted_save_is_not_a_checkpoint_and_is_cleared(tmp_path: Path) 
     commit(tmp_path, 3)
     _prune(tmp_path / "checkpoints", keep=2, step=3)
     assert sorted(path.name for path in whole.parent.iterdir()) == ["step-000001", "step-000003"]
+
+
+def test_files_of_json_hold_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.5, float("inf"), {"c": (float("-inf"), None)}]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [1.5, None, {"c": [None, None]}]}
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ def test_help_lists_verbs_groups_and_keys(capsys: pytest.CaptureFixture[str]) ->
     assert "Inner dimension of the two factors" in text
 
 
+def test_the_local_rank_of_deepspeeds_launcher_is_passed_over(
+    runs: list[tuple[str, RunConfig]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--local_rank=0", "train", *TINY, "--cfg", "job", "lora.rank=7"]) == 0
+    assert "  rank: 7\n" in capsys.readouterr().out
+
+
 def test_cfg_prints_and_runs_nothing(runs: list[tuple[str, RunConfig]], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--cfg", "job", "lora.rank=7"]) == 0
     assert "  rank: 7\n" in capsys.readouterr().out
