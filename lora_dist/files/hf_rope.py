@@ -73,7 +73,8 @@ _COMPLETE = {"yarn": _complete_yarn, "longrope": _complete_longrope}
 
 def _find_factor(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> float:
     """How many times longer the context has become."""
-    return rope.get("factor") or get_size(config, "max_position_embeddings", path) / find_original(config, path)
+    longer = get_size(config, "max_position_embeddings", path) / find_original(config, path)
+    return get_number(rope, "factor", longer, path)
 
 
 def find_original(config: Mapping[str, Any], path: Path) -> int:

@@ -65,6 +65,7 @@ def edit(directory: Path, **changes: object) -> None:
         ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' is not supported, only default, linear, l"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "'llama3' has no number high_freq_factor"),
         ("qwen2", {"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "'yarn' with truncate=False"),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "factor='4' is not a number"),
         ("phi3_long", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope' has no list short_factor"),
         ("phi3", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported, only default, longrope"),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported, only None"),
