@@ -24,7 +24,7 @@ SPLITS = {"lora": "tp2_sp", "bitfit": "pp2", "full": "dp2"}
 
 def describe_run(method: str) -> list[str]:
     """With a learning rate at which the validation loss is lowest before the fifth step."""
-    lr = "3e-3" if method == "full" else "3e-1"
+    lr = {"full": "3e-3", "lora": "2e0"}.get(method, "3e-1")
     return [*RUN, f"method={method}", f"optim.lr={lr}", "optim.schedule=constant", f"topology={SPLITS[method]}"]
 
 
