@@ -27,6 +27,8 @@ class Architecture:
     """The MLP's activation is f(gate) * up (arXiv:2002.05202)."""
     gate_activation: str = "silu"
     """f: silu or gelu_tanh."""
+    experts: bool = False
+    """Each layer has several MLPs, of which a router picks some for each token (arXiv:2101.03961, arXiv:2401.04088)."""
     activations: tuple[str, ...] = ("gelu_tanh",)
     """That an MLP without gate may have, the usual one first: gelu_tanh, gelu (exact), relu."""
     partial_rotary: bool = False
@@ -55,6 +57,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": replace(_LLAMA, windows=True),
     "qwen2": replace(_LLAMA, qkv_biases=True),
     "qwen3": replace(_LLAMA, qk_norm=True),
+    "mixtral": replace(_LLAMA, windows=True, experts=True),
+    "qwen3_moe": replace(_LLAMA, qk_norm=True, experts=True),
     "phi3": replace(_LLAMA, windows=True, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
     "gemma3_text": replace(
         _LLAMA,

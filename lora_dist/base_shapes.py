@@ -22,9 +22,12 @@ def _compute_layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     linears = {
         "self_attention.linear_proj": (h, q, kind.linear_biases),
         "self_attention.linear_qkv": (q + 2 * model.kv_size, h, kind.linear_biases or kind.qkv_biases),
-        "mlp.linear_fc1": ((2 if kind.gated else 1) * f, h, kind.linear_biases),
-        "mlp.linear_fc2": (h, f, kind.linear_biases),
     }
+    for mlp in _list_mlps(model):
+        linears[f"{mlp}.linear_fc1"] = ((2 if kind.gated else 1) * f, h, kind.linear_biases)
+        linears[f"{mlp}.linear_fc2"] = (h, f, kind.linear_biases)
+    if model.num_experts is not None:
+        linears["mlp.router"] = (model.num_experts, h, False)
     shapes = _norm("input_layernorm", h, model) | _norm("pre_mlp_layernorm", h, model)
     for name, (num_out, num_in, has_bias) in linears.items():
         shapes[f"{name}.weight"] = (num_out, num_in)
@@ -35,6 +38,13 @@ def _compute_layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         for name in ("q_layernorm", "k_layernorm"):
             shapes |= _norm(f"self_attention.{name}", model.head_dim, model)
     return shapes
+
+
+def _list_mlps(model: ModelConfig) -> list[str]:
+    """The layer's MLP, or each of its experts."""
+    if model.num_experts is None:
+        return ["mlp"]
+    return [f"mlp.experts.{expert}" for expert in range(model.num_experts)]
 
 
 def _norm(name: str, size: int, model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -192,6 +192,10 @@ def _validate_graphs(config: RunConfig) -> None:
         f"{prefix} needs packed_attention=mask: the calls of blocks are as many as a microbatch has examples",
     )
     require(config.loop.recompute == "none", f"{prefix} needs loop.recompute=none, got {config.loop.recompute}")
+    require(
+        config.model.num_experts is None,
+        f"{prefix}: how many rows an expert of {config.model.name} sees is known as they come; leave it out",
+    )
     for key in ("hidden_dropout", "attention_dropout"):
         value = getattr(config.model, key)
         require(value == 0, f"{prefix} needs model.{key}=0, got {value}; lora.dropout may be used")

@@ -24,8 +24,8 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, qwen2, qwen3, phi3, gemma3_text, opt or gpt_neox: what its layers consist
-    of."""
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, phi3, gemma3_text, opt or gpt_neox:
+    what its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -34,6 +34,7 @@ class ModelConfig:
     head_size: int | None = None
     """Features of one head; null means hidden_size / num_heads."""
     ffn_hidden_size: int
+    """Features inside the MLP; of one expert where a layer has several."""
     vocab_size: int
     max_position_embeddings: int
     layernorm_epsilon: float = 1e-5
@@ -41,6 +42,12 @@ class ModelConfig:
     """The output layer is the embedding."""
     activation: str | None = None
     """Of an MLP without gate, where a family has several: gpt_neox gelu (exact) or gelu_tanh; null means the usual."""
+    num_experts: int | None = None
+    """Experts of a layer, of mixtral and qwen3_moe."""
+    experts_per_token: int | None = None
+    """Of them those that the router picks for each token."""
+    normalize_expert_weights: bool = True
+    """The weights of a token's experts are made to sum to one; else each stays its share among all of the layer."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
@@ -92,6 +99,8 @@ class ModelConfig:
             "vocab_size",
             "max_position_embeddings",
             "sliding_window",
+            "num_experts",
+            "experts_per_token",
         ):
             size = getattr(self, key)
             require(size is None or size >= 1, f"model.{key}={size} must be at least 1")
@@ -108,10 +117,29 @@ class ModelConfig:
             f"model.parallel_residual={self.parallel_residual}: a layer of {self.family} has the MLP after the"
             " attention; leave it null",
         )
+        self._check_experts()
         self._check_windows()
         self._check_heads()
         if self.architecture.rotary:
             self._check_rotary()
+
+    def _check_experts(self) -> None:
+        num_experts, num_picked = self.num_experts, self.experts_per_token
+        if not self.architecture.experts:
+            require(
+                num_experts is None and num_picked is None,
+                f"model.num_experts={num_experts} and experts_per_token={num_picked}: a layer of {self.family} has one"
+                " MLP; leave them null",
+            )
+            return
+        require(
+            num_experts is not None and num_picked is not None,
+            f"model.family={self.family} needs model.num_experts and model.experts_per_token",
+        )
+        require(
+            num_picked <= num_experts,  # type: ignore[operator]
+            f"model.experts_per_token={num_picked} exceeds model.num_experts={num_experts}",
+        )
 
     def _check_windows(self) -> None:
         require(
@@ -234,10 +262,13 @@ class ModelConfig:
         return self.num_layers * (self._count_linears() + num_norms * norm) + (vocabulary + positions) * h + norm
 
     def _count_linears(self) -> int:
-        """Weights and biases of one layer's linears, and its q and k norms."""
+        """Weights and biases of one layer's linears and router, and its q and k norms."""
         h, f, q, kv, kind = self.hidden_size, self.ffn_hidden_size, self.query_size, self.kv_size, self.architecture
         num_inner = 2 if kind.gated else 1
-        weights = h * (q + 2 * kv) + q * h + (num_inner + 1) * h * f
+        mlp = (num_inner + 1) * h * f
+        if self.num_experts is not None:
+            mlp = self.num_experts * (mlp + h)  # and its row of the router
+        weights = h * (q + 2 * kv) + q * h + mlp
         qkv_biases = q + 2 * kv if kind.linear_biases or kind.qkv_biases else 0
         other_biases = h + num_inner * f + h if kind.linear_biases else 0
         return weights + qkv_biases + other_biases + (2 * self.head_dim if kind.qk_norm else 0)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_dist.base_format import LinearShape, compute_weight_bytes
 from lora_dist.config import ModelConfig, RunConfig, compute_dp_size
-from lora_dist.lora.targets import compute_linear_shapes
+from lora_dist.lora.targets import compute_linear_shapes, compute_mlp_shapes
 from lora_dist.topology import compute_coordinates
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -37,15 +37,16 @@ def compute_state_bytes(config: RunConfig, pp_rank: int, dp_size: int) -> int:
 
 def compute_format_savings(model: ModelConfig, native_itemsize: int, tp_size: int, pp_size: int) -> int:
     """Bytes by which one stage's shard is smaller for model.base_format; exact."""
-    saved = 0
-    for target, (in_features, out_features) in compute_linear_shapes(model).items():
+    saved, mlp = 0, compute_mlp_shapes(model)
+    for target, (in_features, out_features) in (compute_linear_shapes(model) | mlp).items():
         whole = LinearShape(
             out_features=out_features,
             in_features=in_features,
             column_parallel=target not in ("o_proj", "down_proj"),
         )
         shard = whole.cut(tp_size)
-        saved += shard.num_elements * native_itemsize - compute_weight_bytes(model.base_format, shard, native_itemsize)
+        smaller = shard.num_elements * native_itemsize - compute_weight_bytes(model.base_format, shard, native_itemsize)
+        saved += smaller * ((model.num_experts or 1) if target in mlp else 1)
     return model.num_layers // pp_size * saved
 
 

@@ -27,8 +27,8 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
         "ln_2": (_MLP_NORM,),
         "ln_f": (_FINAL_NORM,),
     },
-    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), _LLAMA),
-    "qwen3": _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)},
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "phi3"), _LLAMA),
+    **dict.fromkeys(("qwen3", "qwen3_moe"), _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)}),
     "gemma3_text": _LLAMA
     | {
         "post_attention_layernorm": ("decoder.layers.*.self_attention.output_layernorm",),

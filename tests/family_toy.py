@@ -1,6 +1,6 @@
 """A tiny random checkpoint of every supported family, written by transformers' own classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -22,6 +24,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from lora_dist.config import ModelConfig
@@ -62,6 +66,27 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=5)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True, rope_parameters=_YARN)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=8)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=4, sliding_window=5)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **_SIZES | {"intermediate_size": 80},
+            head_dim=8,
+            moe_intermediate_size=16,
+            num_experts=6,
+            num_experts_per_tok=3,
+            norm_topk_prob=True,
+        )
+    ),
+    "qwen3_moe_shares": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **_SIZES,
+            head_dim=8,
+            moe_intermediate_size=24,
+            num_experts=4,
+            num_experts_per_tok=2,
+            tie_word_embeddings=True,
+        )
+    ),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES, partial_rotary_factor=0.5, sliding_window=9)),
     "phi3_long": lambda: Phi3ForCausalLM(
         Phi3Config(**_SIZES, tie_word_embeddings=True, original_max_position_embeddings=48, rope_parameters=_LONG)
@@ -96,19 +121,41 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 """Name -> a model of that family; where there are two, they differ in what a checkpoint may choose."""
-ONE_EACH = [name for name in FAMILIES if name not in ("llama_tied", "phi3_long", "gpt_neox_serial")]
+ONE_EACH = [name for name in FAMILIES if name not in ("llama_tied", "qwen3_moe_shares", "phi3_long", "gpt_neox_serial")]
 
 
 @torch.no_grad()
 def build_family_model(name: str, seed: int = 0) -> PreTrainedModel:
     """Eval mode, every parameter drawn: transformers leaves biases zero and norms one."""
     model = FAMILIES[name]()
+    if hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("eager")  # the other ones have no fp64
     generator = torch.Generator().manual_seed(seed)
     for parameter_name, parameter in model.named_parameters():
         drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
         is_factor = "norm" in parameter_name and parameter_name.endswith("weight") and name != "gemma3_text"
         parameter.copy_(1 + drawn if is_factor else drawn)
     return model.eval()
+
+
+def name_as_stored(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
+    """What transformers holds in memory by the names of its files, where it stacks the experts of a layer."""
+    if model.num_experts is None:
+        return dict(tensors)
+    gate, up, down = ("w1", "w3", "w2") if model.family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    stored = {}
+    for name, tensor in tensors.items():
+        if model.family == "mixtral":
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        place, _, kind = name.rpartition(".")
+        if kind == "gate_up_proj":
+            for expert, (one, other) in enumerate(chunk.chunk(2) for chunk in tensor):
+                stored |= {f"{place}.{expert}.{gate}.weight": one, f"{place}.{expert}.{up}.weight": other}
+        elif kind == "down_proj":
+            stored |= {f"{place}.{expert}.{down}.weight": one for expert, one in enumerate(tensor)}
+        else:
+            stored[name] = tensor
+    return stored
 
 
 def write_family_checkpoint(name: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> ModelConfig:

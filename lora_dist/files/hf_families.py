@@ -1,5 +1,6 @@
 """The families whose Hugging Face checkpoints are read and written."""
 
+from lora_dist.files.hf_experts import EXPERT_FAMILIES
 from lora_dist.files.hf_gemma3 import GEMMA3_FAMILY
 from lora_dist.files.hf_gpt2 import GPT2_FAMILY
 from lora_dist.files.hf_layout import HfFamily
@@ -11,6 +12,7 @@ from lora_dist.files.hf_phi3 import PHI3_FAMILY
 HF_FAMILIES: dict[str, HfFamily] = {
     "gpt2": GPT2_FAMILY,
     **LLAMA_FAMILIES,
+    **EXPERT_FAMILIES,
     "phi3": PHI3_FAMILY,
     "gemma3_text": GEMMA3_FAMILY,
     "opt": OPT_FAMILY,

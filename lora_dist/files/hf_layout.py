@@ -14,7 +14,7 @@ import torch
 
 from lora_dist.base_shapes import compute_canonical_shapes
 from lora_dist.lora.layer import compute_fused_rows
-from lora_dist.lora.targets import compute_linear_shapes
+from lora_dist.lora.targets import compute_linear_shapes, compute_mlp_shapes
 from lora_dist.model_config import ModelConfig
 
 TIED_HEAD = "lm_head.weight"
@@ -79,7 +79,7 @@ class LayerNames:
     """Prefix of a layer's modules, with {layer}."""
     modules: Mapping[str, str | Mapping[str, str]]
     """Canonical module of a layer -> the stored one with the same rows, or one for each target that it fuses; targets
-    with the same one lie in it one after the other."""
+    with the same one lie in it one after the other. {expert} stands for the number of an expert."""
     others: Mapping[str, str]
     """Canonical parameters outside the layers -> stored names; the output layer's where it is not tied."""
 
@@ -90,18 +90,25 @@ class LayerNames:
             is_tied_copy = model.tied_output and canonical_name == "output_layer.weight"
             return [HfPart(name=self.others["embedding.word_embeddings.weight" if is_tied_copy else canonical_name])]
         layer, module, kind = found.groups()
-        stored, place = self.modules[module], self.layers.format(layer=layer)
+        expert = re.search(r"\.experts\.(\d+)\.", module)
+        if expert is not None:
+            module = module.replace(expert[0], ".experts.{expert}.")
+
+        def name_tensor(linear: str) -> str:
+            return f"{self.layers}{linear}.{kind}".format(layer=layer, expert=expert and expert[1])
+
+        stored = self.modules[module]
         if isinstance(stored, str):
-            return [HfPart(name=f"{place}{stored}.{kind}")]
-        linears, parts, filled = compute_linear_shapes(model), [], dict.fromkeys(stored.values(), 0)
+            return [HfPart(name=name_tensor(stored))]
+        linears, parts, filled = _compute_all_shapes(model), [], dict.fromkeys(stored.values(), 0)
         for target, name in stored.items():
-            parts.append(HfPart(name=f"{place}{name}.{kind}", target=target, first=filled[name]))
+            parts.append(HfPart(name=name_tensor(name), target=target, first=filled[name]))
             filled[name] += linears[target][1]
         return parts
 
     def compute_shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every stored tensor."""
-        linears, shapes = compute_linear_shapes(model), {}
+        linears, shapes = _compute_all_shapes(model), {}
         for canonical_name, shape in compute_canonical_shapes(model).items():
             for part in self.find_parts(canonical_name, model):  # the last part of a tensor ends where it does
                 own_rows = shape[:1] if part.target is None else (part.first + linears[part.target][1],)
@@ -109,14 +116,20 @@ class LayerNames:
         return shapes
 
     def list_target_names(self) -> dict[str, str]:
-        """Target -> template of its linear's name, with {layer}."""
+        """Target -> template of its linear's name, with {layer}; experts' linears are no targets."""
         names: dict[str, str] = {}
         for module, stored in self.modules.items():
+            if ".experts." in module:
+                continue
             if not isinstance(stored, str):
                 names |= stored
             else:
                 names |= dict.fromkeys(_TARGETS.get(module, ()), stored)
         return {target: self.layers + name for target, name in names.items()}
+
+
+def _compute_all_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    return compute_linear_shapes(model) | compute_mlp_shapes(model)
 
 
 def split_to_hf(whole: torch.Tensor, parts: Sequence[HfPart], model: ModelConfig) -> dict[str, torch.Tensor]:

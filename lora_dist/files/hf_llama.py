@@ -78,10 +78,8 @@ def _get_size_or(config: Mapping[str, Any], key: str, default: int, path: Path) 
 
 def _read_fields(config: Mapping[str, Any], path: Path, *, family: str) -> dict[str, Any]:
     config = _ABSENT[family] | dict(config)
-    rope = _read_rope(config, path)
     window = read_window(config, path) if family == "mistral" else None
-    context = _read_context(config, path, rope["rope_scaling"])
-    fields = {"family": family, **read_sizes(config, path), "max_position_embeddings": context, **rope}
+    fields = {"family": family, **read_sizes(config, path), **read_positions(config, path)}
     return fields | {"sliding_window": window}
 
 
@@ -90,21 +88,18 @@ def read_window(config: Mapping[str, Any], path: Path) -> int | None:
     return None if config.get("sliding_window") is None else get_size(config, "sliding_window", path)
 
 
-def _read_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def read_positions(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The context and the rotary fields. Where YaRN was put into config.json by hand, max_position_embeddings is often
+    the context that it starts from.
+    """
     fraction = get_rope(config, path).get("partial_rotary_factor", 1.0)
     if fraction != 1.0:
         raise ValueError(f"{path}: partial_rotary_factor={fraction} is not supported, only 1.0")
-    return read_rope(config, path, ("default", "linear", "llama3", "yarn"))
-
-
-def _read_context(config: Mapping[str, Any], path: Path, scaling: Mapping[str, float]) -> int:
-    """Positions a row may have. Where YaRN was put into config.json by hand, max_position_embeddings is often the
-    context that it starts from.
-    """
-    context = get_size(config, "max_position_embeddings", path)
+    rope = read_rope(config, path, ("default", "linear", "llama3", "yarn"))
+    context, scaling = get_size(config, "max_position_embeddings", path), rope["rope_scaling"]
     if "beta_fast" in scaling:
         context = max(context, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
-    return context
+    return {"max_position_embeddings": context, **rope}
 
 
 def describe_llama(model: ModelConfig) -> dict[str, Any]:

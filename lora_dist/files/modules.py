@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_dist.config import ModelConfig
+from lora_dist.files.hf_experts import MIXTRAL_NAMES, QWEN3_MOE_NAMES
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_gemma3 import GEMMA3_NAMES
 from lora_dist.files.hf_llama import LLAMA_FAMILIES, LLAMA_NAMES
@@ -24,6 +25,8 @@ GPT2_NAMES = {
 FAMILY_NAMES: dict[str, dict[str, str]] = {
     "gpt2": GPT2_NAMES,
     **dict.fromkeys(LLAMA_FAMILIES, LLAMA_NAMES.list_target_names()),
+    "mixtral": MIXTRAL_NAMES.list_target_names(),
+    "qwen3_moe": QWEN3_MOE_NAMES.list_target_names(),
     "gemma3_text": GEMMA3_NAMES.list_target_names(),
     "phi3": PHI3_NAMES.list_target_names(),
     "opt": OPT_NAMES.list_target_names(),

@@ -21,6 +21,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "c_proj": ("o_proj", "down_proj"),
     **dict.fromkeys(("all-linear", "all"), CANONICAL_TARGETS),
 }
+_MLP_TARGETS = {"gate_proj", "up_proj", "down_proj"}
 LINEAR_OF_TARGET = {
     **dict.fromkeys(_ATTENTION_INPUTS, "self_attention.linear_qkv"),
     "o_proj": "self_attention.linear_proj",
@@ -32,17 +33,17 @@ _Value = TypeVar("_Value")
 
 
 def compute_linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of each adaptable linear of a layer."""
-    h, f, q, kv = model.hidden_size, model.ffn_hidden_size, model.query_size, model.kv_size
-    return {
-        "q_proj": (h, q),
-        "k_proj": (h, kv),
-        "v_proj": (h, kv),
-        "o_proj": (q, h),
-        **({"gate_proj": (h, f)} if model.architecture.gated else {}),
-        "up_proj": (h, f),
-        "down_proj": (f, h),
-    }
+    """(in_features, out_features) of each adaptable linear of a layer. Experts' are not: only some rows reach them."""
+    h, q, kv = model.hidden_size, model.query_size, model.kv_size
+    attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
+    return attention if model.architecture.experts else attention | compute_mlp_shapes(model)
+
+
+def compute_mlp_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of each linear of a layer's MLP, or of each of its experts."""
+    h, f = model.hidden_size, model.ffn_hidden_size
+    gate = {"gate_proj": (h, f)} if model.architecture.gated else {}
+    return {**gate, "up_proj": (h, f), "down_proj": (f, h)}
 
 
 def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpec]:
@@ -55,6 +56,7 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
     sites = [(layer, target) for layer in range(model.num_layers) for target in shapes]
     chosen: set[tuple[int, str]] = set()
     for pattern in lora.target_modules:
+        _check_outside_experts(pattern, model)
         chosen.update(_match("lora.target_modules", pattern, sites))
     adapted = [site for site in sites if site in chosen and site[0] in layers]
     if not adapted:
@@ -78,6 +80,14 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
     if lora.init == "pissa":
         _check_has_principal_parts(specs)
     return specs
+
+
+def _check_outside_experts(pattern: str, model: ModelConfig) -> None:
+    if model.architecture.experts and find_targets(pattern) and not set(find_targets(pattern)) - _MLP_TARGETS:
+        raise ValueError(
+            f"lora.target_modules: {pattern!r} is a linear of the experts of {model.family}, which take no adapters;"
+            f" there are {', '.join(compute_linear_shapes(model))}"
+        )
 
 
 def _check_has_principal_parts(specs: Iterable[AdapterSpec]) -> None:

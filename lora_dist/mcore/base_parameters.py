@@ -32,8 +32,8 @@ _BLOCK_SIZE = 2**24
 """Elements drawn from one generator: one thread draws some 1e8 a second, and GPT-3 has 1.75e11."""
 _ON_SEQUENCE_SHARD = ("layernorm.weight", "layernorm.bias", "linear_proj.bias", "linear_fc2.bias")
 """Replicated parameters that act on the local sequence shard under sequence parallelism."""
-_ON_OWN_HEADS = ("q_layernorm.weight", "k_layernorm.weight")
-"""Replicated parameters that act on this rank's heads alone."""
+_ON_OWN_SLICE = ("q_layernorm.weight", "k_layernorm.weight", "router.weight")
+"""Replicated parameters that act on this rank's heads alone, or for its slices of the experts."""
 _ADDED = ("lora_", "_bottleneck.", "prefix_vectors.")
 """Parts of the names of what methods put beside the base."""
 
@@ -98,7 +98,7 @@ def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableP
     if is_embedding:
         full_shape[0] = gpt.true_vocab_size
     on_sequence_shard = topology.sequence_parallel and name.endswith(_ON_SEQUENCE_SHARD)
-    on_own_heads = topology.tp_size > 1 and name.endswith(_ON_OWN_HEADS)
+    on_own_slice = topology.tp_size > 1 and name.endswith(_ON_OWN_SLICE)
     is_gated = gpt.config.gated_linear_unit and ".linear_fc1." in name
     is_tied = is_embedding and gpt.share_embeddings_and_output_weights
     return TrainableParameter(
@@ -107,7 +107,7 @@ def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableP
         full_shape=tuple(full_shape),
         shard_dim=shard_dim,
         tp_ranges=tp_ranges,
-        tp_partial_grad=on_sequence_shard or on_own_heads,
+        tp_partial_grad=on_sequence_shard or on_own_slice,
         kind="bias" if name.endswith("bias") else "base",
         num_blocks=2 if is_gated else 1,
         tied=is_tied and topology.pp_size > 1,

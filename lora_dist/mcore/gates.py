@@ -38,12 +38,12 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate_up_N2F: torch.Tensor, is_gelu: bool) -> torch.Tensor:
         ctx.save_for_backward(gate_up_N2F)
         ctx.is_gelu = is_gelu
-        return _compute_gated(gate_up_N2F, is_gelu)
+        return compute_gated(gate_up_N2F, is_gelu)
 
     @staticmethod
     def backward(ctx: Any, doutput_NF: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         (gate_up_N2F,) = ctx.saved_tensors
-        return _compute_grad(doutput_NF, gate_up_N2F, ctx.is_gelu), None
+        return compute_gated_grad(doutput_NF, gate_up_N2F, ctx.is_gelu), None
 
 
 def _activate(gate_NF: torch.Tensor, is_gelu: bool) -> torch.Tensor:
@@ -51,7 +51,7 @@ def _activate(gate_NF: torch.Tensor, is_gelu: bool) -> torch.Tensor:
 
 
 @Chain
-def _compute_gated(gate_up_N2F: torch.Tensor, is_gelu: bool) -> torch.Tensor:
+def compute_gated(gate_up_N2F: torch.Tensor, is_gelu: bool) -> torch.Tensor:
     gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
     return _activate(gate_NF, is_gelu).mul_(up_NF)
 
@@ -78,4 +78,4 @@ def _join_grad(doutput_NF: torch.Tensor, gate_up_N2F: torch.Tensor, is_gelu: boo
     return torch.cat([dgate_NF, doutput_NF * _activate(gate_NF, is_gelu)], dim=-1)
 
 
-_compute_grad = Chain(_write_grad, compiled=_join_grad)
+compute_gated_grad = Chain(_write_grad, compiled=_join_grad)

@@ -33,7 +33,7 @@ def build_quantized_weight(linear: ColumnParallelLinear | RowParallelLinear, bas
 
 def _replace_weight(linear: ColumnParallelLinear | RowParallelLinear) -> None:
     """A quantised weight in place of the one just allocated, where the model's base_format says so."""
-    base_format = linear.config.base_format
+    base_format = linear.config.model.base_format
     if base_format != "native":
         quantized = build_quantized_weight(linear, base_format)
         del linear.weight

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention, compute_attention_bias
+from lora_dist.mcore.experts import ExpertMlp
 from lora_dist.mcore.gates import GeGlu, SwiGlu
 from lora_dist.mcore.head_loss import compute_target_loss
 from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, NormedLayer, ParallelLayer
@@ -145,7 +146,7 @@ def build_model(
 ) -> ShardedGpt:
     """This process's shard, on its device, its weights not yet set; its first `num_recomputed` layers recompute."""
     config = _build_transformer_config(model, topology, dtype)
-    config.base_format = model.base_format  # Megatron hands its configuration to each linear it makes
+    config.model = model  # Megatron hands its configuration to each module it makes
     gpt = ShardedGpt(
         config=config,
         transformer_layer_spec=_build_block_spec(model, model.num_layers // topology.pp_size),
@@ -240,7 +241,9 @@ def _build_block_spec(model: ModelConfig, num_stage_layers: int) -> TransformerB
     attention.core_attention = SdpaAttention
     attention.linear_qkv = mlp.linear_fc1 = LoraColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = LoraRowParallelLinear
-    if architecture.gated:
+    if architecture.experts:
+        layer.mlp = ExpertMlp
+    elif architecture.gated:
         mlp.activation_func = GeGlu if architecture.gate_activation == "gelu_tanh" else SwiGlu
     if architecture.rotary:
         layer.self_attention.module = NormedSelfAttention if architecture.output_norms else RotarySelfAttention

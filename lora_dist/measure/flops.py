@@ -11,7 +11,8 @@ For one linear from `i` to `o` features with adapters of total rank `r`:
 | d(input)           | 2 i o  | 2 i o + 2 r i        | 2 i o   |
 | other gradients    | -      | 2 r (i + o) + 2 r o  | 2 i o   |
 
-times T: a frozen linear costs 4 i o a token where a trained one costs 6 i o. The output layer is one more linear over M
+times T: a frozen linear costs 4 i o a token where a trained one costs 6 i o. An expert's linears see K T rows in all,
+where K of them serve each token, and the router is one more linear without adapters. The output layer is another over M
 tokens, attention 4 S Q a token forward and 10 S Q backward (the kernel computes the scores again). Below the lowest
 adapted linear there is no backward at all, and it needs no d(input) itself. Recomputed regions add their forward.
 """
@@ -37,7 +38,7 @@ _LINEAR_OF_TARGET = {
     "up_proj": "fc1",
     "down_proj": "fc2",
 }
-_FORWARD_ORDER = ("qkv", "attention", "proj", "fc1", "fc2")
+_FORWARD_ORDER = ("qkv", "attention", "proj", "router", "fc1", "fc2")
 
 
 def _count_addmm_(accumulated: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
@@ -130,6 +131,8 @@ def _build_layer(model: ModelConfig, shape: StepShape, ranks: dict[str, int], *,
     h, f, q, tokens = model.hidden_size, model.ffn_hidden_size, model.query_size, shape.num_tokens
     fc1 = 2 * f if model.architecture.gated else f
     features = {"qkv": (h, q + 2 * model.kv_size), "proj": (q, h), "fc1": (h, fc1), "fc2": (f, h)}
+    features["router"] = (h, model.num_experts or 0)
+    mlp_tokens = tokens * (model.experts_per_token or 1)
     score_flops = 2 * shape.num_scores * q
     parts = []
     for name in _FORWARD_ORDER:
@@ -137,7 +140,7 @@ def _build_layer(model: ModelConfig, shape: StepShape, ranks: dict[str, int], *,
             parts.append(_Part(name=name, forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0))
             continue
         i, o = features[name]
-        base, r = 2 * i * o * tokens, ranks.get(name, 0)
+        base, r = 2 * i * o * (mlp_tokens if name in ("fc1", "fc2") else tokens), ranks.get(name, 0)
         down, up = 2 * r * i * tokens, 2 * r * o * tokens
         parts.append(
             _Part(
@@ -168,4 +171,4 @@ def _list_recomputed(layer: Sequence[_Part], recompute: str, input_requires_grad
     """Names of the layer's parts that run twice."""
     if recompute == "none" or not (input_requires_grad or any(part.trains for part in layer)):
         return set()
-    return {part.name for part in layer} if recompute == "full" else {"fc1", "fc2"}
+    return {part.name for part in layer} if recompute == "full" else {"router", "fc1", "fc2"}

@@ -36,7 +36,8 @@ LORA = LoraConfig(rank=3, alpha=4, target_modules=["all-linear"], rank_pattern={
 def list_specs(model: ModelConfig) -> list[AdapterSpec]:
     """Mistral, whose layers are Llama's, has DoRA, and so has GPT-NeoX."""
     specs = build_adapter_specs(replace(LORA, use_dora=model.family in ("mistral", "gpt_neox")), model)
-    assert len(specs) == model.num_layers * (7 if model.architecture.gated else 6)
+    num_targets = 4 if model.architecture.experts else 7 if model.architecture.gated else 6
+    assert len(specs) == model.num_layers * num_targets
     return specs
 
 
@@ -99,6 +100,7 @@ def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> Non
 
 
 TARGETS = {
+    **dict.fromkeys(("mixtral", "qwen3_moe"), ["v_proj", "q_proj", "o_proj"]),
     "opt": ["v_proj", "q_proj", "fc1"],
     "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"],
     "phi3": ["gate_up_proj", "qkv_proj", "down_proj"],

@@ -37,7 +37,7 @@ _QKV = ["q_proj", "k_proj", "v_proj"]
 def build_lora(model: ModelConfig) -> LoraConfig:
     """Every module that can train whole, and biases where there are some."""
     bias = "lora_only" if model.architecture.has_biases else "none"
-    targets = [*_QKV, "down_proj"]
+    targets = [*_QKV, "o_proj" if model.architecture.experts else "down_proj"]
     return LoraConfig(rank=2, alpha=4, target_modules=targets, bias=bias, modules_to_save=list_saved_modules(model))
 
 

@@ -4,15 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_toy import FAMILIES, build_family_model, read_family_config, write_family_checkpoint
+from family_toy import FAMILIES, build_family_model, name_as_stored, read_family_config, write_family_checkpoint
 from hf_toy import build_shard, draw_tokens
 from processes import run_distributed
-from toy import ALL_TARGETS, SEVEN_TARGETS, Case, compute_gradients, merge_results, reduce_gradients
+from toy import SEVEN_TARGETS, Case, compute_gradients, merge_results, reduce_gradients
 
 from lora_dist.batch import Batch
 from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import split_to_hf
+from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.hf_weights import load_hf_checkpoint
 from lora_dist.mcore.schedule import forward_backward
@@ -45,6 +46,16 @@ MODELS = {
         local_rope_theta=100.0,
         attention_scale=0.4,
     ),
+    "mixtral": build_toy("mixtral", num_kv_heads=4, num_experts=3, experts_per_token=2, tied_output=False),
+    "qwen3_moe": build_toy(
+        "qwen3_moe",
+        num_kv_heads=4,
+        ffn_hidden_size=12,
+        num_experts=8,
+        experts_per_token=3,
+        normalize_expert_weights=False,
+        tied_output=True,
+    ),
     "phi3": build_toy("phi3", num_kv_heads=4, rotary_fraction=0.5, sliding_window=12),
     "opt": build_toy("opt"),
     "gpt_neox": build_toy("gpt_neox", tied_output=False, rotary_fraction=0.5),
@@ -56,7 +67,7 @@ def run_case(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def build_case_of(name: str, method: str, **options: object) -> Case:
-    targets = SEVEN_TARGETS if MODELS[name].architecture.gated else ALL_TARGETS
+    targets = [target for target in SEVEN_TARGETS if target in compute_linear_shapes(MODELS[name])]
     lora = LoraConfig(rank=3, target_modules=targets)
     return Case(model=MODELS[name], method=method, lora=lora, **options)  # type: ignore[arg-type]
 
@@ -66,6 +77,8 @@ CASES = [
     *(("qwen3", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
     ("qwen2", "full", TOPOLOGIES[1:4:2]),
     *(("gemma3_text", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
+    *(("mixtral", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
+    *(("qwen3_moe", method, TOPOLOGIES) for method in ("lora", "full")),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
     *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
@@ -122,7 +135,7 @@ def compute_packed_gradients(options: dict, source: Path) -> tuple[float, dict[s
     return loss, {f"{family.find_module(name)}.{name.rpartition('.')[2]}": one for name, one in stored.items()}
 
 
-def compute_expected_gradients(name: str) -> tuple[float, dict[str, torch.Tensor]]:
+def compute_expected_gradients(name: str, source: Path) -> tuple[float, dict[str, torch.Tensor]]:
     """transformers, each example alone."""
     model = build_family_model(name).double()
     losses = [
@@ -132,13 +145,14 @@ def compute_expected_gradients(name: str) -> tuple[float, dict[str, torch.Tensor
     ]
     loss = torch.stack(losses).sum() / int(build_packed_batch(draw_tokens()).num_loss_tokens)
     loss.backward()
-    return loss.item(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), name_as_stored(gradients, read_family_config(source))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_examples_have_the_gradients_that_transformers_gives_each_alone(name: str, tmp_path: Path) -> None:
     write_family_checkpoint(name, tmp_path)
-    expected_loss, expected = compute_expected_gradients(name)
+    expected_loss, expected = compute_expected_gradients(name, tmp_path)
     loss, actual = run_distributed(compute_packed_gradients, 2, {"tp_size": 2}, tmp_path)[0]
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert actual.keys() == expected.keys()

@@ -1,0 +1,202 @@
+"""The MLP of a layer as several experts, of which a router picks some for each token: frozen or trained, TP-sharded.
+
+Every TP rank holds a slice of every expert, so that the ranks' work is the same whatever the router picks, and what
+they communicate is what a dense MLP's would be. Shapes: S sequence, B rows, H hidden, E experts, K experts of a token,
+T = S B tokens, R = T K rows that experts see, ordered by expert, F features of an expert on this rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as ps
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from lora_dist.base_format import LinearShape
+from lora_dist.lora.function import BaseWeight, read_weight
+from lora_dist.mcore.gates import compute_gated, compute_gated_grad
+from lora_dist.quant.weight import QuantizedWeight
+
+
+class ExpertMlp(nn.Module):
+    """In place of Megatron's MLP, with its constructor: `config.model` says what there is to build."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config, model = config, config.model
+        self._z3_leaf = (
+            True  # DeepSpeed's ZeRO 3 gathers all below it at once: the experts' own forward is never called
+        )
+        self.router = _Router(config)
+        self.experts = nn.ModuleList(_Expert(config) for _ in range(model.num_experts))
+
+    def forward(self, hidden_SBH: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        """The output, under sequence parallelism this rank's share as the input is, and no bias."""
+        hidden_SBH = self._enter(hidden_SBH)
+        tokens_TH = hidden_SBH.flatten(0, 1)
+        weights_TK, choices_TK = self.router(tokens_TH)
+        experts = [expert.weights for expert in cast(Sequence[_Expert], self.experts)]
+        output_TH = mix_experts(tokens_TH, weights_TK, choices_TK, experts)
+        return self._leave(output_TH.view_as(hidden_SBH)), None
+
+    def _enter(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        """The whole sequence; backward sums what the ranks' slices of the experts make of its gradient."""
+        group = ps.get_tensor_model_parallel_group()
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden_SBH, group=group)
+        return copy_to_tensor_model_parallel_region(hidden_SBH, group=group)
+
+    def _leave(self, partial_SBH: torch.Tensor) -> torch.Tensor:
+        group = ps.get_tensor_model_parallel_group()
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(partial_SBH, group=group)
+        return reduce_from_tensor_model_parallel_region(partial_SBH, group=group)
+
+
+class _Router(nn.Module):
+    """Whole on every TP rank, which all pick the same; the gradient of its weight is one rank's summand."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.model = config.model
+        self.weight = nn.Parameter(_allocate(self.model.num_experts, config.hidden_size, config))
+
+    def forward(self, tokens_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much of each picked expert's output counts, and which ones they are: both [T, K]."""
+        logits_TE = F.linear(tokens_TH, self.weight)
+        shares_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
+        weights_TK, choices_TK = shares_TE.topk(self.model.experts_per_token, dim=-1)
+        if self.model.normalize_expert_weights:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return weights_TK.to(tokens_TH.dtype), choices_TK
+
+
+class _Expert(nn.Module):
+    """The weights of one: gate and up in one linear, as in a dense MLP, and down."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        size = config.ffn_hidden_size // config.tensor_model_parallel_size
+        self.linear_fc1 = _Weight(config, 2 * size, config.hidden_size, column_parallel=True)
+        self.linear_fc2 = _Weight(config, config.hidden_size, size, column_parallel=False)
+
+    @property
+    def weights(self) -> tuple[BaseWeight, BaseWeight]:
+        return self.linear_fc1.weight, self.linear_fc2.weight
+
+
+class _Weight(nn.Module):
+    def __init__(
+        self, config: TransformerConfig, out_features: int, in_features: int, *, column_parallel: bool
+    ) -> None:
+        super().__init__()
+        self.weight: BaseWeight
+        if config.model.base_format == "native":
+            self.weight = nn.Parameter(_allocate(out_features, in_features, config))
+        else:
+            shape = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
+            self.weight = QuantizedWeight(config.model.base_format, shape, device=torch.cuda.current_device())
+
+
+def _allocate(out_features: int, in_features: int, config: TransformerConfig) -> torch.Tensor:
+    """Where Megatron puts its own linears' weights."""
+    return torch.empty(out_features, in_features, dtype=config.params_dtype, device=torch.cuda.current_device())
+
+
+def mix_experts(
+    tokens_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    choices_TK: torch.Tensor,
+    experts: Sequence[tuple[BaseWeight, BaseWeight]],
+) -> torch.Tensor:
+    """[T, H]: of each token the sum of its experts' outputs, by weight; this rank's summand of it.
+
+    `experts` are [2F, H] and [H, F] each: W2 (silu(gate) * up), [gate | up] = W1 x.
+    """
+    trained = [weight for pair in experts for weight in pair if isinstance(weight, torch.Tensor)]
+    if not any(weight.requires_grad for weight in trained):
+        trained = []
+    mixed_TH: torch.Tensor = _MixedExperts.apply(  # type: ignore[no-untyped-call]
+        tokens_TH, weights_TK, choices_TK, experts, *trained
+    )
+    return mixed_TH
+
+
+class _MixedExperts(torch.autograd.Function):
+    """Keeps [gate | up] of every row, and the tokens where experts train; no output of an expert.
+
+    A row's weight multiplies what enters the second linear. So its gradient is a product of that with what the linear
+    hands back, and the expert's output is not needed for it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        choices_TK: torch.Tensor,
+        experts: Sequence[tuple[BaseWeight, BaseWeight]],
+        *trained: torch.Tensor,
+    ) -> torch.Tensor:
+        order_R = choices_TK.flatten().argsort(stable=True)
+        ctx.experts, ctx.counts = experts, _count_rows(choices_TK, len(experts))
+        ctx.num_choices, ctx.trains = weights_TK.shape[1], len(trained) > 0
+        weights_R = weights_TK.flatten()[order_R]
+        gate_up_R2F = tokens_TH.new_empty(len(order_R), experts[0][0].shape[0])
+        for (first, _), rows, tokens_N in (parts := _split_rows(ctx, order_R)):
+            weight = read_weight(first, tokens_TH.dtype)
+            torch.mm(tokens_TH.index_select(0, tokens_N), weight.t(), out=gate_up_R2F[rows])
+        inner_RF = compute_gated(gate_up_R2F, False).mul_(weights_R[:, None])
+        mixed_TH = torch.zeros_like(tokens_TH)
+        for (_, second), rows, tokens_N in parts:
+            mixed_TH.index_add_(0, tokens_N, inner_RF[rows] @ read_weight(second, tokens_TH.dtype).t())
+        ctx.save_for_backward(tokens_TH if ctx.trains else None, gate_up_R2F, weights_R, order_R)
+        return mixed_TH
+
+    @staticmethod
+    def backward(ctx: Any, dmixed_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        tokens_TH, gate_up_R2F, weights_R, order_R = ctx.saved_tensors
+        dinner_RF = gate_up_R2F.new_empty(len(order_R), gate_up_R2F.shape[1] // 2)
+        for (_, second), rows, tokens_N in (parts := _split_rows(ctx, order_R)):
+            torch.mm(dmixed_TH.index_select(0, tokens_N), read_weight(second, dmixed_TH.dtype), out=dinner_RF[rows])
+        inner_RF = compute_gated(gate_up_R2F, False)
+        dweights_R = (dinner_RF * inner_RF).sum(-1)
+        dgate_up_R2F = compute_gated_grad(dinner_RF.mul_(weights_R[:, None]), gate_up_R2F, False)
+        dtokens_TH = torch.zeros_like(dmixed_TH)
+        dtrained: list[torch.Tensor] = []
+        for (first, _), rows, tokens_N in parts:
+            dtokens_TH.index_add_(0, tokens_N, dgate_up_R2F[rows] @ read_weight(first, dmixed_TH.dtype))
+            if ctx.trains:
+                dtrained.append(dgate_up_R2F[rows].t() @ tokens_TH.index_select(0, tokens_N))
+                inner_NF = inner_RF[rows] * weights_R[rows, None]
+                dtrained.append(dmixed_TH.index_select(0, tokens_N).t() @ inner_NF)
+        dweights_TK = torch.empty_like(dweights_R).index_copy_(0, order_R, dweights_R).view(-1, ctx.num_choices)
+        return dtokens_TH, dweights_TK, None, None, *dtrained
+
+
+def _count_rows(choices_TK: torch.Tensor, num_experts: int) -> list[int]:
+    """Of each expert. Where a plan's tensors hold no choices each has as many as any other, or one more."""
+    if choices_TK.is_meta:
+        share, rest = divmod(choices_TK.numel(), num_experts)
+        return [share + (expert < rest) for expert in range(num_experts)]
+    counts: list[int] = choices_TK.flatten().bincount(minlength=num_experts).tolist()
+    return counts
+
+
+def _split_rows(ctx: Any, order_R: torch.Tensor) -> list[tuple[tuple[BaseWeight, BaseWeight], slice, torch.Tensor]]:
+    """Each expert with its rows, and the token that each of them is; without those of no row, where none trains."""
+    tokens_R, parts, start = order_R // ctx.num_choices, [], 0
+    for expert, count in zip(ctx.experts, ctx.counts, strict=True):
+        rows = slice(start, start + count)
+        if count or ctx.trains:
+            parts.append((expert, rows, tokens_R[rows]))
+        start += count
+    return parts
