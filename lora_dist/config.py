@@ -92,7 +92,8 @@ class RunConfig:
     hardware: HardwareConfig | None = None
     """What `lora-dist plan` predicts for."""
     shrink: bool = False
-    """No tp_size, pp_size or dp_size above two; debug=shrink sets it, with a model to match."""
+    """No tp_size, pp_size or dp_size above two, and of experts four at most, two of them for a token; debug=shrink sets
+    it, with a model to match."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)

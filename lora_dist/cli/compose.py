@@ -53,11 +53,18 @@ def compose_as(
 
 
 def _shrink(composed: DictConfig) -> None:
-    """What `shrink` asks for: the kind of topology kept, its sizes at most two. No file of conf/ can say it."""
-    if composed.get("shrink"):
-        for key in ("tp_size", "pp_size", "dp_size"):
-            size = composed.topology[key]
-            composed.topology[key] = size and min(size, 2)
+    """What `shrink` asks for: the kind of topology kept, its sizes at most two, and few experts where there are some.
+    No file of conf/ can say it.
+    """
+    if not composed.get("shrink"):
+        return
+    for node, keys, most in (
+        (composed.topology, ("tp_size", "pp_size", "dp_size"), 2),
+        (composed.model, ("num_experts",), 4),
+        (composed.model, ("experts_per_token",), 2),
+    ):
+        for key in keys:
+            node[key] = node[key] and min(node[key], most)
 
 
 def _register(owner: type, on_paper: bool) -> str:

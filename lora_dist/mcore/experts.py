@@ -85,19 +85,22 @@ class _Expert(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         size = config.ffn_hidden_size // config.tensor_model_parallel_size
-        self.linear_fc1 = _Weight(config, 2 * size, config.hidden_size, column_parallel=True)
-        self.linear_fc2 = _Weight(config, config.hidden_size, size, column_parallel=False)
+        self.linear_fc1 = ExpertWeight(config, 2 * size, config.hidden_size, column_parallel=True)
+        self.linear_fc2 = ExpertWeight(config, config.hidden_size, size, column_parallel=False)
 
     @property
     def weights(self) -> tuple[BaseWeight, BaseWeight]:
         return self.linear_fc1.weight, self.linear_fc2.weight
 
 
-class _Weight(nn.Module):
+class ExpertWeight(nn.Module):
+    """This rank's slice of one linear of one expert."""
+
     def __init__(
         self, config: TransformerConfig, out_features: int, in_features: int, *, column_parallel: bool
     ) -> None:
         super().__init__()
+        self.column_parallel = column_parallel
         self.weight: BaseWeight
         if config.model.base_format == "native":
             self.weight = nn.Parameter(_allocate(out_features, in_features, config))

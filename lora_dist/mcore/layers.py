@@ -16,18 +16,18 @@ from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.function import NO_COMMUNICATION, BaseWeight, ShardCommunication, frozen_linear
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.mixed import MixedLoraShard
+from lora_dist.mcore.experts import ExpertWeight
 from lora_dist.mcore.norm import UnitRmsNorm
 from lora_dist.quant.weight import QuantizedWeight
 
 
-def build_quantized_weight(linear: ColumnParallelLinear | RowParallelLinear, base_format: str) -> QuantizedWeight:
+def build_quantized_weight(
+    linear: ColumnParallelLinear | RowParallelLinear | ExpertWeight, base_format: str
+) -> QuantizedWeight:
     """Room for the weight of a native linear's shard, on its device; not yet filled."""
     out_features, in_features = linear.weight.shape
-    shape = LinearShape(
-        out_features=out_features,
-        in_features=in_features,
-        column_parallel=isinstance(linear, ColumnParallelLinear),
-    )
+    by_rows = linear.column_parallel if isinstance(linear, ExpertWeight) else isinstance(linear, ColumnParallelLinear)
+    shape = LinearShape(out_features=out_features, in_features=in_features, column_parallel=by_rows)
     return QuantizedWeight(base_format, shape, device=linear.weight.device)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lora_dist.lora.layer import LoraShard
+from lora_dist.mcore.experts import ExpertWeight
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear, build_quantized_weight
 from lora_dist.mcore.model import ShardedGpt
 
@@ -39,14 +40,16 @@ def apply_rounding(gpt: ShardedGpt, base_format: str, shards: Mapping[str, LoraS
     """
     error, shards = RoundingError(), shards or {}
     for name, linear in gpt.named_modules():
-        if isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear):
+        if isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear | ExpertWeight):
+            weight = linear.weight
+            assert isinstance(weight, torch.Tensor), "only a native base is rounded"
             quantized = build_quantized_weight(linear, base_format)
-            quantized.fill(linear.weight)
+            quantized.fill(weight)
             weight_OH = quantized.dequantize(torch.float32)
             if (shard := shards.get(name)) is not None:
                 _merge(shard, weight_OH)
-            linear.weight.copy_(weight_OH)
-            error.add(linear.weight.float() - weight_OH)
+            weight.copy_(weight_OH)
+            error.add(weight.float() - weight_OH)
     return _join(error, gpt)
 
 

@@ -100,7 +100,8 @@ def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> Non
 
 
 TARGETS = {
-    **dict.fromkeys(("mixtral", "qwen3_moe"), ["v_proj", "q_proj", "o_proj"]),
+    "mixtral": ["v_proj", "q_proj", "o_proj"],
+    "qwen3_moe": ["k_proj", "o_proj"],
     "opt": ["v_proj", "q_proj", "fc1"],
     "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"],
     "phi3": ["gate_up_proj", "qkv_proj", "down_proj"],

@@ -75,3 +75,14 @@ def test_a_gated_model_with_shared_heads(lora: LoraConfig) -> None:
     assert counted == compute_lora_flops(LLAMA, build_adapter_specs(lora, LLAMA), shape)
     [(counted, _)] = run_distributed(count_step, 1, Case(model=LLAMA, method="full", dtype=torch.float32))
     assert counted == compute_full_flops(LLAMA, build_shape(num_loss_tokens))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_share_the_tokens(family: str) -> None:
+    model, lora = replace(LLAMA, family=family, num_experts=5, experts_per_token=3), LoraConfig(rank=2)
+    case = Case(model=model, lora=lora, recompute="selective", dtype=torch.float32)
+    [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case)
+    shape = build_shape(num_loss_tokens, "selective")
+    assert counted == compute_lora_flops(model, build_adapter_specs(lora, model), shape)
+    [(counted, _)] = run_distributed(count_step, 1, Case(model=model, method="full", dtype=torch.float32))
+    assert counted == compute_full_flops(model, build_shape(num_loss_tokens))

@@ -23,14 +23,21 @@ ADAPTERS = {
     "some": LoraConfig(rank=3, target_modules=["q_proj", "down_proj"], layers=["1"]),
     "dora": LoraConfig(rank=3, target_modules=["v_proj", "o_proj", "up_proj"], use_dora=True),
     "llama": LoraConfig(rank=3, target_modules=["k_proj", "gate_proj", "down_proj"], layers=["1"]),
+    "experts": LoraConfig(rank=3, target_modules=["q_proj", "o_proj"]),
+}
+FAMILIES = {
+    "llama": {"family": "llama", "num_kv_heads": 2},
+    "experts": {
+        **{"family": "mixtral", "num_kv_heads": 2, "num_experts": 3, "experts_per_token": 2, "tied_output": False},
+        "ffn_hidden_size": 128,
+    },
 }
 FORMATS = ["nf4", "nf4_double", "fp8"]
 Trained = tuple[list[float], list[float], dict[str, torch.Tensor]]
 
 
 def build(adapters: str, base_format: str, **options: object) -> Case:
-    family = {"family": "llama", "num_kv_heads": 2} if adapters == "llama" else {}
-    model = replace(WIDE, base_format=base_format, **family)
+    model = replace(WIDE, base_format=base_format, **FAMILIES.get(adapters, {}))
     return Case(model=model, lora=ADAPTERS[adapters], dtype=torch.float32, **options)
 
 
@@ -106,6 +113,8 @@ GRID = [
     ("dora", {}, 1),
     ("dora", EVERYTHING, 1),
     ("llama", EVERYTHING, 1),
+    ("experts", {"tp_size": 2}, 1),
+    ("experts", EVERYTHING, 1),
 ]
 
 

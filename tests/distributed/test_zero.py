@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import run_distributed
-from toy import Case, build_batches, build_case, gather_whole, reduce_gradients
+from toy import MODEL, Case, build_batches, build_case, gather_whole, reduce_gradients
 
 from lora_dist.config import LoraConfig, OptimConfig, ZeroConfig
 from lora_dist.engine import Engine
@@ -17,6 +17,9 @@ NUM_STEPS = 5
 OPTIM = OptimConfig(lr=3e-3, clip_grad_norm=0.5, weight_decay=0.1, lora_plus_ratio=4.0, eps=1e-4)
 LORA = Case(dtype=torch.float32, lora=LoraConfig(rank=3, target_modules=["all"], dropout=0.2, bias="all"))
 FULL = Case(dtype=torch.float32, method="full")
+EXPERTS = replace(MODEL, family="qwen3_moe", ffn_hidden_size=40, num_experts=5, experts_per_token=2, init_std=0.1)
+EXPERT_LORA = replace(LORA, model=EXPERTS, lora=replace(LORA.lora, bias="none"))
+EXPERT_FULL = replace(FULL, model=EXPERTS)
 
 Trained = tuple[list[float], list[float], dict[str, torch.Tensor]]
 
@@ -102,6 +105,17 @@ def test_trains_like_plain_torch(case: Case, options: dict, stage: int, oracles:
     distributed = replace(case, **options)
     results = run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage))
     assert_trained_alike(results, oracles[case.method])
+
+
+@pytest.mark.parametrize("case", [EXPERT_LORA, EXPERT_FULL], ids=lambda case: case.method)
+def test_experts_train_like_plain_torch(case: Case) -> None:
+    """Each replica's tokens go to experts of their own: some have rows on one replica alone."""
+    oracle = run_distributed(train_oracle, 1, case)[0]
+    for options, stage in GRID[3:12:4]:
+        distributed = replace(case, **options)
+        assert_trained_alike(
+            run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage)), oracle
+        )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
