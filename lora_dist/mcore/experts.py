@@ -151,38 +151,34 @@ class _MixedExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         order_R = choices_TK.flatten().argsort(stable=True)
         ctx.experts, ctx.counts = experts, _count_rows(choices_TK, len(experts))
-        ctx.num_choices, ctx.trains = weights_TK.shape[1], len(trained) > 0
         weights_R = weights_TK.flatten()[order_R]
-        gate_up_R2F = tokens_TH.new_empty(len(order_R), experts[0][0].shape[0])
-        for (first, _), rows, tokens_N in (parts := _split_rows(ctx, order_R)):
-            weight = read_weight(first, tokens_TH.dtype)
-            torch.mm(tokens_TH.index_select(0, tokens_N), weight.t(), out=gate_up_R2F[rows])
+        rows_RH = tokens_TH.index_select(0, order_R // weights_TK.shape[1])
+        gate_up_R2F = _multiply(rows_RH, [first for first, _ in experts], ctx.counts, transposed=True)
+        del rows_RH
         inner_RF = compute_gated(gate_up_R2F, False).mul_(weights_R[:, None])
-        mixed_TH = torch.zeros_like(tokens_TH)
-        for (_, second), rows, tokens_N in parts:
-            mixed_TH.index_add_(0, tokens_N, inner_RF[rows] @ read_weight(second, tokens_TH.dtype).t())
-        ctx.save_for_backward(tokens_TH if ctx.trains else None, gate_up_R2F, weights_R, order_R)
-        return mixed_TH
+        ctx.save_for_backward(tokens_TH if trained else None, gate_up_R2F, weights_R, order_R)
+        products_RH = _multiply(inner_RF, [second for _, second in experts], ctx.counts, transposed=True)
+        return _sum_of_tokens(products_RH, order_R, tokens_TH)
 
     @staticmethod
     def backward(ctx: Any, dmixed_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         tokens_TH, gate_up_R2F, weights_R, order_R = ctx.saved_tensors
-        dinner_RF = gate_up_R2F.new_empty(len(order_R), gate_up_R2F.shape[1] // 2)
-        for (_, second), rows, tokens_N in (parts := _split_rows(ctx, order_R)):
-            torch.mm(dmixed_TH.index_select(0, tokens_N), read_weight(second, dmixed_TH.dtype), out=dinner_RF[rows])
+        num_choices = len(order_R) // len(dmixed_TH)
+        drows_RH = dmixed_TH.index_select(0, order_R // num_choices)
+        dinner_RF = _multiply(drows_RH, [second for _, second in ctx.experts], ctx.counts)
         inner_RF = compute_gated(gate_up_R2F, False)
         dweights_R = (dinner_RF * inner_RF).sum(-1)
         dgate_up_R2F = compute_gated_grad(dinner_RF.mul_(weights_R[:, None]), gate_up_R2F, False)
-        dtokens_TH = torch.zeros_like(dmixed_TH)
         dtrained: list[torch.Tensor] = []
-        for (first, _), rows, tokens_N in parts:
-            dtokens_TH.index_add_(0, tokens_N, dgate_up_R2F[rows] @ read_weight(first, dmixed_TH.dtype))
-            if ctx.trains:
-                dtrained.append(dgate_up_R2F[rows].t() @ tokens_TH.index_select(0, tokens_N))
-                inner_NF = inner_RF[rows] * weights_R[rows, None]
-                dtrained.append(dmixed_TH.index_select(0, tokens_N).t() @ inner_NF)
-        dweights_TK = torch.empty_like(dweights_R).index_copy_(0, order_R, dweights_R).view(-1, ctx.num_choices)
-        return dtokens_TH, dweights_TK, None, None, *dtrained
+        if tokens_TH is not None:
+            rows_RH = tokens_TH.index_select(0, order_R // num_choices)
+            dfirst = _multiply_outer(dgate_up_R2F, rows_RH, ctx.counts)
+            dsecond = _multiply_outer(drows_RH, inner_RF.mul_(weights_R[:, None]), ctx.counts)
+            dtrained = [gradient for pair in zip(dfirst, dsecond, strict=True) for gradient in pair]
+        del drows_RH, inner_RF
+        dtokens_RH = _multiply(dgate_up_R2F, [first for first, _ in ctx.experts], ctx.counts)
+        dweights_TK = torch.empty_like(dweights_R).index_copy_(0, order_R, dweights_R).view(-1, num_choices)
+        return _sum_of_tokens(dtokens_RH, order_R, dmixed_TH), dweights_TK, None, None, *dtrained
 
 
 def _count_rows(choices_TK: torch.Tensor, num_experts: int) -> list[int]:
@@ -194,12 +190,24 @@ def _count_rows(choices_TK: torch.Tensor, num_experts: int) -> list[int]:
     return counts
 
 
-def _split_rows(ctx: Any, order_R: torch.Tensor) -> list[tuple[tuple[BaseWeight, BaseWeight], slice, torch.Tensor]]:
-    """Each expert with its rows, and the token that each of them is; without those of no row, where none trains."""
-    tokens_R, parts, start = order_R // ctx.num_choices, [], 0
-    for expert, count in zip(ctx.experts, ctx.counts, strict=True):
-        rows = slice(start, start + count)
-        if count or ctx.trains:
-            parts.append((expert, rows, tokens_R[rows]))
-        start += count
-    return parts
+def _multiply(
+    rows_RX: torch.Tensor, weights: Sequence[BaseWeight], counts: list[int], *, transposed: bool = False
+) -> torch.Tensor:
+    """[R, Y]: each expert's rows times its weight [X, Y], or [Y, X] where `transposed`."""
+    products_RY = rows_RX.new_empty(len(rows_RX), weights[0].shape[0 if transposed else 1])
+    for rows, products, weight in zip(rows_RX.split(counts), products_RY.split(counts), weights, strict=True):
+        if len(rows) > 0:
+            matrix = read_weight(weight, rows.dtype)
+            torch.mm(rows, matrix.t() if transposed else matrix, out=products)
+    return products_RY
+
+
+def _multiply_outer(rows_RY: torch.Tensor, rows_RX: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    """[Y, X] of each expert, of one without rows zeros."""
+    return [left.t() @ right for left, right in zip(rows_RY.split(counts), rows_RX.split(counts), strict=True)]
+
+
+def _sum_of_tokens(rows_RH: torch.Tensor, order_R: torch.Tensor, tokens_TH: torch.Tensor) -> torch.Tensor:
+    """[T, H]: each token's rows added up, in the same order each time."""
+    places_R = torch.empty_like(order_R).index_copy_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    return rows_RH.index_select(0, places_R).view(len(tokens_TH), -1, rows_RH.shape[1]).sum(1)
