@@ -65,6 +65,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=5)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True, rope_parameters=_YARN)),
+    "qwen2_windows": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2)
+    ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=8)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=4, sliding_window=5)),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(
@@ -121,7 +124,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 """Name -> a model of that family; where there are two, they differ in what a checkpoint may choose."""
-ONE_EACH = [name for name in FAMILIES if name not in ("llama_tied", "qwen3_moe_shares", "phi3_long", "gpt_neox_serial")]
+_SECOND = ("llama_tied", "qwen2_windows", "qwen3_moe_shares", "phi3_long", "gpt_neox_serial")
+ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
 
 
 @torch.no_grad()

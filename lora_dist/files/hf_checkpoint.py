@@ -26,6 +26,7 @@ _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
     **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
     **{key: key for key in ("sliding_window", "full_attention_layers")},
+    **{key: key for key in ("num_experts", "experts_per_token", "normalize_expert_weights")},
     **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
     "activation": "mlp_activation",
 }
@@ -170,6 +171,8 @@ def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
             shape += [model.rope_theta, sorted(model.rope_scaling.items())]
         if model.sliding_window is not None:
             shape += [model.sliding_window, model.full_attention_layers, model.local_rope_theta]
+        if model.num_experts is not None:
+            shape += [model.num_experts, model.experts_per_token, model.normalize_expert_weights]
         if model.attention_scale is not None:
             shape += [model.attention_scale]
         if model.architecture.partial_rotary:

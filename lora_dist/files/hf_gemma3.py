@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.files.hf_layout import HfFamily, LayerNames, get_number, get_size
-from lora_dist.files.hf_llama import LLAMA_NAMES, describe_llama, read_sizes, read_window
+from lora_dist.files.hf_llama import (
+    FULL_LAYER,
+    LLAMA_NAMES,
+    WINDOW_LAYER,
+    describe_layer_types,
+    describe_llama,
+    read_full_layers,
+    read_sizes,
+    read_window,
+)
 from lora_dist.files.hf_rope import describe_rope, get_rope, read_rope
 from lora_dist.model_config import ModelConfig
 
@@ -33,7 +42,6 @@ _ABSENT: dict[str, Any] = {
     **{"tie_word_embeddings": True, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
 }
 """What transformers takes where config.json does not say."""
-_FULL, _WINDOWED = "full_attention", "sliding_attention"
 
 
 def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -43,10 +51,10 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "family": "gemma3_text",
         **sizes,
         "max_position_embeddings": get_size(config, "max_position_embeddings", path),
-        **read_rope(config | {"rope_parameters": ropes[_FULL]}, path, ("default", "linear")),
+        **read_rope(config | {"rope_parameters": ropes[FULL_LAYER]}, path, ("default", "linear")),
         "sliding_window": read_window(config, path),
-        "full_attention_layers": _read_full_layers(config, path, sizes["num_layers"]),
-        "local_rope_theta": _read_local_theta(config, path, ropes[_WINDOWED]),
+        "full_attention_layers": read_full_layers(config, path, _list_by_pattern(config, path, sizes["num_layers"])),
+        "local_rope_theta": _read_local_theta(config, path, ropes[WINDOW_LAYER]),
         "attention_scale": get_number(config, "query_pre_attn_scalar", 256, path) ** -0.5,
     }
 
@@ -54,38 +62,33 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _split_ropes(config: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     """The settings of each kind of layer; before transformers 5 there were those of the layers without window alone."""
     rope = get_rope(config, path)
-    return {_FULL: rope.get(_FULL, rope), _WINDOWED: rope.get(_WINDOWED, {})}
+    return {FULL_LAYER: rope.get(FULL_LAYER, rope), WINDOW_LAYER: rope.get(WINDOW_LAYER, {})}
 
 
 def _read_local_theta(config: Mapping[str, Any], path: Path, rope: Mapping[str, Any]) -> float:
     kind = rope.get("rope_type", "default")
     if kind != "default":
-        raise ValueError(f"{path}: rope type {kind!r} of {_WINDOWED} is not supported, only default")
+        raise ValueError(f"{path}: rope type {kind!r} of {WINDOW_LAYER} is not supported, only default")
     return float(get_number(rope, "rope_theta", get_number(config, "rope_local_base_freq", 1e4, path), path))
 
 
-def _read_full_layers(config: Mapping[str, Any], path: Path, num_layers: int) -> list[int]:
-    kinds = config.get("layer_types")
-    if kinds is None:
-        pattern = get_size(config, "sliding_window_pattern", path)
-        return [layer for layer in range(num_layers) if (layer + 1) % pattern == 0]
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= {_FULL, _WINDOWED}:
-        raise ValueError(f"{path}: layer_types is not a list of {num_layers} times {_FULL} or {_WINDOWED}")
-    return [layer for layer, kind in enumerate(kinds) if kind == _FULL]
+def _list_by_pattern(config: Mapping[str, Any], path: Path, num_layers: int) -> list[int]:
+    """Every so manieth layer sees all positions."""
+    pattern = get_size(config, "sliding_window_pattern", path)
+    return [layer for layer in range(num_layers) if (layer + 1) % pattern == 0]
 
 
 def _describe(model: ModelConfig) -> dict[str, Any]:
     assert model.attention_scale is not None
     local = {"rope_type": "default", "rope_theta": model.local_rope_theta or model.rope_theta}
-    kinds = [_WINDOWED if model.sees_window(layer) else _FULL for layer in range(model.num_layers)]
     described = describe_llama(model)
     del described["hidden_act"]
     return {
         **described,
         "hidden_activation": "gelu_pytorch_tanh",
-        "rope_parameters": {_FULL: describe_rope(model), _WINDOWED: local},
+        "rope_parameters": {FULL_LAYER: describe_rope(model), WINDOW_LAYER: local},
         "sliding_window": model.sliding_window,
-        "layer_types": kinds,
+        "layer_types": describe_layer_types(model),
         "query_pre_attn_scalar": round(model.attention_scale**-2),
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # the defaults are of Gemma's vocabulary
     }

@@ -36,7 +36,7 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "hidden_act": ("silu", ("silu",)),
     "attention_bias": (False, (False,)),
     "mlp_bias": (False, (False,)),
-    "use_sliding_window": (False, (False,)),
+    "use_sliding_window": (False, (False, True)),
     "quantization_config": (None, (None,)),
 }
 _ARCHITECTURES = {
@@ -45,11 +45,12 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+FULL_LAYER, WINDOW_LAYER = "full_attention", "sliding_attention"
 _ABSENT: dict[str, dict[str, int]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
 }
 """What transformers takes where config.json does not say."""
 
@@ -78,9 +79,37 @@ def _get_size_or(config: Mapping[str, Any], key: str, default: int, path: Path) 
 
 def _read_fields(config: Mapping[str, Any], path: Path, *, family: str) -> dict[str, Any]:
     config = _ABSENT[family] | dict(config)
-    window = read_window(config, path) if family == "mistral" else None
     fields = {"family": family, **read_sizes(config, path), **read_positions(config, path)}
-    return fields | {"sliding_window": window}
+    if family == "mistral":
+        fields["sliding_window"] = read_window(config, path)
+    if family in ("qwen2", "qwen3") and config.get("use_sliding_window"):
+        fields |= _read_qwen_windows(config, path, fields["num_layers"])
+    return fields
+
+
+def _read_qwen_windows(config: Mapping[str, Any], path: Path, num_layers: int) -> dict[str, Any]:
+    """Its first `max_window_layers` layers see all positions."""
+    num_full = get_number(config, "max_window_layers", num_layers, path)
+    full_layers = read_full_layers(config, path, [layer for layer in range(num_layers) if layer < num_full])
+    window = read_window(config, path)
+    if window is None or len(full_layers) == num_layers:
+        return {}
+    return {"sliding_window": window, "full_attention_layers": full_layers}
+
+
+def read_full_layers(config: Mapping[str, Any], path: Path, absent: list[int]) -> list[int]:
+    """Layers without a window; those `absent` where config.json does not list the layers' kinds."""
+    kinds, num_layers = config.get("layer_types"), get_size(config, "num_hidden_layers", path)
+    if kinds is None:
+        return absent
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= {FULL_LAYER, WINDOW_LAYER}:
+        raise ValueError(f"{path}: layer_types is not a list of {num_layers} times {FULL_LAYER} or {WINDOW_LAYER}")
+    return [layer for layer, kind in enumerate(kinds) if kind == FULL_LAYER]
+
+
+def describe_layer_types(model: ModelConfig) -> list[str]:
+    """The inverse of `read_full_layers`."""
+    return [WINDOW_LAYER if model.sees_window(layer) else FULL_LAYER for layer in range(model.num_layers)]
 
 
 def read_window(config: Mapping[str, Any], path: Path) -> int | None:
@@ -124,7 +153,13 @@ def describe_llama(model: ModelConfig) -> dict[str, Any]:
 
 
 def _describe(model: ModelConfig) -> dict[str, Any]:
-    return describe_llama(model) | ({"sliding_window": model.sliding_window} if model.architecture.windows else {})
+    described = describe_llama(model)
+    if not model.architecture.windows:
+        return described
+    described["sliding_window"] = model.sliding_window
+    if model.family != "mistral" and model.sliding_window is not None:
+        described |= {"use_sliding_window": True, "layer_types": describe_layer_types(model)}
+    return described
 
 
 LLAMA_FAMILIES = {

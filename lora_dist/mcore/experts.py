@@ -22,7 +22,7 @@ from torch import nn
 
 from lora_dist.base_format import LinearShape
 from lora_dist.lora.function import BaseWeight, read_weight
-from lora_dist.mcore.gates import compute_gated, compute_gated_grad
+from lora_dist.mcore.gates import compute_gated, compute_weighted_grad
 from lora_dist.quant.weight import QuantizedWeight
 
 
@@ -166,16 +166,15 @@ class _MixedExperts(torch.autograd.Function):
         num_choices = len(order_R) // len(dmixed_TH)
         drows_RH = dmixed_TH.index_select(0, order_R // num_choices)
         dinner_RF = _multiply(drows_RH, [second for _, second in ctx.experts], ctx.counts)
-        inner_RF = compute_gated(gate_up_R2F, False)
-        dweights_R = (dinner_RF * inner_RF).sum(-1)
-        dgate_up_R2F = compute_gated_grad(dinner_RF.mul_(weights_R[:, None]), gate_up_R2F, False)
+        dgate_up_R2F, dweights_R = compute_weighted_grad(dinner_RF, gate_up_R2F, weights_R)
         dtrained: list[torch.Tensor] = []
         if tokens_TH is not None:
             rows_RH = tokens_TH.index_select(0, order_R // num_choices)
             dfirst = _multiply_outer(dgate_up_R2F, rows_RH, ctx.counts)
-            dsecond = _multiply_outer(drows_RH, inner_RF.mul_(weights_R[:, None]), ctx.counts)
+            inner_RF = compute_gated(gate_up_R2F, False).mul_(weights_R[:, None])
+            dsecond = _multiply_outer(drows_RH, inner_RF, ctx.counts)
             dtrained = [gradient for pair in zip(dfirst, dsecond, strict=True) for gradient in pair]
-        del drows_RH, inner_RF
+        del drows_RH, dinner_RF
         dtokens_RH = _multiply(dgate_up_R2F, [first for first, _ in ctx.experts], ctx.counts)
         dweights_TK = torch.empty_like(dweights_R).index_copy_(0, order_R, dweights_R).view(-1, num_choices)
         return _sum_of_tokens(dtokens_RH, order_R, dmixed_TH), dweights_TK, None, None, *dtrained

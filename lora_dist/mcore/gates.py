@@ -43,7 +43,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, doutput_NF: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         (gate_up_N2F,) = ctx.saved_tensors
-        return compute_gated_grad(doutput_NF, gate_up_N2F, ctx.is_gelu), None
+        return _compute_grad(doutput_NF, gate_up_N2F, ctx.is_gelu), None
 
 
 def _activate(gate_NF: torch.Tensor, is_gelu: bool) -> torch.Tensor:
@@ -78,4 +78,31 @@ def _join_grad(doutput_NF: torch.Tensor, gate_up_N2F: torch.Tensor, is_gelu: boo
     return torch.cat([dgate_NF, doutput_NF * _activate(gate_NF, is_gelu)], dim=-1)
 
 
-compute_gated_grad = Chain(_write_grad, compiled=_join_grad)
+_compute_grad = Chain(_write_grad, compiled=_join_grad)
+
+
+def _write_weighted_grad(
+    doutput_NF: torch.Tensor, gate_up_N2F: torch.Tensor, weights_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    dgate_up_N2F = torch.empty_like(gate_up_N2F)
+    dgate_NF, dup_NF = dgate_up_N2F.chunk(2, dim=-1)
+    torch.mul(doutput_NF, F.silu(gate_NF), out=dup_NF)
+    dweights_N = (dup_NF * up_NF).sum(-1)
+    dup_NF.mul_(weights_N[:, None])
+    dactivated_NF = (doutput_NF * up_NF).mul_(weights_N[:, None])
+    torch.ops.aten.silu_backward.grad_input(dactivated_NF, gate_NF, grad_input=dgate_NF)
+    return dgate_up_N2F, dweights_N
+
+
+def _join_weighted_grad(
+    doutput_NF: torch.Tensor, gate_up_N2F: torch.Tensor, weights_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    dup_NF = doutput_NF * F.silu(gate_NF)
+    dgate_NF = torch.ops.aten.silu_backward(doutput_NF * up_NF * weights_N[:, None], gate_NF)
+    return torch.cat([dgate_NF, dup_NF * weights_N[:, None]], dim=-1), (dup_NF * up_NF).sum(-1)
+
+
+compute_weighted_grad = Chain(_write_weighted_grad, compiled=_join_weighted_grad)
+"""Of weights_N silu(gate) * up: the gradients of [gate | up] and of the weights."""

@@ -45,6 +45,11 @@ def _count_addmm_(accumulated: Any, left: Any, right: Any, *_: Any, **__: Any) -
     return int(2 * left[0] * left[1] * right[1])
 
 
+def _count_grouped(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """Each row, or each column, meets the matrix of its own group alone."""
+    return int(2 * left[-2] * left[-1] * right[-1])
+
+
 def _count_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, _write_out(key, query), _write_out(value, query)))
 
@@ -62,6 +67,7 @@ _aten = torch.ops.aten
 _ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 _MISSING_IN_TORCH = {
     _aten.addmm_: _count_addmm_,
+    _aten._grouped_mm: _count_grouped,
     **{getattr(_aten, f"_scaled_dot_product_{kernel}"): _count_attention for kernel in _ATTENTION},
     **{getattr(_aten, f"_scaled_dot_product_{kernel}_backward"): _count_attention_backward for kernel in _ATTENTION},
 }

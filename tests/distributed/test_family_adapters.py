@@ -145,7 +145,7 @@ def call(words: list[str]) -> int:
     return main(words)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe"])
 def test_the_verbs_merge_and_export(name: str, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = write_family_checkpoint(name, base)
@@ -161,7 +161,7 @@ def test_the_verbs_merge_and_export(name: str, tmp_path: Path) -> None:
     assert (merged - expected).abs().max() < 1e-5 * expected.abs().max()
     assert run_distributed(call, 1, ["export", *given, f"output={tmp_path / 'out'}", "format=loralib"]) == [0]
     settings = json.loads((tmp_path / "out/lora_settings.json").read_text())
-    assert settings["model.layers.0.mlp.gate_proj"] == {"r": 3, "lora_alpha": 4.0}
+    assert settings["model.layers.0.self_attn.k_proj"] == {"r": 3, "lora_alpha": 4.0}
 
 
 def compute_updates(base: Path) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ OVERRIDES = [
     *("model=tiny", "data=fake", "data.seq_len=64", "track=none", "loop.micro_batch_size=4"),
     *("loop.global_batch_size=8", "lora.rank=4", "lora.target_modules=[all]", "optim.lr=1e-2", "optim.eps=1e-3"),
 ]
+EXPERTS = ["model.family=mixtral", "model.num_experts=4", "model.experts_per_token=2", "model.tied_output=false"]
 CASES = {
     "lora": ([], 1e-5),
     "lora-recompute": (["loop.recompute=full"], 1e-5),
@@ -43,6 +44,10 @@ CASES = {
     "packed-llama-blocks": (["packed_attention=blocks", "model.family=llama", "model.num_kv_heads=2"], 1e-5),
     "packed-llama-blocks-bf16": (["packed_attention=blocks", "model.family=llama", "dtype=bf16"], 2e-2),
     "packed-graphs": (["cuda_graphs=true"], 1e-5),
+    "experts": (EXPERTS, 1e-5),
+    "experts-nf4": ([*EXPERTS, "model.base_format=nf4"], 1e-5),
+    "experts-full": ([*EXPERTS, "method=full", "optim.lr=1e-3"], 1e-5),
+    "experts-bf16": ([*EXPERTS, "dtype=bf16"], 2e-2),
     "lora-bf16": (["dtype=bf16"], 2e-2),
     "lora-fp16": (["dtype=fp16"], 5e-3),
 }

@@ -86,3 +86,12 @@ def test_experts_share_the_tokens(family: str) -> None:
     assert counted == compute_lora_flops(model, build_adapter_specs(lora, model), shape)
     [(counted, _)] = run_distributed(count_step, 1, Case(model=model, method="full", dtype=torch.float32))
     assert counted == compute_full_flops(model, build_shape(num_loss_tokens))
+
+
+def test_what_transformers_computes_for_its_experts_counts() -> None:
+    """Stacked, in one call for all of them, which torch's own counter does not know."""
+    x_TH, weights_EHF = torch.ones(6, 4, requires_grad=True), torch.ones(3, 4, 5, requires_grad=True)
+    ends_E = torch.tensor([1, 1, 6], dtype=torch.int32)
+    with count_flops() as counter:
+        torch._grouped_mm(x_TH, weights_EHF, offs=ends_E).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 6 * 4 * 5

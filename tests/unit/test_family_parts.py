@@ -86,7 +86,20 @@ def edit(directory: Path, **changes: object) -> None:
         ("llama", {"tie_word_embeddings": True}, "model.tied_output=False but"),
         ("llama", {"rope_theta": 7.0, "rope_parameters": "gone"}, "model.rope_theta=100.0 but"),
         ("llama", {"model_type": "mistral"}, "model.family=llama but"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window='yes'"),
+        (
+            "qwen3",
+            {"layer_types": ["linear_attention"] * 4, "use_sliding_window": True, "sliding_window": 5},
+            "is not a l",
+        ),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported, only 0.0"),
+        ("mixtral", {"output_router_logits": True}, "output_router_logits=True is not supported, only False"),
+        ("mixtral", {"num_experts_per_tok": 5}, "model.experts_per_token=5 exceeds model.num_experts=4"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=[1] is not supported, only []"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported, only 1"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True is not supported, only False"),
+        ("qwen3_moe", {"num_local_experts": 5}, "model.num_experts=6 but"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "model.normalize_expert_weights=True but"),
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16 differs from hidden_size=32"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
         ("opt", {"activation_function": "gelu"}, "activation_function='gelu'"),
@@ -122,6 +135,25 @@ def test_what_a_configuration_leaves_out_is_as_transformers_has_it(name: str, tm
     assert model.sliding_window == (theirs.sliding_window if name == "mistral" else None)
     assert (model.layernorm_epsilon, model.tied_output) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
     assert model.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_qwens_windows_are_read(tmp_path: Path) -> None:
+    write_family_checkpoint("qwen2", tmp_path)
+    edit(tmp_path, use_sliding_window=True, sliding_window=5, max_window_layers=3, layer_types="gone")
+    assert read_family_config(tmp_path).full_attention_layers == [0, 1, 2]
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert [kind == "full_attention" for kind in theirs.layer_types] == [True, True, True, False]
+    edit(tmp_path, layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2)
+    model = read_family_config(tmp_path)
+    assert (model.sliding_window, model.full_attention_layers) == (5, [2, 3])
+    edit(tmp_path, layer_types=["full_attention"] * 4)
+    assert read_family_config(tmp_path).sliding_window is None
+
+
+def test_experts_that_transformers_4_wrote_are_read(tmp_path: Path) -> None:
+    model = write_family_checkpoint("qwen3_moe", tmp_path)
+    edit(tmp_path, num_local_experts="gone", num_experts=6, mlp_only_layers=None)
+    assert read_family_config(tmp_path) == model
 
 
 def test_gemmas_layers_are_read(tmp_path: Path) -> None:
@@ -164,6 +196,11 @@ def test_a_sliding_window_is_read(tmp_path: Path) -> None:
         ("model.rotary_fraction=1.5", "model.rotary_fraction=1.5 must lie above 0, and up to 1"),
         ("model.rotary_fraction=0.01", "model.rotary_fraction=0.01: llama turns whole heads; leave it 1"),
         ("model.activation=gelu", "model.activation=gelu: llama has a gate; leave it null"),
+        (
+            "model.num_experts=4",
+            "model.num_experts=4 and experts_per_token=None: a layer of llama has one MLP",
+        ),
+        ("model.family=mixtral", "model.family=mixtral needs model.num_experts and model.experts_per_token"),
         ("model.parallel_residual=true", "a layer of llama has the MLP after the attention; leave it null"),
         ("model.rope_scaling={factor:2,beta:3}", "model.rope_scaling has beta, factor; it takes {} or {factor} or {"),
         ("model.rope_divisors=[1,2]", "model.rope_divisors are LongRoPE's"),
@@ -183,6 +220,10 @@ def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
             ["model=pythia_410m", "model.rotary_fraction=0.05"],
             "3 of its features that model.rotary_fraction=0.05 turns",
         ),
+        (
+            ["model=mixtral_8x7b", "cuda_graphs=true"],
+            "cuda_graphs=true: how many rows an expert of mixtral_8x7b",
+        ),
     ],
 )
 def test_what_a_family_has_not_is_refused(overrides: list[str], message: str) -> None:
@@ -201,6 +242,10 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
             ("llama", {"num_kv_heads": 1}),
             ("gpt_neox", {}),
             ("gpt_neox", {"parallel_residual": False}),
+            ("mixtral", {"num_experts": 2, "experts_per_token": 1}),
+            ("mixtral", {"num_experts": 2, "experts_per_token": 2}),
+            ("mixtral", {"num_experts": 3, "experts_per_token": 2}),
+            ("mixtral", {"num_experts": 3, "experts_per_token": 2, "normalize_expert_weights": False}),
         )
     ]
     assert len({compute_base_fingerprint(model, 0) for model in models}) == len(models)

@@ -56,6 +56,16 @@ def test_unmatched_target_lists_what_exists() -> None:
         names(target_modules=["q_proj", "gate_proj"])
 
 
+def test_experts_take_no_adapters() -> None:
+    experts = {"family": "mixtral", "num_experts": 4, "experts_per_token": 2}
+    model = dataclasses.replace(MODEL, **experts)
+    specs = build_adapter_specs(LoraConfig(target_modules=["all"], layers=["1"]), model)
+    assert [spec.target for spec in specs] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    for pattern in ("gate_up_proj", "w2", "down_proj"):
+        with pytest.raises(ValueError, match=f"{pattern}' is a linear of the experts of mixtral, which take"):
+            build_adapter_specs(LoraConfig(target_modules=["q_proj", pattern]), model)
+
+
 def test_broken_expression_is_named() -> None:
     with pytest.raises(ValueError, match=r"'q_\(' is neither a known name nor a regular expression"):
         names(target_modules=["q_("])
