@@ -20,7 +20,8 @@ import torch
 torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # loads its lazy modules
 
 import deepspeed  # noqa: E402, F401
-import megatron.core.models.gpt.gpt_model  # noqa: E402, F401
+
+import lora_dist.mcore.model  # noqa: E402, F401
 
 torch.set_num_threads(1)
 _CACHE = tempfile.TemporaryDirectory(prefix="lora_dist_tests_")

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+if TYPE_CHECKING:  # every run could draw, and few do: it takes half a second to load
+    from matplotlib.figure import Figure
 
 _DPI = 130
 _COLORS = ("#2a6fbb", "#d1603d", "#4f9d69", "#8a63a8", "#c9a227", "#6c757d")
@@ -95,6 +96,9 @@ def save_heat_map(path: Path, *, title: str, xlabel: str, ylabel: str, values: S
 
 
 def _open_figure(title: str, ylabel: str):  # type: ignore[no-untyped-def]  # matplotlib's axes are untyped
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -106,6 +110,6 @@ def _open_figure(title: str, ylabel: str):  # type: ignore[no-untyped-def]  # ma
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: "Figure", path: Path) -> Path:
     figure.savefig(path, dpi=_DPI)
     return path

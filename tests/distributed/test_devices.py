@@ -38,6 +38,10 @@ ADAPTED = {
     "fp8": ["topology=dp2", "model.base_format=fp8"],
     "llama": ["topology=tp2", "model.family=llama"],
     "shared heads": ["topology=tp4", "model.family=llama", "model.num_kv_heads=2"],
+    "experts": [
+        *("topology=tp2_sp", "model.family=mixtral", "model.num_experts=4", "model.experts_per_token=2"),
+        "model.tied_output=false",
+    ],
     "gpt_neox": ["topology=pp2", "model.family=gpt_neox", "loop.recompute=selective"],
     "opt": ["topology=tp2_sp", "model.family=opt"],
     "dora": ["topology=tp2", "method=dora"],
