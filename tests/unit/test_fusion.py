@@ -9,7 +9,7 @@ from processes import run_distributed
 
 from lora_dist.fusion import Chain, compile_chains
 from lora_dist.lora.dropout import _drop
-from lora_dist.mcore.gates import _compute_gated, _compute_grad
+from lora_dist.mcore.gates import _compute_grad, compute_gated, compute_weighted_grad
 from lora_dist.mcore.head_loss import _exponentiate, _find_max
 from lora_dist.mcore.norm import _compute_norm_input_grad, _compute_rms_grads, _divide_by_rms
 from lora_dist.mcore.rotary import _turn
@@ -42,10 +42,14 @@ CHAINS: dict[str, tuple[Chain, Arguments]] = {
             *draw(2, H, dtype=dtype),
         ),
     ),
-    "gate": (_compute_gated, lambda dtype: (draw(N, 2 * H, dtype=dtype), False)),
+    "gate": (compute_gated, lambda dtype: (draw(N, 2 * H, dtype=dtype), False)),
     "gate_grad": (_compute_grad, lambda dtype: (draw(N, H, dtype=dtype), draw(N, 2 * H, dtype=dtype), False)),
-    "gelu_gate": (_compute_gated, lambda dtype: (draw(N, 2 * H, dtype=dtype), True)),
+    "gelu_gate": (compute_gated, lambda dtype: (draw(N, 2 * H, dtype=dtype), True)),
     "gelu_gate_grad": (_compute_grad, lambda dtype: (draw(N, H, dtype=dtype), draw(N, 2 * H, dtype=dtype), True)),
+    "weighted_grad": (
+        compute_weighted_grad,
+        lambda dtype: (draw(N, H, dtype=dtype), draw(N, 2 * H, dtype=dtype), draw(N, dtype=dtype)),
+    ),
     "turn": (
         _turn,
         lambda dtype: (draw(N, 2, 3, H, dtype=dtype), *(draw(N, 2, 1, H // 2, dtype=dtype) for _ in range(2))),
