@@ -1,5 +1,6 @@
 """A small tokenizer with chat templates of the kinds in circulation."""
 
+import os
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -83,4 +84,4 @@ def write_chat_tokenizer(directory: Path, template: str | None = CHATML) -> Path
 @cache
 def chat_directory(template: str | None = CHATML) -> str:
     """One directory for each template and process."""
-    return str(write_chat_tokenizer(Path(mkdtemp(prefix="chat")), template))
+    return str(write_chat_tokenizer(Path(mkdtemp(prefix="chat", dir=os.environ["LORA_DIST_CACHE"])), template))

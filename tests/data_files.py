@@ -1,6 +1,7 @@
 """A tiny tokenizer and run configurations for the tests of the data package."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -44,7 +45,7 @@ def write_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> Path:
 @cache
 def tokenizer_directory() -> str:
     """One tokenizer for all tests of a process."""
-    return str(write_tokenizer(Path(mkdtemp(prefix="tokenizer"))))
+    return str(write_tokenizer(Path(mkdtemp(prefix="tokenizer", dir=os.environ["LORA_DIST_CACHE"]))))
 
 
 @cache

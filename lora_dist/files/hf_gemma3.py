@@ -73,7 +73,7 @@ def _read_local_theta(config: Mapping[str, Any], path: Path, rope: Mapping[str, 
 
 
 def _list_by_pattern(config: Mapping[str, Any], path: Path, num_layers: int) -> list[int]:
-    """Every so manieth layer sees all positions."""
+    """The last of every `sliding_window_pattern` layers sees all positions."""
     pattern = get_size(config, "sliding_window_pattern", path)
     return [layer for layer in range(num_layers) if (layer + 1) % pattern == 0]
 

@@ -32,9 +32,8 @@ class ExpertMlp(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config, model = config, config.model
-        self._z3_leaf = (
-            True  # DeepSpeed's ZeRO 3 gathers all below it at once: the experts' own forward is never called
-        )
+        # DeepSpeed's ZeRO 3 gathers what is below this module with it: the experts' own forward is never called.
+        self._z3_leaf = True
         self.router = _Router(config)
         self.experts = nn.ModuleList(_Expert(config) for _ in range(model.num_experts))
 

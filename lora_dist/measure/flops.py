@@ -114,7 +114,7 @@ class _Part:
 
 
 def compute_lora_flops(model: ModelConfig, specs: Sequence[AdapterSpec], shape: StepShape) -> int:
-    """FLOPs of one LoRA step of the whole model on one process (TP divides them, but for A's replicas)."""
+    """FLOPs of one LoRA step of the whole model on one process; TP divides all but a router's and A's replicas."""
     ranks: Counter[tuple[int, str]] = Counter()
     for spec in specs:
         ranks[spec.layer, _LINEAR_OF_TARGET[spec.target]] += spec.lora_rank

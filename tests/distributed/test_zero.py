@@ -118,6 +118,14 @@ def test_experts_train_like_plain_torch(case: Case) -> None:
         )
 
 
+def test_experts_that_zero_3_partitions_train_like_plain_torch() -> None:
+    """DeepSpeed keeps what has fewer than 100,000 elements whole on every process, all of a toy's weights."""
+    large = replace(EXPERTS, num_layers=2, hidden_size=256, ffn_hidden_size=208, num_experts=3)
+    case = replace(EXPERT_FULL, model=large, dp_size=2)
+    oracle = run_distributed(train_oracle, 1, replace(case, dp_size=1))[0]
+    assert_trained_alike(run_distributed(train, 2, case, ZeroConfig(stage=3)), oracle)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_optimizer_offload(stage: int, oracles: dict[str, Trained]) -> None:
     case = replace(LORA, dp_size=2)
