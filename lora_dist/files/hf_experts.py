@@ -50,7 +50,8 @@ _MIXTRAL_ABSENT: dict[str, Any] = {
     "rope_theta": 1e6,
 }
 _QWEN3_ABSENT: dict[str, Any] = {
-    **{"num_experts_per_tok": 8, "num_key_value_heads": 4, "moe_intermediate_size": 768, "norm_topk_prob": False},
+    **{"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4, "moe_intermediate_size": 768},
+    "norm_topk_prob": False,
 }
 """What transformers takes where config.json does not say."""
 
@@ -73,7 +74,7 @@ def _read_qwen3(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         **_read_common(config, path),
         "family": "qwen3_moe",
         "ffn_hidden_size": get_size(config, "moe_intermediate_size", path),
-        "num_experts": get_size({"num_experts": 128} | config, key, path),
+        "num_experts": get_size(config, key, path),
         "normalize_expert_weights": bool(config["norm_topk_prob"]),
     }
 

@@ -21,7 +21,6 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "c_proj": ("o_proj", "down_proj"),
     **dict.fromkeys(("all-linear", "all"), CANONICAL_TARGETS),
 }
-_MLP_TARGETS = {"gate_proj", "up_proj", "down_proj"}
 LINEAR_OF_TARGET = {
     **dict.fromkeys(_ATTENTION_INPUTS, "self_attention.linear_qkv"),
     "o_proj": "self_attention.linear_proj",
@@ -83,7 +82,8 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
 
 
 def _check_outside_experts(pattern: str, model: ModelConfig) -> None:
-    if model.architecture.experts and find_targets(pattern) and not set(find_targets(pattern)) - _MLP_TARGETS:
+    named = set(find_targets(pattern))
+    if model.architecture.experts and named and named <= compute_mlp_shapes(model).keys():
         raise ValueError(
             f"lora.target_modules: {pattern!r} is a linear of the experts of {model.family}, which take no adapters;"
             f" there are {', '.join(compute_linear_shapes(model))}"

@@ -162,3 +162,14 @@ def test_pipelines_send_activations_only() -> None:
     for (base_step, _), (lora_step, _) in zip(base, lora, strict=True):
         assert count_by_kind(lora_step) == count_by_kind(base_step)
         assert sum(one.count for one in lora_step if one.op in ("send", "recv")) == 2 * NUM_MICROBATCHES
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_experts_communicate_what_a_dense_layer_does(sequence_parallel: bool) -> None:
+    models = replace(MODEL, family="mixtral", num_experts=3, experts_per_token=2), replace(MODEL, family="mistral")
+    counted = []
+    for model in models:
+        case = Case(model=model, tp_size=2, sequence_parallel=sequence_parallel)
+        counted.append(run_distributed(count_step, 2, case, ["q_proj", "v_proj"], False)[0][0])
+    assert counted[0] == counted[1]
+    assert counted[0]

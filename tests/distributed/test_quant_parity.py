@@ -126,11 +126,12 @@ def test_every_topology_trains_alike(
     assert_alike(run_distributed(train, case.world_size, case, stage), oracles[adapters, "nf4_double"])
 
 
+@pytest.mark.parametrize("adapters", ["some", "experts"])
 @pytest.mark.parametrize("base_format", ["nf4", "fp8"])
 @pytest.mark.parametrize("options", [{}, {"tp_size": 2, "sequence_parallel": True}], ids=str)
-def test_other_formats(base_format: str, options: dict, oracles: dict[tuple[str, str], Trained]) -> None:
-    case = build("some", base_format, **options)
-    assert_alike(run_distributed(train, case.world_size, case), oracles["some", base_format])
+def test_other_formats(adapters: str, base_format: str, options: dict, oracles: dict[tuple[str, str], Trained]) -> None:
+    case = build(adapters, base_format, **options)
+    assert_alike(run_distributed(train, case.world_size, case), oracles[adapters, base_format])
 
 
 def test_the_formats_are_told_apart(oracles: dict[tuple[str, str], Trained]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_files import read_in, write_with_peft
+from family_toy import build_family_model, write_family_checkpoint
 from hf_toy import build_hf_model, write_toy_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -149,3 +150,16 @@ def test_what_is_dropped_is_a_regular_expression() -> None:
         drop_keys(tensors, ["*foo"])
     with pytest.raises(ValueError, match="drop: 'c' matches no key of the source"):
         drop_keys(tensors, ["c"])
+
+
+@pytest.mark.parametrize("linear", ["block_sparse_moe.experts.3.w1", "mlp.experts.3.down_proj"])
+def test_adapters_on_experts_are_refused(linear: str, tmp_path: Path) -> None:
+    model = write_family_checkpoint("mixtral", tmp_path / "base")
+    source = tmp_path / "source"
+    write_with_peft(build_family_model("mixtral"), source, target_modules=["q_proj"], r=2)
+    tensors = load_file(source / "adapter_model.safetensors")
+    place = f"base_model.model.model.layers.0.{linear}"
+    factors = {f"{place}.lora_A.weight": torch.ones(2, 32), f"{place}.lora_B.weight": torch.ones(48, 2)}
+    save_file(tensors | factors, source / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"{linear}.*base is mixtral, which has no such linear"):
+        read_in(source, tmp_path / "stored", model)
