@@ -3,8 +3,10 @@
 
 # The whole job: run_job VERB DEFAULT_EXPERIMENT [key=value ...]. Does not return.
 #
-# A run that stopped as asked (SIGUSR1 ahead of the time limit) and a run that lost a node are queued again, under the
-# same job id and so in the same run directory; `resume=auto` continues them.
+# A run that stopped as asked (SIGUSR1 ahead of the time limit), one that lost a node, and one whose tasks were
+# terminated while the job was not are queued again, under the same job id and so in the same run directory;
+# `resume=auto` continues them. The last: Slurm may tell a node that is back to end a step of the start that lost it, and
+# the steps of every start have the same numbers.
 run_job() {
     local verb=$1 experiment=$2
     shift 2
@@ -15,12 +17,14 @@ run_job() {
     overrides+=("$@")
 
     set_environment
-    local cancelled=no stopped=no code=0
+    local cancelled=no stopped=no code=0 terminated=$((128 + 15))
     # Bash takes a signal after the command it waits for. Slurm has sent the same one to the tasks, which save.
     trap 'cancelled=yes' TERM
     say "start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT"
     # All tasks of a pre-flight check say the same; killing the slower ones would hide its exit code.
     run_tasks 0 preflight "${overrides[@]}" && run_tasks 1 "$verb" "${overrides[@]}" || code=$?
+    # The tasks of a cancelled job may end a moment before its script is told.
+    [ "$code" -ne "$terminated" ] || sleep 5
 
     [ ! -e "$LORA_DIST_STOP_FILE" ] || { stopped=yes && rm "$LORA_DIST_STOP_FILE"; }
     if [ "$cancelled" = yes ]; then
@@ -29,6 +33,8 @@ run_job() {
         queue_again "stopped as asked"
     elif [ "$code" -ne 0 ] && ! all_nodes_answer; then
         queue_again "a node is lost"
+    elif [ "$code" -eq "$terminated" ]; then
+        queue_again "its tasks were terminated, the job was not"
     fi
     say "end, exit code $code"
     exit "$code"

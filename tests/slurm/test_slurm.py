@@ -24,13 +24,19 @@ ROOT = Path(__file__).parents[2]
 MEASURED = {"step_time_ms", "tokens_per_sec_per_gpu", "peak_memory_gib"}
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 TINY = ["experiment=debug/tiny_lora", "device=cpu"]
-# Every process of a job runs this: each training step takes as many seconds as the file `pace` says.
+# Every process of a job runs this: each training step takes as many seconds as the file `pace` says, and before it
+# starts to train each process makes a file `waiting-ID` and waits as long as there is a file `wait`.
 SITECUSTOMIZE = """
-import pathlib, time
+import os, pathlib, sys, time
 import lora_dist.optim
 
 PACE = pathlib.Path(__file__).with_name("pace")
+WAIT = PACE.with_name("wait")
 compute_lr = lora_dist.optim.compute_lr
+
+while WAIT.exists() and "preflight" not in sys.orig_argv:
+    WAIT.with_name(f"waiting-{os.environ['SLURM_PROCID']}").touch()
+    time.sleep(0.1)
 
 def wait_and_compute_lr(*args, **options):
     time.sleep(float(PACE.read_text()) if PACE.exists() else 0.0)
@@ -164,6 +170,28 @@ def test_a_time_limit_and_then_a_lost_node_change_nothing(cluster: Cluster, tmp_
     job.wait_until_ended()
     assert job.state == "COMPLETED", job.log
     assert read_training(job.run_dir) == train_undisturbed(overrides, tmp_path / "expected", 2)
+
+
+@pytest.mark.parametrize("what", ["step", "job"])
+def test_tasks_that_are_terminated_before_they_train(what: str, cluster: Cluster, tmp_path: Path) -> None:
+    """The job of a step that Slurm ends, as it may where a lost node came back, is queued again."""
+    (tmp_path / "wait").touch()
+    words = ["--nodes=2", "--ntasks-per-node=1", str(ROOT / "slurm" / "gpt3_lora.sh"), *TINY]
+    job = Job(cluster, tmp_path, words)
+    cluster.wait_for(lambda: len(list(tmp_path.glob("waiting-*"))) == 2, 200)
+    if what == "job":
+        cluster.signal_job(job.id)
+        job.wait_until_ended()
+        cluster.wait_for(lambda: f"job {job.id}: end" in job.log, 30)
+        assert (job.state, job.num_restarts) == ("CANCELLED", 0)
+        assert f"job {job.id}: cancelled" in job.log
+        return
+    cluster.signal_job(f"{job.id}.1", "--signal=TERM")
+    job.wait_for("num_restarts == 1", 100)
+    (tmp_path / "wait").unlink()
+    job.wait_until_ended()
+    assert job.state == "COMPLETED", job.log
+    assert f"job {job.id}: its tasks were terminated, the job was not; queued again" in job.log
 
 
 def test_a_job_does_not_come_back_for_ever(cluster: Cluster, tmp_path: Path) -> None:
