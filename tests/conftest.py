@@ -1,5 +1,6 @@
 """What every test needs: heavy packages imported once, before tests fork their processes."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -17,15 +18,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 
+from lora_dist.uncompiled import without_compiler
+
+with without_compiler():
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what its first engine loads
+import torch._dynamo  # what the first optimizer loads
+
+import lora_dist.run  # noqa: F401
+from lora_dist.cli.compose import compose_config
+
 torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # loads its lazy modules
-
-import deepspeed  # noqa: E402, F401
-
-import lora_dist.mcore.model  # noqa: E402, F401
-
+compose_config([])  # builds Hydra's grammar
 torch.set_num_threads(1)
 _CACHE = tempfile.TemporaryDirectory(prefix="lora_dist_tests_")
 os.environ["LORA_DIST_CACHE"] = _CACHE.name  # the user's own stays as it is
+
+
+def pytest_collection_finish() -> None:
+    """No forked process walks, and thereby copies, what was there before it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

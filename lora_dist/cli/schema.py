@@ -28,14 +28,19 @@ class Key:
     is_dictionary: bool
 
 
-def list_keys(owner: type = config.RunConfig, prefix: str = "") -> Iterator[Key]:
+@cache
+def list_keys(owner: type = config.RunConfig) -> tuple[Key, ...]:
     """Every leaf, in the order of the dataclasses."""
+    return tuple(_iterate_keys(owner, ""))
+
+
+def _iterate_keys(owner: type, prefix: str) -> Iterator[Key]:
     hints = get_type_hints(owner)
     docs = _read_field_docs(owner)
     for field in fields(owner):
         kind = _unwrap_optional(hints[field.name])
         if isinstance(kind, type) and is_dataclass(kind):
-            yield from list_keys(kind, f"{prefix}{field.name}.")
+            yield from _iterate_keys(kind, f"{prefix}{field.name}.")
             continue
         yield Key(
             path=prefix + field.name,
@@ -64,7 +69,6 @@ def list_groups(conf_dir: Path = CONF_DIR, owner: type = config.RunConfig) -> di
     return groups
 
 
-@cache
 def _read_field_docs(owner: type) -> dict[str, str]:
     """The string under each field, which Python itself forgets."""
     docs = {}

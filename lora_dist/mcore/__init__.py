@@ -4,7 +4,7 @@ import importlib
 import sys
 import warnings
 
-import torch
+from lora_dist.uncompiled import without_compiler
 
 # Remarks while it loads about packages that it can do without.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
@@ -13,17 +13,14 @@ warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is depreca
 
 
 def _import_megatron() -> None:
-    """The first time, without what it loads on the way and nothing here uses: torch's compiler, as it wraps functions
-    of its own in torch.compile, and wandb. Every process would wait seconds for them.
-    """
-    compile_function, had_wandb = torch.compile, "wandb" in sys.modules
-    torch.compile = lambda function=None, **_: function if function is not None else lambda wrapped: wrapped
+    """The first time, without wandb, which it loads on the way and nothing here needs, and without the compiler."""
+    had_wandb = "wandb" in sys.modules
     if not had_wandb:
         sys.modules["wandb"] = None  # type: ignore[assignment]
     try:
-        importlib.import_module("megatron.core.models.gpt.gpt_model")
+        with without_compiler():
+            importlib.import_module("megatron.core.models.gpt.gpt_model")
     finally:
-        torch.compile = compile_function
         if not had_wandb:
             del sys.modules["wandb"]
 

@@ -15,6 +15,7 @@ from lora_dist.config import OptimConfig, ZeroConfig
 from lora_dist.gradients import all_gradients_finite, compute_grad_norm, counts_in_norm
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
+from lora_dist.uncompiled import without_compiler
 from lora_dist.zero.ds_config import build_ds_config
 from lora_dist.zero.loss_scale import LossScale
 from lora_dist.zero.param_groups import build_groups, registered
@@ -68,7 +69,8 @@ def build_zero_engine(
         eps=optim.eps,
         fused=True,
     )
-    with registered(model, placeholders):
+    # DeepSpeed loads every optimizer that it knows, one of them compiled, to tell whether this is one of them.
+    with registered(model, placeholders), without_compiler():
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -245,7 +247,8 @@ def _import_deepspeed(topology: Topology) -> Any:
     """deepspeed for this device; on the CPU without its compiled extras, so that no compiler is needed."""
     if topology.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
+    with without_compiler():
+        import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
     if topology.device.type == "cpu":
