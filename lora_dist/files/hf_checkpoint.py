@@ -119,6 +119,12 @@ def _check_field(key: str, wanted: object, found: object, directory: Path) -> No
 
 def _check_tensors(reader: HfReader, family: HfFamily, expected: Mapping[str, tuple[int, ...]]) -> None:
     found = {name for name in reader.shapes if not family.ignored.fullmatch(name)}
+    stacked = next((name for name in sorted(found - expected.keys()) if ".experts.gate_up_proj" in name), None)
+    if stacked is not None:
+        raise ValueError(
+            f"{reader.directory}: {stacked} holds all experts of a layer, as transformers has them in memory; write the"
+            " checkpoint with its save_pretrained(DIR, save_original_format=True), one tensor an expert"
+        )
     for name in expected:
         if name not in found:
             raise ValueError(f"{reader.directory} has no tensor {name}; the checkpoint is incomplete")

@@ -1,6 +1,6 @@
 """Hugging Face's Mixtral and Qwen3 with experts: tensor names, and config.json read and written; pure.
 
-Each expert's linears are stored one by one; transformers stacks them in memory.
+Each expert's linears are stored one by one, as published; transformers stacks them in memory.
 """
 
 import re
@@ -36,8 +36,6 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "hidden_act": ("silu", ("silu",)),
     "attention_bias": (False, (False,)),
     "quantization_config": (None, (None,)),
-    # A loss that spreads the tokens over the experts: transformers adds it where this is set, and nothing here does.
-    "output_router_logits": (False, (False,)),
 }
 _MIXTRAL_SETTINGS = _SETTINGS | {"router_jitter_noise": (0.0, (0.0,))}
 _QWEN3_SETTINGS = _SETTINGS | {
@@ -80,6 +78,11 @@ def _read_qwen3(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _read_common(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    if config.get("output_router_logits", False):
+        raise ValueError(
+            f"{path}: output_router_logits={config['output_router_logits']} asks for a loss that spreads tokens over"
+            " the experts, which is not computed here; set it to false there, which changes no weight and no logit"
+        )
     return {
         **read_sizes(config, path),
         **read_positions(config, path),
