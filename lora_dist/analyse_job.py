@@ -99,6 +99,8 @@ def _check_trained(directory: str, adapter: Adapter) -> None:
     if adapter.specs[0].use_dora:
         raise ValueError(f"{directory}: DoRA scales the base's rows, so its update is not of low rank; name another")
     for spec in adapter.specs:
+        if spec.num_experts is not None:
+            raise ValueError(f"{directory}: {spec.name} adapts experts, whose updates analyse has no place for")
         if not adapter.values[f"{spec.name}.lora_B"].any():
             raise ValueError(f"{directory}: {spec.name} changes nothing (its lora_B is zero); name a trained adapter")
 

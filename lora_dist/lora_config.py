@@ -18,7 +18,7 @@ class LoraConfig:
     dropout: float = 0.0
     """Probability of zeroing an element of the adapter's input."""
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    """Canonical names, aliases, or regular expressions over `layers.N.target`."""
+    """Canonical names, aliases, or regular expressions over `layers.N.target`. `all` leaves out experts' linears."""
     layers: list[str] | None = None
     """Zero-based layers that get adapters, each a number or a range with both ends: [0-11,23]; null means all."""
     bias: str = "none"

@@ -16,7 +16,8 @@ def write_with_peft(
     model: torch.nn.Module, directory: Path, dtype: torch.dtype = torch.float32, **options: object
 ) -> None:
     """An adapter with nothing zero, saved by PEFT itself."""
-    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **options))
+    settings = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True, **options}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
     generator = torch.Generator().manual_seed(4)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:

@@ -28,5 +28,9 @@ record cpu_gpt2_small_half_targets "${GPT2[@]}" bench.num_rounds=8 bench.num_war
 record cpu_llama3_2_1b_half model=llama3_2_1b model.name=llama3_2_1b_half model.num_layers=8 loop.micro_batch_size=2 \
     'lora.target_modules=[all]' lora.rank=16 lora.dropout=0.05 bench.num_rounds=6 bench.num_warmup_rounds=1 \
     'bench.contenders=[lora,lora_compiled,peft]'
+# Two layers of Qwen3 30B-A3B with half of its experts: PEFT makes each expert's whole weight anew in every step.
+record cpu_qwen3_experts model=qwen3_30b_a3b model.name=qwen3_experts model.num_layers=2 model.num_experts=64 \
+    model.vocab_size=32768 loop.micro_batch_size=2 'lora.target_modules=[all,gate_proj,up_proj,down_proj]' lora.rank=8 \
+    bench.num_rounds=5 bench.num_warmup_rounds=1 'bench.contenders=[lora,peft]'
 record cpu_gpt2_small_8k "${GPT2[@]}" loop.global_batch_size=32 bench.num_rounds=5 bench.num_warmup_rounds=1 \
     'bench.contenders=[lora,full,lora_recompute,full_recompute]'

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from lora_dist.batch import Batch
 from lora_dist.config import ModelConfig, RunConfig
 from lora_dist.files.modules import FAMILY_NAMES
+from lora_dist.files.peft_experts import TARGETS
+from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import build_adapter_specs
 
 _GPT2_MODULES = {
@@ -93,7 +95,10 @@ class PeerContender:
 
 
 def build_peft_config(config: RunConfig) -> LoraConfig:
-    """ValueError where PEFT has no adapter of the same size."""
+    """ValueError where PEFT has no adapter of the same size.
+
+    On experts PEFT has one adapter on gate and up together, as on a fused linear: one A where lora_dist has two.
+    """
     modules = _list_modules(config.model)
     specs = build_adapter_specs(config.lora, config.model)
     if len({(spec.lora_rank, spec.alpha) for spec in specs}) > 1 or config.lora.layers is not None:
@@ -104,9 +109,16 @@ def build_peft_config(config: RunConfig) -> LoraConfig:
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=sorted({modules[spec.target] for spec in specs}),
+        target_modules=sorted({modules[spec.target] for spec in specs if spec.num_experts is None}),
+        target_parameters=list_target_parameters(specs) or None,
         fan_in_fan_out=config.model.family == "gpt2",
     )
+
+
+def list_target_parameters(specs: Sequence[AdapterSpec]) -> list[str]:
+    """Those of transformers' experts that have adapters."""
+    adapted = {spec.target for spec in specs if spec.num_experts is not None}
+    return [f"mlp.experts.{name}" for name, targets in TARGETS.items() if adapted & set(targets)]
 
 
 def _list_modules(model: ModelConfig) -> dict[str, str]:

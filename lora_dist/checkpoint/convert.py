@@ -62,6 +62,8 @@ def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
         raise ValueError(f"format={format} has no place for the modules {', '.join(stored.modules)}; use format=peft")
     if stored.specs[0].use_dora and format in _WITHOUT_DORA:
         raise ValueError(f"format={format} has no place for DoRA's magnitudes; use format=peft")
+    if format != "peft" and (spec := next((spec for spec in stored.specs if spec.num_experts is not None), None)):
+        raise ValueError(f"format={format} has no place for adapters on experts ({spec.name}); use format=peft")
     tensors, settings = _CONVERT[format](stored.read(), stored)
     weights_name, settings_name = _FILES[format]
     with open_new_directory(output) as temporary:

@@ -32,7 +32,7 @@ from lora_dist.files.peft_layout import (
 )
 from lora_dist.files.safetensors_stream import DTYPE_NAMES, open_writer, read_header
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import compute_linear_shapes
+from lora_dist.lora.targets import compute_linear_shapes, find_num_experts
 from lora_dist.lora.trained_base import list_trained_base
 from lora_dist.saved_modules import check_saved_modules
 
@@ -216,6 +216,7 @@ def parse_specs(directory: Path, manifest: Mapping[str, Any], model: ModelConfig
                 rank_stabilized=bool(manifest.get("use_rslora")),
                 use_dora=bool(manifest.get("use_dora")),
                 shares_a=name in shared,
+                num_experts=find_num_experts(found[2], model),
             )
         )
     return specs

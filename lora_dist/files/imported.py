@@ -90,9 +90,17 @@ def build_imported(
     *,
     rank_stabilized: bool,
     bias: str,
+    of_experts: Sequence[tuple[AdapterSpec, dict[str, torch.Tensor]]] = (),
 ) -> ImportedAdapter:
-    """`biases` by the name of their module. ValueError for what does not fit the model."""
+    """`biases` by the name of their module; `of_experts` are canonical already. ValueError for what does not fit the
+    model.
+    """
+    if not factors and not of_experts:
+        raise ValueError(f"{path} holds no LoRA factors")
     specs, values = _build_adapters(path, factors, model, rank_stabilized=rank_stabilized)
+    for spec, own in of_experts:
+        specs, values = [*specs, spec], values | own
+    specs.sort(key=lambda spec: (spec.layer, CANONICAL_TARGETS.index(spec.target)))
     _check_lengths(path, specs, model)
     trained = _read_biases(path, biases, specs, model, bias)
     names = {target: one.module.template for one in factors for target in one.module.targets}
@@ -125,10 +133,8 @@ def _build_adapters(
 ) -> tuple[list[AdapterSpec], dict[str, torch.Tensor]]:
     """Canonical adapters by layer and target. ValueError for shapes or layers that the model has not."""
     shapes, found = compute_linear_shapes(model), []
-    if not factors:
-        raise ValueError(f"{path} holds no LoRA factors")
     for one in factors:
-        if one.module.targets[0] not in shapes or not _fuses_as(one.module, model):
+        if one.module.targets[0] not in FAMILY_NAMES[model.family] or not _fuses_as(one.module, model):
             raise ValueError(f"{path}: {one.key}: {model.name} is {model.family}, which has no such linear")
         in_features = shapes[one.module.targets[0]][0]
         out_features = sum(shapes[target][1] for target in one.module.targets)
@@ -147,7 +153,7 @@ def _build_adapters(
                 layer=one.module.layer,
                 target=split.target,
                 lora_rank=split.a_RH.shape[0],
-                alpha=_scale_alpha(one.alpha, split.a_RH.shape[0] / one.a_RH.shape[0], rank_stabilized),
+                alpha=scale_alpha(one.alpha, split.a_RH.shape[0] / one.a_RH.shape[0], rank_stabilized),
                 in_features=in_features,
                 out_features=shapes[split.target][1],
                 rank_stabilized=rank_stabilized,
@@ -187,7 +193,7 @@ def _split(one: Factors, model: ModelConfig) -> list[_Projection]:
         return [_Projection(target=one.module.targets[0], a_RH=one.a_RH, b_OR=one.b_OR, magnitude_O=one.magnitude_O)]
     rows, lengths_O = find_stored_rows(one.module.targets[0], model), one.magnitude_O
     blocks = {target: one.b_OR[own_rows] for target, own_rows in rows.items()}
-    owners = _find_block_owners(list(blocks.values()))
+    owners = find_block_owners(list(blocks.values()))
     if owners is None or lengths_O is not None:
         lengths = {target: None if lengths_O is None else lengths_O[own_rows] for target, own_rows in rows.items()}
         return [
@@ -202,7 +208,7 @@ def _split(one: Factors, model: ModelConfig) -> list[_Projection]:
     return projections
 
 
-def _find_block_owners(blocks: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def find_block_owners(blocks: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Block that each column of the fused B writes, if every column writes one and the blocks' columns are in order."""
     writes = torch.stack([(block != 0).any(0) for block in blocks])
     owners = writes.int().argmax(0)
@@ -210,7 +216,7 @@ def _find_block_owners(blocks: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return owners if is_blocked else None
 
 
-def _scale_alpha(alpha: float, ratio: float, rank_stabilized: bool) -> float:
+def scale_alpha(alpha: float, ratio: float, rank_stabilized: bool) -> float:
     """The alpha that keeps the scaling at `ratio` times the rank."""
     scaled = alpha * (math.sqrt(ratio) if rank_stabilized else ratio)
     return int(scaled) if scaled == int(scaled) else scaled

@@ -72,6 +72,7 @@ def _find_adapted(specs: Sequence[AdapterSpec], model: ModelConfig) -> set[str]:
     return {
         part.name.removesuffix(".weight")
         for spec in specs
+        if spec.num_experts is None  # transformers has no module of an expert's linear
         for part in find_parts(f"decoder.layers.{spec.layer}.{LINEAR_OF_TARGET[spec.target]}.weight", model)
         if part.target in (None, spec.target)
     }

@@ -15,12 +15,14 @@ def describe_peft_config(
     base_name: str | None,
     fan_in_fan_out: bool,
     modules_to_save: Sequence[str] = (),
+    parameters: Mapping[str, tuple[int, float]] | None = None,
 ) -> dict[str, Any]:
-    """`modules` are the adapted linears' ranks and alphas by full name.
+    """`modules` are the adapted linears' ranks and alphas by full name, `parameters` those of experts.
 
-    The commonest of the modules' ranks and alphas are the defaults, the others are patterns on full names.
+    The commonest of the ranks and alphas are the defaults, the others are patterns on full names.
     """
-    (lora_rank, alpha), _ = Counter(modules.values()).most_common(1)[0]
+    adapted = {**modules, **(parameters or {})}
+    (lora_rank, alpha), _ = Counter(adapted.values()).most_common(1)[0]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -34,7 +36,8 @@ def describe_peft_config(
         "bias": bias,
         **({"use_dora": True} if first.use_dora else {}),
         "target_modules": list(modules),
-        "rank_pattern": {name: r for name, (r, _) in modules.items() if r != lora_rank},
-        "alpha_pattern": {name: a for name, (_, a) in modules.items() if a != alpha},
+        **({"target_parameters": list(parameters)} if parameters else {}),
+        "rank_pattern": {name: r for name, (r, _) in adapted.items() if r != lora_rank},
+        "alpha_pattern": {name: a for name, (_, a) in adapted.items() if a != alpha},
         **({"modules_to_save": list(modules_to_save)} if modules_to_save else {}),
     }

@@ -98,7 +98,7 @@ def to_peft_fused(
         a_parts = [values[f"{spec.name}.lora_A"] for spec in module.specs]
         tensors[module.key("lora_A")] = a_parts[0] if module.shares_a else torch.cat(a_parts)
         b_OR, ratios = torch.zeros(module.out_features, module.lora_rank), module.compute_folded_ratios()
-        for spec, columns in _assign_columns(module):
+        for spec, columns in assign_columns(module):
             b_OR[module.rows[spec.target], columns] = values[f"{spec.name}.lora_B"] * ratios.get(spec.name, 1.0)
         tensors[module.key("lora_B")] = b_OR
         if rows_by_name := module.magnitude_rows:
@@ -119,14 +119,14 @@ def from_peft_fused(
         ranks = [spec.lora_rank for spec in module.specs]
         a_parts = [stacked] * len(ranks) if module.shares_a else stacked.split(ranks)
         values.update({f"{spec.name}.lora_A": a for spec, a in zip(module.specs, a_parts, strict=True)})
-        for spec, columns in _assign_columns(module):
+        for spec, columns in assign_columns(module):
             values[f"{spec.name}.lora_B"] = tensors[module.key("lora_B")][module.rows[spec.target], columns]
         for name, rows in module.magnitude_rows.items():
             values[name] = tensors[module.magnitude_key][rows]
     return values
 
 
-def _assign_columns(module: PeftModule) -> list[tuple[AdapterSpec, slice]]:
+def assign_columns(module: PeftModule) -> list[tuple[AdapterSpec, slice]]:
     """Each adapter's columns of the stacked B."""
     columns, first = [], 0
     for spec in module.specs:

@@ -12,13 +12,16 @@ from safetensors.torch import load_file
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import read_json
 from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, build_imported, drop_keys
+from lora_dist.files.peft_experts import TARGETS, ExpertParameter, find_rows, list_parameters, split_targets
 from lora_dist.files.peft_modules import read_peft_modules, take_modules
 from lora_dist.files.safetensors_stream import read_header
+from lora_dist.lora.spec import AdapterSpec
+from lora_dist.lora.targets import compute_mlp_shapes
 
 _CONFIG, _WEIGHTS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _UNSUPPORTED = (
     *("lora_bias", "layer_replication", "trainable_token_indices", "use_qalora"),
-    *("target_parameters", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config"),
+    *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config"),
 )
 """Settings that change what the factors mean: refused unless empty or false."""
 _CHANGES_BASE = re.compile(r"pissa|olora|loftq|corda|lora_ga")
@@ -45,9 +48,12 @@ def import_peft(directory: Path, model: ModelConfig, drop: Sequence[str] = ()) -
     _check_places(path, tensors)
     modules = read_peft_modules(path, config.get("modules_to_save") or [], config.get("bias", "none"), model)
     values = take_modules(path, tensors, model, modules)
-    factors, bias_tensors = _sort_keys(path, tensors, config)
     rank_stabilized, bias = bool(config.get("use_rslora")), config.get("bias", "none")
-    imported = build_imported(path, factors, bias_tensors, model, rank_stabilized=rank_stabilized, bias=bias)
+    of_experts = _take_experts(path, tensors, config, model)
+    factors, bias_tensors = _sort_keys(path, tensors, config)
+    imported = build_imported(
+        path, factors, bias_tensors, model, rank_stabilized=rank_stabilized, bias=bias, of_experts=of_experts
+    )
     return replace(imported, values=imported.values | values, modules=modules)
 
 
@@ -74,6 +80,49 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         )
     if config.get("bias", "none") not in ("none", "lora_only", "all"):
         raise ValueError(f"{path}: bias={config['bias']!r} is not one of none, lora_only, all")
+
+
+def _take_experts(
+    path: Path, tensors: dict[str, torch.Tensor], config: Mapping[str, Any], model: ModelConfig
+) -> list[tuple[AdapterSpec, dict[str, torch.Tensor]]]:
+    """Take the adapters that target_parameters names out of `tensors`, for every layer that one matches."""
+    named, found, matched = config.get("target_parameters") or [], [], set()
+    for layer in range(model.num_layers if model.num_experts is not None else 0):
+        full_names = {name: ExpertParameter(layer, name).full_name for name in TARGETS}
+        own = {name: one for name, full in full_names.items() for one in named if f".{full}".endswith(f".{one}")}
+        matched |= set(own.values())
+        for parameter in list_parameters(layer, list(own)):
+            found += _take_parameter(path, tensors, parameter, config, model)
+    if unknown := sorted(set(named) - matched):
+        raise ValueError(f"{path.with_name(_CONFIG)}: target_parameters: {model.name} has no {unknown[0]} to adapt")
+    return found
+
+
+def _take_parameter(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    parameter: ExpertParameter,
+    config: Mapping[str, Any],
+    model: ModelConfig,
+) -> list[tuple[AdapterSpec, dict[str, torch.Tensor]]]:
+    settings = path.with_name(_CONFIG)
+    lora_rank = _find_setting(settings, config, parameter.full_name, "rank_pattern", "r")
+    alpha = _find_setting(settings, config, parameter.full_name, "alpha_pattern", "lora_alpha")
+    rows, in_features = find_rows(parameter.name, model), compute_mlp_shapes(model)[TARGETS[parameter.name][0]][0]
+    stacked_rank = int(lora_rank) * (model.num_experts or 1)
+    expected = {"lora_A": (stacked_rank, in_features), "lora_B": (sum(map(len, rows.values())), stacked_rank)}
+    pair: dict[str, torch.Tensor] = {}
+    for factor, shape in expected.items():
+        tensor = tensors.pop(parameter.key(factor), None)
+        if tensor is None or tuple(tensor.shape) != shape:
+            actual = "none" if tensor is None else tuple(tensor.shape)
+            raise ValueError(
+                f"{path}: {parameter.key(factor)} has shape {actual}; {parameter.full_name} of {model.name} needs"
+                f" {shape} at rank {lora_rank}"
+            )
+        pair[factor] = tensor
+    rank_stabilized = bool(config.get("use_rslora"))
+    return split_targets(parameter, pair["lora_A"], pair["lora_B"], model, alpha=alpha, rank_stabilized=rank_stabilized)
 
 
 def _sort_keys(

@@ -1,4 +1,7 @@
-"""An adapter in HF PEFT's files for the base's family: on GPT-2's fused c_attn, else one a projection; pure."""
+"""An adapter in HF PEFT's files for the base's family: on GPT-2's fused c_attn, else one a projection; pure.
+
+Those on experts are beside it (`peft_experts`).
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +12,13 @@ from lora_dist.config import ModelConfig
 from lora_dist.files.modules import FAMILY_NAMES
 from lora_dist.files.peft_base import compute_base_shapes, from_peft_base, to_peft_base
 from lora_dist.files.peft_config import describe_peft_config
+from lora_dist.files.peft_experts import (
+    compute_expert_shapes,
+    describe_parameters,
+    find_folded_ratios,
+    from_peft_experts,
+    to_peft_experts,
+)
 from lora_dist.files.peft_fused import (
     compute_fused_shapes,
     describe_fused_modules,
@@ -29,12 +39,14 @@ def to_peft_files(
     modules: Sequence[str] = (),
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Whole values by canonical name -> adapter_model.safetensors and adapter_config.json."""
+    plain, of_experts = _split(specs)
     if model.architecture.fused_targets:
-        tensors, adapted = to_peft_fused(values, specs, model), describe_fused_modules(specs, model)
+        tensors, adapted = to_peft_fused(values, plain, model), describe_fused_modules(plain, model)
     else:
         names = FAMILY_NAMES[model.family]
-        tensors = {key: values[name] for name, key in compute_split_keys(specs, names).items()}
-        adapted = describe_split_modules(specs, names)
+        tensors = {key: values[name] for name, key in compute_split_keys(plain, names).items()}
+        adapted = describe_split_modules(plain, names)
+    tensors |= to_peft_experts(values, of_experts, model)
     tensors |= to_peft_base(values, specs, model, bias, modules)
     config = describe_peft_config(
         adapted,
@@ -43,6 +55,7 @@ def to_peft_files(
         base_name=model.checkpoint,
         fan_in_fan_out=model.family == "gpt2",
         modules_to_save=name_peft_modules(modules, model),
+        parameters=describe_parameters(of_experts, model),
     )
     return {key: tensors[key] for key in sorted(tensors)}, config  # the order in which PEFT writes them
 
@@ -55,30 +68,39 @@ def from_peft_tensors(
     modules: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The inverse of `to_peft_files` where no scaling was folded into B; exact."""
-    base = from_peft_base(tensors, specs, model, bias, modules)
+    plain, of_experts = _split(specs)
+    others = from_peft_experts(tensors, of_experts, model) | from_peft_base(tensors, specs, model, bias, modules)
     if model.architecture.fused_targets:
-        return from_peft_fused(tensors, specs, model) | base
-    keys = compute_split_keys(specs, FAMILY_NAMES[model.family])
-    return {name: tensors[key] for name, key in keys.items()} | base
+        return from_peft_fused(tensors, plain, model) | others
+    keys = compute_split_keys(plain, FAMILY_NAMES[model.family])
+    return {name: tensors[key] for name, key in keys.items()} | others
 
 
 def compute_peft_shapes(
     specs: Sequence[AdapterSpec], model: ModelConfig, bias: str, modules: Sequence[str] = ()
 ) -> dict[str, tuple[int, ...]]:
     """Every key of adapter_model.safetensors and its shape."""
-    base = compute_base_shapes(specs, model, bias, modules)
+    plain, of_experts = _split(specs)
+    others = compute_expert_shapes(of_experts, model) | compute_base_shapes(specs, model, bias, modules)
     if model.architecture.fused_targets:
-        return compute_fused_shapes(specs, model) | base
-    keys, shapes = compute_split_keys(specs, FAMILY_NAMES[model.family]), compute_factor_shapes(specs, model)
-    return {key: shapes[name] for name, key in keys.items()} | base
+        return compute_fused_shapes(plain, model) | others
+    keys, shapes = compute_split_keys(plain, FAMILY_NAMES[model.family]), compute_factor_shapes(plain, model)
+    return {key: shapes[name] for name, key in keys.items()} | others
+
+
+def _split(specs: Sequence[AdapterSpec]) -> tuple[list[AdapterSpec], list[AdapterSpec]]:
+    """Those on a linear that every token passes, and those on experts."""
+    return [spec for spec in specs if spec.num_experts is None], [
+        spec for spec in specs if spec.num_experts is not None
+    ]
 
 
 def compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every factor, and DoRA's row lengths, by canonical name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for spec in specs:
-        shapes[f"{spec.name}.lora_A"] = (spec.lora_rank, spec.in_features)
-        shapes[f"{spec.name}.lora_B"] = (spec.out_features, spec.lora_rank)
+        shapes[f"{spec.name}.lora_A"] = (spec.stacked_rank, spec.in_features)
+        shapes[f"{spec.name}.lora_B"] = (spec.out_features, spec.stacked_rank)
         if spec.use_dora:
             shapes[f"{spec.name}.magnitude"] = (spec.out_features,)
     if model.architecture.fused_targets:  # one linear, which has the lengths of all its rows
@@ -89,7 +111,7 @@ def compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig) -> d
 
 def find_folded_scalings(specs: Sequence[AdapterSpec], model: ModelConfig) -> dict[str, float]:
     """Adapters whose B is multiplied, since PEFT has one scaling a module; none where every projection has its own."""
-    if not model.architecture.fused_targets:
-        return {}
-    modules = group_specs(specs, model)
-    return {name: ratio for module in modules for name, ratio in module.compute_folded_ratios().items()}
+    plain, of_experts = _split(specs)
+    modules = group_specs(plain, model) if model.architecture.fused_targets else []
+    folded = {name: ratio for module in modules for name, ratio in module.compute_folded_ratios().items()}
+    return folded | find_folded_ratios(of_experts, model)

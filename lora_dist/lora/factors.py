@@ -15,14 +15,14 @@ def derive_seed(*parts: object) -> int:
 
 
 def draw_lora_A(spec: AdapterSpec, seed: int) -> torch.Tensor:
-    """The whole A [lora_rank, in_features], fp32, Gaussian as in section 4.1 of the paper.
+    """The whole A [stacked_rank, in_features], fp32, Gaussian as in section 4.1 of the paper.
 
     Its variance 1 / (3 in_features) is that of the uniform draw of the authors' code, so their learning rates hold.
     B starts at zero and needs no draw.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, spec.name, "lora_A"))
     std = 1.0 / math.sqrt(3 * spec.in_features)
-    return torch.randn(spec.lora_rank, spec.in_features, generator=generator) * std
+    return torch.randn(spec.stacked_rank, spec.in_features, generator=generator) * std
 
 
 def slice_shard(whole: torch.Tensor, shard_dim: int | None, tp_size: int, tp_rank: int) -> torch.Tensor:

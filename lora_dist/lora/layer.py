@@ -73,7 +73,7 @@ class LoraShard(nn.Module):
             if rows is not None:
                 out_features = len(rows[spec.target])
             self.register_parameter(f"{spec.target}_lora_A", nn.Parameter(a.to(device)))
-            b = torch.zeros(out_features, spec.lora_rank, device=device)
+            b = torch.zeros(out_features, spec.stacked_rank, device=device)
             self.register_parameter(f"{spec.target}_lora_B", nn.Parameter(b))
             if spec.use_dora:
                 length = nn.Parameter(torch.ones(out_features, device=device))

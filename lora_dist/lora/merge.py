@@ -9,6 +9,7 @@ Shapes: O output features, H input features.
 import torch
 from torch import nn
 
+from lora_dist.lora.experts import ExpertAdapter
 from lora_dist.lora.layer import LoraShard
 
 
@@ -28,7 +29,7 @@ class WeightMerge:
         return sum(base.nbytes for _, base in self._kept.values())
 
     @torch.no_grad()
-    def merge(self, shard: LoraShard | None) -> None:
+    def merge(self, shard: LoraShard | ExpertAdapter | None) -> None:
         """Base plus `shard`, whatever was merged before; None leaves the base alone, bit for bit."""
         blocks = [] if shard is None else shard.list_rows()
         targets = {spec.target for spec, _ in blocks}

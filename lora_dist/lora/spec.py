@@ -8,7 +8,10 @@ CANONICAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSpec:
-    """One pair of factors: A [lora_rank, in_features], B [out_features, lora_rank], whole (not sharded)."""
+    """One pair of factors: A [lora_rank, in_features], B [out_features, lora_rank], whole (not sharded).
+
+    Of a layer's experts, which have a linear each, one pair each: A and B hold them one after the other.
+    """
 
     layer: int
     """Zero-based over the whole model."""
@@ -26,6 +29,8 @@ class AdapterSpec:
 
     use_dora: bool = False
     """Each output row has a trained length besides (arXiv:2402.09353)."""
+    num_experts: int | None = None
+    """That have a linear of this name each; None where every token passes the one there is."""
 
     @property
     def name(self) -> str:
@@ -37,6 +42,11 @@ class AdapterSpec:
         return self.alpha / (math.sqrt(self.lora_rank) if self.rank_stabilized else self.lora_rank)
 
     @property
+    def stacked_rank(self) -> int:
+        """Rows of A and columns of B, all experts' together."""
+        return (self.num_experts or 1) * self.lora_rank
+
+    @property
     def num_parameters(self) -> int:
-        factors = self.lora_rank * (self.in_features + self.out_features)
+        factors = self.stacked_rank * (self.in_features + self.out_features)
         return factors + (self.out_features if self.use_dora else 0)

@@ -21,6 +21,8 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "c_proj": ("o_proj", "down_proj"),
     **dict.fromkeys(("all-linear", "all"), CANONICAL_TARGETS),
 }
+_ALL = ("all-linear", "all")
+"""Where a layer has experts, the linears that every token passes: adapters on all experts would be many times more."""
 LINEAR_OF_TARGET = {
     **dict.fromkeys(_ATTENTION_INPUTS, "self_attention.linear_qkv"),
     "o_proj": "self_attention.linear_proj",
@@ -32,10 +34,10 @@ _Value = TypeVar("_Value")
 
 
 def compute_linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of each adaptable linear of a layer. Experts' are not: only some rows reach them."""
+    """(in_features, out_features) of each adaptable linear of a layer; of experts', which are alike, of one."""
     h, q, kv = model.hidden_size, model.query_size, model.kv_size
     attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
-    return attention if model.architecture.experts else attention | compute_mlp_shapes(model)
+    return attention | compute_mlp_shapes(model)
 
 
 def compute_mlp_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -43,6 +45,11 @@ def compute_mlp_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     h, f = model.hidden_size, model.ffn_hidden_size
     gate = {"gate_proj": (h, f)} if model.architecture.gated else {}
     return {**gate, "up_proj": (h, f), "down_proj": (f, h)}
+
+
+def find_num_experts(target: str, model: ModelConfig) -> int | None:
+    """How many experts of a layer have a linear of that name; None where every token passes the one there is."""
+    return model.num_experts if target in compute_mlp_shapes(model) else None
 
 
 def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpec]:
@@ -55,8 +62,13 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
     sites = [(layer, target) for layer in range(model.num_layers) for target in shapes]
     chosen: set[tuple[int, str]] = set()
     for pattern in lora.target_modules:
-        _check_outside_experts(pattern, model)
-        chosen.update(_match("lora.target_modules", pattern, sites))
+        if model.architecture.experts and pattern.rpartition(".")[2] == "gate":
+            raise ValueError(
+                f"lora.target_modules: {pattern!r} is the router of {model.family}, which takes no adapter; the linears"
+                " of its experts are gate_proj, up_proj and down_proj"
+            )
+        meant = [site for site in sites if pattern.lower() not in _ALL or find_num_experts(site[1], model) is None]
+        chosen.update(_match("lora.target_modules", pattern, meant))
     adapted = [site for site in sites if site in chosen and site[0] in layers]
     if not adapted:
         raise ValueError(f"lora.layers={lora.layers} leaves none of lora.target_modules={lora.target_modules}")
@@ -73,21 +85,28 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
             dropout=lora.dropout,
             rank_stabilized=lora.use_rslora,
             use_dora=lora.use_dora,
+            num_experts=find_num_experts(target, model),
         )
         for layer, target in adapted
     ]
+    _check_experts(specs, lora)
     if lora.init == "pissa":
         _check_has_principal_parts(specs)
     return specs
 
 
-def _check_outside_experts(pattern: str, model: ModelConfig) -> None:
-    named = set(find_targets(pattern))
-    if model.architecture.experts and named and named <= compute_mlp_shapes(model).keys():
-        raise ValueError(
-            f"lora.target_modules: {pattern!r} is a linear of the experts of {model.family}, which take no adapters;"
-            f" there are {', '.join(compute_linear_shapes(model))}"
-        )
+def _check_experts(specs: Iterable[AdapterSpec], lora: LoraConfig) -> None:
+    name = next((spec.name for spec in specs if spec.num_experts is not None), None)
+    for key, value, plain in (
+        ("lora.dropout", lora.dropout, 0.0),
+        ("lora.use_dora", lora.use_dora, False),
+        ("lora.init", lora.init, "gaussian"),
+    ):
+        if name is not None and value != plain:
+            raise ValueError(
+                f"{key}={value}: {name} is a linear of experts, whose adapters want {key}={plain}; or leave the"
+                " experts' linears out of lora.target_modules"
+            )
 
 
 def _check_has_principal_parts(specs: Iterable[AdapterSpec]) -> None:

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lora_dist.lora.experts import ExpertShard
 from lora_dist.lora.layer import LoraShard, ShardPlace, compute_fused_rows, find_shared_ranges
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import LINEAR_OF_TARGET, compute_linear_shapes
 from lora_dist.lora.trained_base import list_trained_base
 from lora_dist.mcore.base_parameters import describe_base_parameters
+from lora_dist.mcore.experts import ExpertLinears
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter, find_source
@@ -44,7 +46,7 @@ def build_shards(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, seed: int) ->
     for (layer, linear_name), group in _group_by_linear(gpt, specs).items():
         local_name = f"decoder.layers.{layer - gpt.first_layer}.{linear_name}"
         linear = gpt.get_submodule(local_name)
-        assert isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear)
+        assert isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear | ExpertLinears)
         shards[local_name] = _build_shard(gpt, linear, group, seed)
     return shards
 
@@ -65,26 +67,32 @@ def _group_by_linear(gpt: ShardedGpt, specs: Sequence[AdapterSpec]) -> dict[tupl
 
 def _build_shard(
     gpt: ShardedGpt,
-    linear: LoraColumnParallelLinear | LoraRowParallelLinear,
+    linear: LoraColumnParallelLinear | LoraRowParallelLinear | ExpertLinears,
     specs: Sequence[AdapterSpec],
     seed: int,
 ) -> LoraShard:
     topology = gpt.topology
-    column_parallel = isinstance(linear, LoraColumnParallelLinear)
+    if isinstance(linear, ExpertLinears):  # what enters them is the whole sequence already
+        kind, column_parallel, sequence_parallel = ExpertShard, linear.column_parallel, False
+        local_out_features = linear.local_out_features
+    else:
+        kind, column_parallel = LoraShard, isinstance(linear, LoraColumnParallelLinear)
+        sequence_parallel = column_parallel and topology.sequence_parallel
+        local_out_features = linear.weight.shape[0]
     place = ShardPlace(
         column_parallel=column_parallel,
         tp_size=topology.tp_size,
         tp_rank=topology.tp_rank,
-        sequence_parallel=column_parallel and topology.sequence_parallel,
+        sequence_parallel=sequence_parallel,
         row_group=None if column_parallel or topology.tp_size == 1 else topology.tp_group,
         tp_ranges=find_shared_ranges(gpt.model, topology.tp_size),
     )
-    shard = LoraShard(
+    shard = kind(
         specs,
         place,
         seed=seed,
         clock=gpt.clock,
-        local_out_features=linear.weight.shape[0],
+        local_out_features=local_out_features,
         rows=compute_fused_rows(specs[0].target, gpt.model, topology.tp_size),
         device=topology.device,
     )
@@ -102,8 +110,8 @@ def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
     for spec in shard.specs:
         a, b = shard.factors(spec)
         parts = [
-            ("lora_A", a, (spec.lora_rank, spec.in_features), place.a_shard_dim),
-            ("lora_B", b, (spec.out_features, spec.lora_rank), place.b_shard_dim),
+            ("lora_A", a, (spec.stacked_rank, spec.in_features), place.a_shard_dim),
+            ("lora_B", b, (spec.out_features, spec.stacked_rank), place.b_shard_dim),
         ]
         if spec.use_dora:
             parts.append(("magnitude", shard.magnitude(spec), (spec.out_features,), place.b_shard_dim))

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_dist.lora.experts import ExpertAdapter
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.merge import WeightMerge
 from lora_dist.lora.mixed import MixedLoraShard
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.adapters import build_shards, describe_factors
 from lora_dist.mcore.base_parameters import describe_base_parameters
+from lora_dist.mcore.experts import split_by_expert
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter, find_source
@@ -54,6 +56,8 @@ def _find_shared(specs: Sequence[AdapterSpec], values: Mapping[str, torch.Tensor
     of_base = [name for name in values if not name.startswith("layers.")]
     if of_base:
         return "trained biases" if all(name.endswith(".bias") for name in of_base) else "trained modules"
+    if any(spec.num_experts is not None for spec in specs):
+        return "adapters on experts"
     return "DoRA's row lengths" if specs[0].use_dora else None
 
 
@@ -124,7 +128,7 @@ class LiveMerge:
     def merge(self, adapter: LoadedAdapter) -> None:
         """Base plus `adapter`, in place of what was merged: the first merge and a switch of tasks are the same."""
         assert self._keep_base or self.merged is None, f"{self.merged} was merged for good"
-        self._apply(adapter.shards, adapter.replaced)
+        self._apply(split_by_expert(adapter.shards), adapter.replaced)
         self.merged = adapter.name
 
     def unmerge(self) -> None:
@@ -134,10 +138,10 @@ class LiveMerge:
         self.merged = None
 
     @torch.no_grad()
-    def _apply(self, shards: Mapping[str, LoraShard], replaced: Mapping[str, torch.Tensor]) -> None:
+    def _apply(self, shards: Mapping[str, LoraShard | ExpertAdapter], replaced: Mapping[str, torch.Tensor]) -> None:
         for name in [*self._merges, *(name for name in shards if name not in self._merges)]:
             linear = self._gpt.get_submodule(name)
-            assert linear.lora is None, f"{name} would apply an adapter twice"
+            assert getattr(linear, "lora", None) is None, f"{name} would apply an adapter twice"
             merge = self._merges.setdefault(name, WeightMerge(linear.weight, keep_base=self._keep_base))
             merge.merge(shards.get(name))
         for name, value in replaced.items():

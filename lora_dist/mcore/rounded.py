@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from lora_dist.lora.experts import ExpertAdapter
 from lora_dist.lora.layer import LoraShard
-from lora_dist.mcore.experts import ExpertWeight
+from lora_dist.mcore.experts import ExpertWeight, split_by_expert
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear, build_quantized_weight
 from lora_dist.mcore.model import ShardedGpt
 
@@ -38,7 +39,7 @@ def apply_rounding(gpt: ShardedGpt, base_format: str, shards: Mapping[str, LoraS
     The sum is formed in fp32: W = dequantised + B A is the model that trained over the quantised base. What rounding
     it to the model's dtype changes is returned, the same on every process. Collective.
     """
-    error, shards = RoundingError(), shards or {}
+    error, adapters = RoundingError(), split_by_expert(shards or {})
     for name, linear in gpt.named_modules():
         if isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear | ExpertWeight):
             weight = linear.weight
@@ -46,14 +47,14 @@ def apply_rounding(gpt: ShardedGpt, base_format: str, shards: Mapping[str, LoraS
             quantized = build_quantized_weight(linear, base_format)
             quantized.fill(weight)
             weight_OH = quantized.dequantize(torch.float32)
-            if (shard := shards.get(name)) is not None:
+            if (shard := adapters.get(name)) is not None:
                 _merge(shard, weight_OH)
             weight.copy_(weight_OH)
             error.add(weight.float() - weight_OH)
     return _join(error, gpt)
 
 
-def _merge(shard: LoraShard, weight_OH: torch.Tensor) -> None:
+def _merge(shard: LoraShard | ExpertAdapter, weight_OH: torch.Tensor) -> None:
     """In place, in fp32. With DoRA collective over TP where rows are split."""
     for spec, rows in shard.list_rows():
         if rows is None:

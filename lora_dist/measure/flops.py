@@ -146,8 +146,8 @@ def _build_layer(model: ModelConfig, shape: StepShape, ranks: dict[str, int], *,
             parts.append(_Part(name=name, forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0))
             continue
         i, o = features[name]
-        base, r = 2 * i * o * (mlp_tokens if name in ("fc1", "fc2") else tokens), ranks.get(name, 0)
-        down, up = 2 * r * i * tokens, 2 * r * o * tokens
+        rows, r = mlp_tokens if name in ("fc1", "fc2") else tokens, ranks.get(name, 0)
+        base, down, up = 2 * i * o * rows, 2 * r * i * rows, 2 * r * o * rows
         parts.append(
             _Part(
                 name=name,

@@ -40,7 +40,7 @@ ADAPTED = {
     "shared heads": ["topology=tp4", "model.family=llama", "model.num_kv_heads=2"],
     "experts": [
         *("topology=tp2_sp", "model.family=mixtral", "model.num_experts=4", "model.experts_per_token=2"),
-        "model.tied_output=false",
+        *("model.tied_output=false", "lora.target_modules=[all,gate_proj,up_proj,down_proj]"),
     ],
     "gpt_neox": ["topology=pp2", "model.family=gpt_neox", "loop.recompute=selective"],
     "opt": ["topology=tp2_sp", "model.family=opt"],

@@ -34,9 +34,13 @@ LORA = LoraConfig(rank=3, alpha=4, target_modules=["all-linear"], rank_pattern={
 
 
 def list_specs(model: ModelConfig) -> list[AdapterSpec]:
-    """Mistral, whose layers are Llama's, has DoRA, and so has GPT-NeoX."""
-    specs = build_adapter_specs(replace(LORA, use_dora=model.family in ("mistral", "gpt_neox")), model)
-    num_targets = 4 if model.architecture.experts else 7 if model.architecture.gated else 6
+    """Mistral, whose layers are Llama's, has DoRA, and so has GPT-NeoX. Experts have to be named."""
+    lora = replace(LORA, use_dora=model.family in ("mistral", "gpt_neox"))
+    if model.architecture.experts:
+        more = ["gate_proj", "up_proj", "down_proj"]
+        lora = replace(LORA, target_modules=["all-linear", *more], rank_pattern={"o": 5, "up_proj": 2, "w2": 4})
+    specs = build_adapter_specs(lora, model)
+    num_targets = 7 if model.architecture.gated else 6
     assert len(specs) == model.num_layers * num_targets
     return specs
 
@@ -159,7 +163,11 @@ def test_the_verbs_merge_and_export(name: str, tmp_path: Path) -> None:
     assert run_distributed(call, 2, words) == [0, 0]
     merged = compute_family_logits(tmp_path / "merged", draw_tokens())
     assert (merged - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert run_distributed(call, 1, ["export", *given, f"output={tmp_path / 'out'}", "format=loralib"]) == [0]
+    words = ["export", *given, f"output={tmp_path / 'out'}", "format=loralib"]
+    if model.architecture.experts:
+        assert run_distributed(call, 1, words) == [2]
+        return
+    assert run_distributed(call, 1, words) == [0]
     settings = json.loads((tmp_path / "out/lora_settings.json").read_text())
     assert settings["model.layers.0.self_attn.k_proj"] == {"r": 3, "lora_alpha": 4.0}
 

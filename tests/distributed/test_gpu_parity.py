@@ -22,7 +22,10 @@ OVERRIDES = [
     *("model=tiny", "data=fake", "data.seq_len=64", "track=none", "loop.micro_batch_size=4"),
     *("loop.global_batch_size=8", "lora.rank=4", "lora.target_modules=[all]", "optim.lr=1e-2", "optim.eps=1e-3"),
 ]
-EXPERTS = ["model.family=mixtral", "model.num_experts=4", "model.experts_per_token=2", "model.tied_output=false"]
+EXPERTS = [
+    *("model.family=mixtral", "model.num_experts=4", "model.experts_per_token=2", "model.tied_output=false"),
+    "lora.target_modules=[all,gate_proj,up_proj,down_proj]",
+]
 CASES = {
     "lora": ([], 1e-5),
     "lora-recompute": (["loop.recompute=full"], 1e-5),

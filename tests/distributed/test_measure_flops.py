@@ -78,12 +78,15 @@ def test_a_gated_model_with_shared_heads(lora: LoraConfig) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_share_the_tokens(family: str) -> None:
-    model, lora = replace(LLAMA, family=family, num_experts=5, experts_per_token=3), LoraConfig(rank=2)
-    case = Case(model=model, lora=lora, recompute="selective", dtype=torch.float32)
-    [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case)
-    shape = build_shape(num_loss_tokens, "selective")
-    assert counted == compute_lora_flops(model, build_adapter_specs(lora, model), shape)
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_experts_share_the_tokens(family: str, recompute: str) -> None:
+    model = replace(LLAMA, family=family, num_experts=5, experts_per_token=3)
+    for targets in (["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"], ["down_proj"], ["up_proj"]):
+        lora = LoraConfig(rank=2, target_modules=targets)
+        case = Case(model=model, lora=lora, recompute=recompute, dtype=torch.float32)
+        [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case)
+        shape = build_shape(num_loss_tokens, recompute)
+        assert counted == compute_lora_flops(model, build_adapter_specs(lora, model), shape), targets
     [(counted, _)] = run_distributed(count_step, 1, Case(model=model, method="full", dtype=torch.float32))
     assert counted == compute_full_flops(model, build_shape(num_loss_tokens))
 

@@ -151,6 +151,7 @@ def count_tensor_bytes() -> int:
 FULL = {"method": "full"}
 ALL = LoraConfig(rank=3, target_modules=["all"], dropout=0.1, bias="all")
 SEVEN = LoraConfig(rank=3, target_modules=["all"], dropout=0.1)
+EXPERT_LORA = LoraConfig(rank=3, target_modules=["all", "gate_proj", "up_proj", "down_proj"])
 CASES = {
     "lora": {},
     "lora-recompute": {"recompute": "full"},
@@ -183,7 +184,9 @@ CASES = {
         "model": replace(LLAMA, name="phi3", family="phi3", rotary_fraction=0.5),
         **{"lora": SEVEN, "topology": {"tp_size": 2}},
     },
-    "experts-lora-tp2-sp": {"model": EXPERTS, "topology": {"tp_size": 2, "sequence_parallel": True}},
+    "experts-lora-tp2-sp": {
+        **{"model": EXPERTS, "lora": EXPERT_LORA, "topology": {"tp_size": 2, "sequence_parallel": True}},
+    },
     "experts-lora-nf4-tp2-recompute": {
         **{"model": replace(EXPERTS, base_format="nf4"), "topology": {"tp_size": 2}, "recompute": "full"},
     },

@@ -23,7 +23,7 @@ ADAPTERS = {
     "some": LoraConfig(rank=3, target_modules=["q_proj", "down_proj"], layers=["1"]),
     "dora": LoraConfig(rank=3, target_modules=["v_proj", "o_proj", "up_proj"], use_dora=True),
     "llama": LoraConfig(rank=3, target_modules=["k_proj", "gate_proj", "down_proj"], layers=["1"]),
-    "experts": LoraConfig(rank=3, target_modules=["q_proj", "o_proj"]),
+    "experts": LoraConfig(rank=3, target_modules=["q_proj", "gate_proj", "down_proj"]),
 }
 FAMILIES = {
     "llama": {"family": "llama", "num_kv_heads": 2},

@@ -153,7 +153,7 @@ def test_what_is_dropped_is_a_regular_expression() -> None:
 
 
 @pytest.mark.parametrize("linear", ["block_sparse_moe.experts.3.w1", "mlp.experts.3.down_proj"])
-def test_adapters_on_experts_are_refused(linear: str, tmp_path: Path) -> None:
+def test_adapters_on_single_experts_are_refused(linear: str, tmp_path: Path) -> None:
     model = write_family_checkpoint("mixtral", tmp_path / "base")
     source = tmp_path / "source"
     write_with_peft(build_family_model("mixtral"), source, target_modules=["q_proj"], r=2)

@@ -22,7 +22,9 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint, compute_base_fing
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import compute_canonical_shapes
 from lora_dist.files.modules import FAMILY_NAMES, find_stored_rows
-from lora_dist.lora.targets import compute_linear_shapes
+from lora_dist.files.peft_experts import TARGETS as PEFT_TARGETS
+from lora_dist.files.peft_experts import ExpertParameter, find_rows
+from lora_dist.lora.targets import compute_linear_shapes, find_num_experts
 from lora_dist.mcore.rotary import Rotary, compute_frequencies
 
 
@@ -40,13 +42,23 @@ def test_every_canonical_parameter_is_a_stored_one(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_every_target_is_a_linear_of_transformers(name: str, tmp_path: Path) -> None:
     model, theirs = write_family_checkpoint(name, tmp_path), build_family_model(name)
-    names = FAMILY_NAMES[model.family]
-    assert names.keys() == compute_linear_shapes(model).keys()
-    for target, (in_features, out_features) in compute_linear_shapes(model).items():
+    names, shapes = FAMILY_NAMES[model.family], compute_linear_shapes(model)
+    assert list(names) == [target for target in shapes if find_num_experts(target, model) is None]
+    for target, (in_features, out_features) in ((target, shapes[target]) for target in names):
         linear = theirs.get_submodule(names[target].format(layer=2))
         stored_rows = find_stored_rows(target, model)
         assert len(stored_rows[target]) == out_features
         assert (linear.in_features, linear.out_features) == (in_features, sum(map(len, stored_rows.values())))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_every_target_of_experts_is_in_a_parameter_of_transformers(name: str, tmp_path: Path) -> None:
+    model, theirs = write_family_checkpoint(name, tmp_path), build_family_model(name)
+    for parameter, targets in PEFT_TARGETS.items():
+        (in_features,) = {compute_linear_shapes(model)[target][0] for target in targets}
+        num_rows = sum(len(rows) for rows in find_rows(parameter, model).values())
+        stacked = theirs.get_parameter(ExpertParameter(2, parameter).full_name)
+        assert stacked.shape == (find_num_experts(targets[0], model), num_rows, in_features)
 
 
 def edit(directory: Path, **changes: object) -> None:
@@ -93,7 +105,7 @@ def edit(directory: Path, **changes: object) -> None:
             "is not a l",
         ),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported, only 0.0"),
-        ("mixtral", {"output_router_logits": True}, "output_router_logits=True is not supported, only False"),
+        ("mixtral", {"output_router_logits": True}, "output_router_logits=True asks for a loss that"),
         ("mixtral", {"num_experts_per_tok": 5}, "model.experts_per_token=5 exceeds model.num_experts=4"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=[1] is not supported, only []"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported, only 1"),
@@ -111,6 +123,14 @@ def test_what_is_not_computed_here_is_refused(name: str, changes: dict, message:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
         check_hf_checkpoint(model, tmp_path)
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_stacked_in_one_tensor_are_named(name: str, tmp_path: Path) -> None:
+    model = write_family_checkpoint(name, tmp_path)
+    build_family_model(name).save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.gate_up_proj holds all experts of a layer, as transf"):
+        check_hf_checkpoint(model, tmp_path)
 
 
 def test_older_configurations_say_the_same(tmp_path: Path) -> None:

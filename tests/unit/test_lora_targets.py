@@ -56,14 +56,40 @@ def test_unmatched_target_lists_what_exists() -> None:
         names(target_modules=["q_proj", "gate_proj"])
 
 
-def test_experts_take_no_adapters() -> None:
-    experts = {"family": "mixtral", "num_experts": 4, "experts_per_token": 2}
-    model = dataclasses.replace(MODEL, **experts)
-    specs = build_adapter_specs(LoraConfig(target_modules=["all"], layers=["1"]), model)
-    assert [spec.target for spec in specs] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    for pattern in ("gate_up_proj", "w2", "down_proj"):
-        with pytest.raises(ValueError, match=f"{pattern}' is a linear of the experts of mixtral, which take"):
-            build_adapter_specs(LoraConfig(target_modules=["q_proj", pattern]), model)
+EXPERTS = dataclasses.replace(MODEL, family="mixtral", num_experts=4, experts_per_token=2)
+
+
+def test_all_means_what_every_token_passes() -> None:
+    for pattern in ("all", "all-linear", "ALL-linear"):
+        specs = build_adapter_specs(LoraConfig(target_modules=[pattern], layers=["1"]), EXPERTS)
+        assert [spec.target for spec in specs] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def test_experts_that_are_named_have_adapters_each() -> None:
+    lora = LoraConfig(rank=2, target_modules=["w1", "w2", "q_proj"], layers=["1"])
+    specs = build_adapter_specs(lora, EXPERTS)
+    assert [(spec.name, spec.num_experts) for spec in specs] == [
+        ("layers.1.q_proj", None),
+        ("layers.1.gate_proj", 4),
+        ("layers.1.down_proj", 4),
+    ]
+    assert specs[1].num_parameters == 4 * 2 * (EXPERTS.hidden_size + EXPERTS.ffn_hidden_size)
+
+
+@pytest.mark.parametrize("pattern", ["gate", "mlp.gate", "block_sparse_moe.gate"])
+def test_the_router_takes_none(pattern: str) -> None:
+    with pytest.raises(ValueError, match=f"'{pattern}' is the router of mixtral, which takes no adapter; the linears"):
+        build_adapter_specs(LoraConfig(target_modules=["q_proj", pattern]), EXPERTS)
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"use_dora": True}, {"init": "pissa"}], ids=str)
+def test_what_the_adapters_of_experts_have_not(options: dict) -> None:
+    ((key, _),) = options.items()
+    with pytest.raises(
+        ValueError, match=f"lora.{key}=.*: layers.0.up_proj is a linear of experts, whose adapters want"
+    ):
+        build_adapter_specs(LoraConfig(target_modules=["q_proj", "up_proj"], **options), EXPERTS)
+    build_adapter_specs(LoraConfig(target_modules=["q_proj"], **options), EXPERTS)
 
 
 def test_broken_expression_is_named() -> None:
