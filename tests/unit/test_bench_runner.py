@@ -64,6 +64,20 @@ def test_contenders_agree_on_a_llama(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert accounts["lora"].saved_activation_bytes < accounts["peft"].saved_activation_bytes
 
 
+def test_contenders_agree_on_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's adapter of gate and up is one, so it trains otherwise from the second step on."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    lora = LoraConfig(rank=4, target_modules=["all", "gate_proj", "up_proj", "down_proj"])
+    bench = BenchConfig(contenders=["lora", "peft"], num_rounds=1, num_warmup_rounds=1)
+    config = build_config(
+        replace(LLAMA, family="qwen3_moe", num_experts=4, experts_per_token=2), lora=lora, bench=bench
+    )
+    measured = measure_contenders(start(config, tmp_path / "start"), context=FORK)
+    first = {name: samples[0].loss for name, samples in measured.samples.items()}
+    assert first["peft"] == pytest.approx(first["lora"], abs=2e-3)
+    assert measured.accounts["lora"].saved_activation_bytes < 0.7 * measured.accounts["peft"].saved_activation_bytes
+
+
 def test_bench_end_to_end(started_config: RunConfig) -> None:
     measured = measure_contenders(started_config, context=FORK)
     record = json.loads(json.dumps(build_record(started_config, describe_environment(), measured)))
@@ -104,7 +118,10 @@ def test_batches_are_a_function_of_the_step() -> None:
 
 def test_peft_gets_the_same_adapters() -> None:
     peft = build_peft_config(build_config(lora=LoraConfig(rank=2, target_modules=["q_proj", "down_proj"])))
-    assert (peft.r, peft.target_modules) == (2, {"c_attn", "mlp.c_proj"})
+    assert (peft.r, peft.target_modules, peft.target_parameters) == (2, {"c_attn", "mlp.c_proj"}, None)
+    experts = replace(LLAMA, family="mixtral", num_experts=4, experts_per_token=2)
+    peft = build_peft_config(build_config(experts, lora=LoraConfig(target_modules=["q_proj", "up_proj"])))
+    assert (peft.target_modules, peft.target_parameters) == ({"self_attn.q_proj"}, ["mlp.experts.gate_up_proj"])
 
 
 @pytest.mark.parametrize(
