@@ -113,6 +113,15 @@ def test_a_failed_run_is_queued_again_where_a_node_no_longer_answers(
     assert (tmp_path / "scontrol.log").exists() is again
 
 
+@pytest.mark.parametrize(("cancel", "said"), [("", "queued again"), ("(sleep 1; kill -TERM $job) &", "cancelled")])
+def test_terminated_tasks_are_queued_again_unless_the_job_is_cancelled(cancel: str, said: str, tmp_path: Path) -> None:
+    """Whose script may be told a moment after its tasks have ended."""
+    does = f'job=$PPID; case " $* " in *" true "* | *preflight*) ;; *) {cancel} exit 143 ;; esac'
+    text = run_script(tmp_path, does=does)
+    assert said in text
+    assert (tmp_path / "scontrol.log").exists() is (said == "queued again")
+
+
 def test_submitted_from_elsewhere(tmp_path: Path) -> None:
     text = run_script(tmp_path, LORA_DIST_ROOT="", SLURM_SUBMIT_DIR=str(tmp_path))
     assert text.startswith("2 ")
