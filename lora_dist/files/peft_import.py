@@ -1,5 +1,6 @@
 """Adapters that HF PEFT wrote, one on the fused c_attn or one a projection, read into canonical factors."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ _UNSUPPORTED = (
     *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config"),
 )
 """Settings that change what the factors mean: refused unless empty or false."""
+_ROUTER = ".gate.weight"
 _CHANGES_BASE = re.compile(r"pissa|olora|loftq|corda|lora_ga")
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)(?:\.default)?\.weight")
 _MAGNITUDE = re.compile(r"base_model\.model\.(.+)\.(lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
@@ -78,24 +80,51 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: init_lora_weights={start!r} trained beside a changed base; save it with PEFT's"
             " path_initial_model_for_weight_conversion first"
         )
+    _check_kinds(path, config)
     if config.get("bias", "none") not in ("none", "lora_only", "all"):
         raise ValueError(f"{path}: bias={config['bias']!r} is not one of none, lora_only, all")
+
+
+def _check_kinds(path: Path, config: Mapping[str, Any]) -> None:
+    for key in ("target_parameters", "modules_to_save"):
+        names = config.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path}: {key}={names!r} is no list of names")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ValueError(f"{path}: {key}={config[key]!r} is no JSON object")
 
 
 def _take_experts(
     path: Path, tensors: dict[str, torch.Tensor], config: Mapping[str, Any], model: ModelConfig
 ) -> list[tuple[AdapterSpec, dict[str, torch.Tensor]]]:
     """Take the adapters that target_parameters names out of `tensors`, for every layer that one matches."""
-    named, found, matched = config.get("target_parameters") or [], [], set()
+    settings, named, found, matched = path.with_name(_CONFIG), config.get("target_parameters") or [], [], set[str]()
     for layer in range(model.num_layers if model.num_experts is not None else 0):
-        full_names = {name: ExpertParameter(layer, name).full_name for name in TARGETS}
-        own = {name: one for name, full in full_names.items() for one in named if f".{full}".endswith(f".{one}")}
-        matched |= set(own.values())
-        for parameter in list_parameters(layer, list(own)):
+        adapted = []
+        for name in TARGETS:
+            full_name = f".{ExpertParameter(layer, name).full_name}"
+            hits = {one for one in named if full_name.endswith(f".{one}")}
+            matched |= hits
+            adapted += [name] if hits else []
+        for parameter in list_parameters(layer, adapted):
             found += _take_parameter(path, tensors, parameter, config, model)
-    if unknown := sorted(set(named) - matched):
-        raise ValueError(f"{path.with_name(_CONFIG)}: target_parameters: {model.name} has no {unknown[0]} to adapt")
+    for one in sorted(set(named) - matched):
+        if f".{one}".endswith(_ROUTER) and model.num_experts is not None:
+            _check_router(path, tensors)
+        else:
+            raise ValueError(f"{settings}: target_parameters: {model.name} has no {one} to adapt")
     return found
+
+
+def _check_router(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """PEFT's all-linear takes the routers too. ValueError where their factors are still there."""
+    key = next((key for key in tensors if ".mlp.gate.lora_" in key), None)
+    if key is not None:
+        raise ValueError(
+            f"{path}: {key} adapts the router, which takes no adapter here; train without it, or leave its factors out"
+            r" with drop=['.*\.mlp\.gate\..*']"
+        )
 
 
 def _take_parameter(
@@ -169,6 +198,6 @@ def _find_setting(path: Path, config: Mapping[str, Any], name: str, pattern_key:
         if matches:
             found, value = f"{pattern_key}.{pattern}", own
             break
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{path}: {found}={value!r} is not a number")
     return value

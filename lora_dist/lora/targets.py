@@ -60,13 +60,9 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
     shapes = compute_linear_shapes(model)
     layers = parse_layers("lora.layers", lora.layers, model.num_layers)
     sites = [(layer, target) for layer in range(model.num_layers) for target in shapes]
+    _check_router(lora, model)
     chosen: set[tuple[int, str]] = set()
     for pattern in lora.target_modules:
-        if model.architecture.experts and pattern.rpartition(".")[2] == "gate":
-            raise ValueError(
-                f"lora.target_modules: {pattern!r} is the router of {model.family}, which takes no adapter; the linears"
-                " of its experts are gate_proj, up_proj and down_proj"
-            )
         meant = [site for site in sites if pattern.lower() not in _ALL or find_num_experts(site[1], model) is None]
         chosen.update(_match("lora.target_modules", pattern, meant))
     adapted = [site for site in sites if site in chosen and site[0] in layers]
@@ -93,6 +89,17 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
     if lora.init == "pissa":
         _check_has_principal_parts(specs)
     return specs
+
+
+def _check_router(lora: LoraConfig, model: ModelConfig) -> None:
+    """`gate` is an alias of gate_proj where a layer has no router."""
+    for key in ("target_modules", "rank_pattern", "alpha_pattern") if model.architecture.experts else ():
+        for pattern in getattr(lora, key):
+            if pattern.rpartition(".")[2] in ("gate", "router"):
+                raise ValueError(
+                    f"lora.{key}: {pattern!r} is the router of {model.family}, which takes no adapter; the linears of"
+                    " its experts are gate_proj, up_proj and down_proj"
+                )
 
 
 def _check_experts(specs: Iterable[AdapterSpec], lora: LoraConfig) -> None:

@@ -63,6 +63,27 @@ def test_what_peft_wrote_comes_in_and_goes_out_as_it_was(family: str, parameters
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_parameter_may_be_named_twice(reverse: bool, tmp_path: Path) -> None:
+    """PEFT does so itself: it adds what target_modules meant before transformers 5 to what target_parameters names."""
+    model, source = write_family_checkpoint("mixtral", tmp_path / "base"), tmp_path / "source"
+    write_peft_adapter("mixtral", source, PARAMETERS[-1])
+    names = ["down_proj", "model.layers.0.mlp.experts.down_proj", "gate_up_proj", *PARAMETERS[-1]]
+    edit_config(source, target_parameters=names[::-1] if reverse else names)
+    stored = read_in(source, tmp_path / "stored", model)
+    assert len(stored.specs) == 4 * model.num_layers
+
+
+def test_the_router_that_all_linear_adapts_can_be_left_out(tmp_path: Path) -> None:
+    model, source = write_family_checkpoint("qwen3_moe", tmp_path / "base"), tmp_path / "source"
+    write_with_peft(build_family_model("qwen3_moe"), source, target_modules="all-linear", fan_in_fan_out=False, r=2)
+    assert "gate.weight" in json.loads((source / "adapter_config.json").read_text())["target_parameters"]
+    with pytest.raises(ValueError, match=r"mlp.gate.lora_A.weight adapts the router, which takes no adapter here; tr"):
+        read_in(source, tmp_path / "stored", model)
+    stored = read_in(source, tmp_path / "stored", model, drop=[r".*\.mlp\.gate\..*"])
+    assert len(stored.specs) == 7 * model.num_layers
+
+
 def compute_texts(options: dict, base: Path, adapter: Path, merge: bool) -> list[list[int]]:
     model = read_family_config(base)
     gpt = build_shard(options, model)
@@ -180,6 +201,10 @@ def edit_config(directory: Path, **changes: object) -> None:
         ("unknown", r"target_parameters: base has no mlp.experts.w1 to adapt"),
         ("rank", r"experts.lora_A.weight has shape \(8, 48\); model.layers.0.mlp.experts.down_proj .* \(12, 48\) at"),
         ("missing", r"model.layers.1.mlp.experts.lora_B.weight has shape none; model.layers.1.mlp.experts.down_proj"),
+        ("kind", r"adapter_config.json: target_parameters=5 is no list of names"),
+        ("name", r"adapter_config.json: target_parameters=\[\['a'\]\] is no list of names"),
+        ("pattern", r"adapter_config.json: rank_pattern=\[1\] is no JSON object"),
+        ("number", r"adapter_config.json: alpha_pattern.down_proj=nan is not a number"),
         ("unnamed", r"mlp.experts.lora_A.weight has shape \(8, 48\), adapter_config.json says rank 2"),
     ],
 )
@@ -190,13 +215,17 @@ def test_what_does_not_fit_is_named(change: str, message: str, tmp_path: Path) -
         source,
         **{"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"], "fan_in_fan_out": False, "r": 2},
     )
-    if change == "unknown":
-        edit_config(source, target_parameters=["experts.down_proj", "mlp.experts.w1"])
-    elif change == "rank":
-        edit_config(source, rank_pattern={"down_proj": 3})
-    elif change == "unnamed":
-        edit_config(source, target_parameters=None)
-    else:
+    changes: dict[str, dict[str, object]] = {
+        "unknown": {"target_parameters": ["experts.down_proj", "mlp.experts.w1"]},
+        "rank": {"rank_pattern": {"down_proj": 3}},
+        "kind": {"target_parameters": 5},
+        "name": {"target_parameters": [["a"]]},
+        "pattern": {"rank_pattern": [1]},
+        "number": {"alpha_pattern": {"down_proj": float("nan")}},
+        "unnamed": {"target_parameters": None},
+    }
+    edit_config(source, **changes.get(change, {}))
+    if change == "missing":
         tensors = load_file(source / "adapter_model.safetensors")
         del tensors["base_model.model.model.layers.1.mlp.experts.lora_B.weight"]
         save_file(tensors, source / "adapter_model.safetensors")

@@ -76,10 +76,15 @@ def test_experts_that_are_named_have_adapters_each() -> None:
     assert specs[1].num_parameters == 4 * 2 * (EXPERTS.hidden_size + EXPERTS.ffn_hidden_size)
 
 
-@pytest.mark.parametrize("pattern", ["gate", "mlp.gate", "block_sparse_moe.gate"])
+@pytest.mark.parametrize("pattern", ["gate", "mlp.gate", "block_sparse_moe.gate", "router"])
 def test_the_router_takes_none(pattern: str) -> None:
-    with pytest.raises(ValueError, match=f"'{pattern}' is the router of mixtral, which takes no adapter; the linears"):
+    message = f"'{pattern}' is the router of mixtral, which takes no adapter; the linears"
+    with pytest.raises(ValueError, match=f"lora.target_modules: {message}"):
         build_adapter_specs(LoraConfig(target_modules=["q_proj", pattern]), EXPERTS)
+    for key in ("rank_pattern", "alpha_pattern"):
+        lora = LoraConfig(target_modules=["q_proj", "gate_proj"], **{key: {pattern: 2}})
+        with pytest.raises(ValueError, match=f"lora.{key}: {message}"):
+            build_adapter_specs(lora, EXPERTS)
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.1}, {"use_dora": True}, {"init": "pissa"}], ids=str)
