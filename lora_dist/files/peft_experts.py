@@ -9,7 +9,6 @@ Shapes: E experts, A [E R, X] expert by expert, B [Y, R E] with the experts inne
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -157,16 +156,16 @@ def split_targets(
         a_own, b_own = a_ERX[:, columns], block[:, columns]
         if b_own.shape[1] == 0:
             continue
-        options: dict[str, Any] = {"in_features": shapes[target][0], "out_features": shapes[target][1]}
         spec = AdapterSpec(
             layer=parameter.layer,
             target=target,
             lora_rank=b_own.shape[1],
             alpha=scale_alpha(alpha, b_own.shape[1] / b_YRE.shape[1], rank_stabilized),
+            in_features=shapes[target][0],
+            out_features=shapes[target][1],
             rank_stabilized=rank_stabilized,
             shares_a=owners is None and len(blocks) > 1,
             num_experts=num_experts,
-            **options,
         )
         values = {f"{spec.name}.lora_A": a_own.flatten(0, 1), f"{spec.name}.lora_B": b_own.mT.flatten(1)}
         found.append((spec, values))
