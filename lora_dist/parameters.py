@@ -39,6 +39,8 @@ class TrainableParameter:
     """False for the last stage's copy of the tied embedding: left out of the norm, of counts and of files."""
     quantized: QuantizedWeight | None = None
     """A frozen linear's weight under model.base_format nf4, nf4_double or fp8; it never trains."""
+    stack: "tuple[TrainableParameter, int] | None" = None
+    """Of one expert's weight: the parameter that holds those of all, and the expert's number."""
     local_shape: tuple[int, ...] = field(init=False)
     """Of this process's shard, padding included; `parameter` itself is empty where ZeRO-3 partitions it."""
 

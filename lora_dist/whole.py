@@ -30,6 +30,22 @@ def read_value(one: TrainableParameter) -> dict[str, torch.Tensor]:
     return {"value": one.parameter.detach()}
 
 
+def read_by_expert(read: ReadState) -> ReadState:
+    """`read` for experts' single weights too: what holds a layer's is read once, when its first expert's turn comes."""
+    last: dict[str, Mapping[str, torch.Tensor]] = {}
+
+    def read_one(one: TrainableParameter) -> Mapping[str, torch.Tensor]:
+        if one.stack is None:
+            return read(one)
+        stacked, expert = one.stack
+        if stacked.name not in last:
+            last.clear()
+            last[stacked.name] = read(stacked)
+        return {key: value[expert] for key, value in last[stacked.name].items()}
+
+    return read_one
+
+
 def list_whole(trainable: Sequence[TrainableParameter], topology: Topology) -> list[WholeName]:
     """Every owned parameter of the whole model, stage by stage, the same on every process. Collective over PP."""
     mine = [(one.name, one.full_shape) for one in trainable if one.owned]

@@ -7,7 +7,6 @@ Shapes: O output features, H input features.
 """
 
 import torch
-from torch import nn
 
 from lora_dist.lora.experts import ExpertAdapter
 from lora_dist.lora.layer import LoraShard
@@ -19,7 +18,7 @@ class WeightMerge:
     Those rows are the memory it costs: what the adapted projections' own weights take, and nothing for the others.
     """
 
-    def __init__(self, weight_OH: nn.Parameter, *, keep_base: bool = True) -> None:
+    def __init__(self, weight_OH: torch.Tensor, *, keep_base: bool = True) -> None:
         """Without `keep_base` a merge costs no memory and is for good."""
         self.weight_OH, self.keep_base = weight_OH, keep_base
         self._kept: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}

@@ -3,9 +3,10 @@
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -38,8 +39,52 @@ _ADDED = ("lora_", "_bottleneck.", "prefix_vectors.")
 """Parts of the names of what methods put beside the base."""
 
 
+def describe_weights(gpt: ShardedGpt) -> list[TrainableParameter]:
+    """As `describe_base_parameters`, but experts' weights one by one: how files and the seeded start have them.
+
+    To be filled and read, not to be trained: an expert's parameter is a part of its layer's.
+    """
+    return [weight for one in describe_base_parameters(gpt) for weight in _split_experts(one)]
+
+
+def _split_experts(one: TrainableParameter) -> list[TrainableParameter]:
+    if len(one.full_shape) < 3:
+        return [one]
+    assert one.shard_dim is not None
+    return [
+        replace(
+            one,
+            name=_name_expert(one.name, expert),
+            parameter=nn.Parameter(_select_expert(one.parameter, expert), requires_grad=False),
+            full_shape=one.full_shape[1:],
+            shard_dim=one.shard_dim - 1,
+            stack=(one, expert),
+        )
+        for expert in range(one.full_shape[0])
+    ]
+
+
+def _select_expert(stacked: nn.Parameter, expert: int) -> torch.Tensor:
+    """A part of the same memory; where ZeRO 3 has partitioned it, of the same shape only."""
+    shape = find_shape(stacked)
+    return stacked.detach()[expert] if tuple(stacked.shape) == shape else _show_shape(shape[1:], stacked.dtype)
+
+
+def _show_shape(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """One element shown in every place: on the planner's tensors, which are all meta, it takes no memory either."""
+    return torch.empty((), dtype=dtype, device="meta").expand(tuple(shape))
+
+
+def _name_expert(name: str, expert: int) -> str:
+    """`decoder.layers.0.mlp.linear_fc1.weight` -> `decoder.layers.0.mlp.experts.3.linear_fc1.weight`."""
+    return name.replace(".mlp.", f".mlp.experts.{expert}.")
+
+
 def describe_base_parameters(gpt: ShardedGpt) -> list[TrainableParameter]:
-    """Every parameter of this rank's base shard, adapters left out, in the module's order."""
+    """Every parameter of this rank's base shard, adapters left out, in the module's order.
+
+    A linear of experts is one parameter [E, O, H] a layer, where it is quantised one for each expert.
+    """
     described = []
     for local_name, parameter in gpt.named_parameters():
         if any(part in local_name for part in _ADDED):
@@ -52,9 +97,10 @@ def _describe_quantized(gpt: ShardedGpt) -> list[TrainableParameter]:
     described = []
     for local_name, module in gpt.named_modules():
         if isinstance(module, QuantizedWeight):
-            # One element shown in every place: on the planner's tensors, which are all meta, it takes no memory either.
-            shape_only = torch.empty((), dtype=gpt.config.params_dtype, device="meta").expand(module.shape)
-            one = _describe(gpt, canonical_name(gpt, local_name), nn.Parameter(shape_only, requires_grad=False))
+            name, shape_only = canonical_name(gpt, local_name), _show_shape(module.shape, gpt.config.params_dtype)
+            if (of_expert := re.fullmatch(r"(.+\.weight)\.(\d+)", name)) is not None:
+                name = _name_expert(of_expert[1], int(of_expert[2]))
+            one = _describe(gpt, name, nn.Parameter(shape_only, requires_grad=False))
             one.quantized = module
             described.append(one)
     return described
@@ -91,6 +137,7 @@ def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableP
     full_shape = list(find_shape(parameter))
     tp_ranges = find_shared_ranges(gpt.model, topology.tp_size).get("fused") if ".linear_qkv." in name else None
     if shard_dim is not None:
+        shard_dim += len(full_shape) == 3  # experts come first
         full_shape[shard_dim] *= topology.tp_size
     if tp_ranges is not None:
         full_shape[0] = gpt.model.query_size + 2 * gpt.model.kv_size
@@ -122,7 +169,7 @@ def initialize_base(gpt: ShardedGpt, model: ModelConfig, seed: int) -> None:
     Each whole tensor is drawn from (seed, name) and sliced. Normal with `init_std`, the two projections into the
     residual stream by 1 / sqrt(2 num_layers) smaller, biases zero, norms at one (Radford et al. 2019, section 2.3).
     """
-    for described in describe_base_parameters(gpt):
+    for described in describe_weights(gpt):
         with open_value(described) as value:
             _initialize(value, described, gpt, model, seed)
 

@@ -5,7 +5,7 @@ they communicate is what a dense MLP's would be. Shapes: S sequence, B rows, H h
 T = S B tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,7 @@ from lora_dist.base_format import LinearShape
 from lora_dist.lora.experts import ExpertAdapter, ExpertShard, Factors
 from lora_dist.lora.function import BaseWeight
 from lora_dist.lora.layer import LoraShard
-from lora_dist.mcore.mixing import mix_experts
+from lora_dist.mcore.mixing import ExpertWeights, list_experts, mix_experts
 from lora_dist.quant.weight import QuantizedWeight
 
 
@@ -33,23 +33,22 @@ class ExpertMlp(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.config, model = config, config.model
+        self.config = config
         # DeepSpeed's ZeRO 3 gathers what is below this module with it: the experts' own forward is never called.
         self._z3_leaf = True
         self.router = _Router(config)
-        self.experts = nn.ModuleList(_Expert(config) for _ in range(model.num_experts))
         size = config.ffn_hidden_size // config.tensor_model_parallel_size
-        self.linear_fc1 = ExpertLinears(2 * size, column_parallel=True)
-        self.linear_fc2 = ExpertLinears(config.hidden_size, column_parallel=False)
+        self.linear_fc1 = ExpertLinears(config, 2 * size, config.hidden_size, column_parallel=True)
+        self.linear_fc2 = ExpertLinears(config, config.hidden_size, size, column_parallel=False)
 
     def forward(self, hidden_SBH: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """The output, under sequence parallelism this rank's share as the input is, and no bias."""
         hidden_SBH = self._enter(hidden_SBH)
         tokens_TH = hidden_SBH.flatten(0, 1)
         weights_TC, choices_TC = self.router(tokens_TH)
-        experts = [expert.weights for expert in cast(Sequence[_Expert], self.experts)]
-        adapters = [linears.stack_factors(tokens_TH.dtype) for linears in (self.linear_fc1, self.linear_fc2)]
-        output_TH = mix_experts(tokens_TH, weights_TC, choices_TC, experts, *adapters)
+        linears = self.linear_fc1, self.linear_fc2
+        weights, adapters = [one.weight for one in linears], [one.stack_factors(tokens_TH.dtype) for one in linears]
+        output_TH = mix_experts(tokens_TH, weights_TC, choices_TC, *weights, *adapters)
         return self._leave(output_TH.view_as(hidden_SBH)), None
 
     def _enter(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
@@ -72,7 +71,7 @@ class _Router(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.model = config.model
-        self.weight = nn.Parameter(_allocate(self.model.num_experts, config.hidden_size, config))
+        self.weight = nn.Parameter(_allocate(self.model.num_experts, config.hidden_size, config=config))
 
     def forward(self, tokens_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """How much of each picked expert's output counts, and which ones they are: both [T, C]."""
@@ -84,60 +83,54 @@ class _Router(nn.Module):
         return weights_TC.to(tokens_TH.dtype), choices_TC
 
 
-class _Expert(nn.Module):
-    """The weights of one: gate and up in one linear, as in a dense MLP, and down."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        size = config.ffn_hidden_size // config.tensor_model_parallel_size
-        self.linear_fc1 = ExpertWeight(config, 2 * size, config.hidden_size, column_parallel=True)
-        self.linear_fc2 = ExpertWeight(config, config.hidden_size, size, column_parallel=False)
-
-    @property
-    def weights(self) -> tuple[BaseWeight, BaseWeight]:
-        return self.linear_fc1.weight, self.linear_fc2.weight
-
-
 class ExpertLinears(nn.Module):
-    """The first linears of all experts, or the second ones, as the place of their adapters."""
+    """The same linear of all experts: this rank's slices of their weights, and the adapters on them.
 
-    def __init__(self, local_out_features: int, *, column_parallel: bool) -> None:
+    A native weight is one tensor [E, O, X], so that what watches, reduces and steps parameters has one a layer.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, out_features: int, in_features: int, *, column_parallel: bool
+    ) -> None:
         super().__init__()
-        self.local_out_features, self.column_parallel = local_out_features, column_parallel
+        self.local_out_features, self.column_parallel = out_features, column_parallel
+        num_experts, base_format = config.model.num_experts, config.model.base_format
+        self.weight: ExpertWeights
+        if base_format == "native":
+            self.weight = nn.Parameter(_allocate(num_experts, out_features, in_features, config=config))
+        else:
+            shape = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
+            device = torch.cuda.current_device()
+            self.weight = nn.ModuleList(QuantizedWeight(base_format, shape, device=device) for _ in range(num_experts))
         self.lora: ExpertShard | None = None
 
     def stack_factors(self, dtype: torch.dtype) -> Factors | None:
         return None if self.lora is None else self.lora.stack_by_expert(dtype)
 
 
-def split_by_expert(shards: Mapping[str, LoraShard]) -> dict[str, LoraShard | ExpertAdapter]:
-    """By the local name of the module that holds the weight to merge with."""
-    split: dict[str, LoraShard | ExpertAdapter] = {}
+WeightPlace = tuple[str, int | None]
+"""Local name of a linear, and of experts' linears whose weight is meant."""
+
+
+def split_by_expert(shards: Mapping[str, LoraShard]) -> dict[WeightPlace, LoraShard | ExpertAdapter]:
+    """What each single weight is to be merged with."""
+    split: dict[WeightPlace, LoraShard | ExpertAdapter] = {}
     for name, shard in shards.items():
-        if not isinstance(shard, ExpertShard):
-            split[name] = shard
-            continue
-        mlp, _, linear = name.rpartition(".")
-        split |= {f"{mlp}.experts.{expert}.{linear}": own for expert, own in enumerate(shard.list_experts())}
+        if isinstance(shard, ExpertShard):
+            split |= {(name, expert): own for expert, own in enumerate(shard.list_experts())}
+        else:
+            split[name, None] = shard
     return split
 
 
-class ExpertWeight(nn.Module):
-    """This rank's slice of one linear of one expert."""
-
-    def __init__(
-        self, config: TransformerConfig, out_features: int, in_features: int, *, column_parallel: bool
-    ) -> None:
-        super().__init__()
-        self.column_parallel = column_parallel
-        self.weight: BaseWeight
-        if config.model.base_format == "native":
-            self.weight = nn.Parameter(_allocate(out_features, in_features, config))
-        else:
-            shape = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
-            self.weight = QuantizedWeight(config.model.base_format, shape, device=torch.cuda.current_device())
+def list_weights(linear: nn.Module) -> Iterator[tuple[int | None, BaseWeight]]:
+    """The weight of a linear, or each expert's, with the expert's number."""
+    if isinstance(linear, ExpertLinears):
+        yield from enumerate(list_experts(linear.weight))
+    else:
+        yield None, cast(BaseWeight, linear.weight)
 
 
-def _allocate(out_features: int, in_features: int, config: TransformerConfig) -> torch.Tensor:
+def _allocate(*sizes: int, config: TransformerConfig) -> torch.Tensor:
     """Where Megatron puts its own linears' weights."""
-    return torch.empty(out_features, in_features, dtype=config.params_dtype, device=torch.cuda.current_device())
+    return torch.empty(*sizes, dtype=config.params_dtype, device=torch.cuda.current_device())

@@ -14,10 +14,18 @@ from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import HfPart, split_to_hf
 from lora_dist.files.safetensors_stream import open_writer
 from lora_dist.lora.layer import compute_fused_rows, find_shared_ranges
-from lora_dist.mcore.base_parameters import describe_base_parameters, initialize_base, open_value
+from lora_dist.mcore.base_parameters import describe_weights, initialize_base, open_value
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
-from lora_dist.whole import ReadState, iterate_model, list_whole, read_shard, read_value, write_together
+from lora_dist.whole import (
+    ReadState,
+    iterate_model,
+    list_whole,
+    read_by_expert,
+    read_shard,
+    read_value,
+    write_together,
+)
 
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
@@ -48,7 +56,7 @@ def load_hf_checkpoint(gpt: ShardedGpt, directory: str | Path) -> None:
     Each process reads only its own part of one tensor at a time. Rows that pad the vocabulary become zero.
     """
     reader = HfReader(Path(directory))
-    for one in describe_base_parameters(gpt):
+    for one in describe_weights(gpt):
         with open_value(one) as value:
             for part in HF_FAMILIES[gpt.model.family].find_parts(one.name, gpt.model):
                 if part.target is None:
@@ -103,13 +111,13 @@ def write_hf_checkpoint(
     keeps it elsewhere. The configuration and tokenizer of `model.checkpoint` are kept. OSError, on every process,
     where the directory cannot be written; what was there stays.
     """
-    trainable, topology, dtype = describe_base_parameters(gpt), gpt.topology, gpt.config.params_dtype
+    trainable, topology, dtype = describe_weights(gpt), gpt.topology, gpt.config.params_dtype
     entries = list_whole(trainable, topology)
     family = HF_FAMILIES[model.family]
     shapes = family.compute_shapes(model)
     names = dict.fromkeys(part.name for entry in entries for part in family.find_parts(entry.name, model))
     files = plan_files({name: shapes[name] for name in names}, max_shard_bytes, dtype.itemsize)
-    stream = iterate_model(entries, trainable, topology, read, dtype)
+    stream = iterate_model(entries, trainable, topology, read_by_expert(read), dtype)
 
     def write() -> None:
         with open_new_directory(Path(directory)) as temporary:

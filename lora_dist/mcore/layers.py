@@ -11,31 +11,20 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from lora_dist.base_format import LinearShape
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.function import NO_COMMUNICATION, BaseWeight, ShardCommunication, frozen_linear
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.mixed import MixedLoraShard
-from lora_dist.mcore.experts import ExpertWeight
 from lora_dist.mcore.norm import UnitRmsNorm
-from lora_dist.quant.weight import QuantizedWeight
-
-
-def build_quantized_weight(
-    linear: ColumnParallelLinear | RowParallelLinear | ExpertWeight, base_format: str
-) -> QuantizedWeight:
-    """Room for the weight of a native linear's shard, on its device; not yet filled."""
-    out_features, in_features = linear.weight.shape
-    by_rows = linear.column_parallel if isinstance(linear, ExpertWeight) else isinstance(linear, ColumnParallelLinear)
-    shape = LinearShape(out_features=out_features, in_features=in_features, column_parallel=by_rows)
-    return QuantizedWeight(base_format, shape, device=linear.weight.device)
+from lora_dist.quant.weight import build_quantized_weight
 
 
 def _replace_weight(linear: ColumnParallelLinear | RowParallelLinear) -> None:
     """A quantised weight in place of the one just allocated, where the model's base_format says so."""
     base_format = linear.config.model.base_format
     if base_format != "native":
-        quantized = build_quantized_weight(linear, base_format)
+        by_rows = isinstance(linear, ColumnParallelLinear)
+        quantized = build_quantized_weight(base_format, linear.weight, column_parallel=by_rows)
         del linear.weight
         linear.weight = quantized
 

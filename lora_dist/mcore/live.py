@@ -12,7 +12,7 @@ from lora_dist.lora.mixed import MixedLoraShard
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.adapters import build_shards, describe_factors
 from lora_dist.mcore.base_parameters import describe_base_parameters
-from lora_dist.mcore.experts import split_by_expert
+from lora_dist.mcore.experts import WeightPlace, split_by_expert
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter, find_source
@@ -112,7 +112,7 @@ class LiveMerge:
                 " place; leave merge=false, or `lora-dist merge`, which writes the merged model"
             )
         self._gpt, self._keep_base = gpt, keep_base
-        self._merges: dict[str, WeightMerge] = {}
+        self._merges: dict[WeightPlace, WeightMerge] = {}
         self._kept: dict[str, torch.Tensor] = {}
         self.merged: str | None = None
         """Name of the adapter in the weights."""
@@ -138,12 +138,15 @@ class LiveMerge:
         self.merged = None
 
     @torch.no_grad()
-    def _apply(self, shards: Mapping[str, LoraShard | ExpertAdapter], replaced: Mapping[str, torch.Tensor]) -> None:
-        for name in [*self._merges, *(name for name in shards if name not in self._merges)]:
+    def _apply(
+        self, shards: Mapping[WeightPlace, LoraShard | ExpertAdapter], replaced: Mapping[str, torch.Tensor]
+    ) -> None:
+        for name, expert in [*self._merges, *(place for place in shards if place not in self._merges)]:
             linear = self._gpt.get_submodule(name)
-            assert getattr(linear, "lora", None) is None, f"{name} would apply an adapter twice"
-            merge = self._merges.setdefault(name, WeightMerge(linear.weight, keep_base=self._keep_base))
-            merge.merge(shards.get(name))
+            assert linear.lora is None, f"{name} would apply an adapter twice"
+            weight_OH = linear.weight if expert is None else linear.weight[expert]
+            merge = self._merges.setdefault((name, expert), WeightMerge(weight_OH, keep_base=self._keep_base))
+            merge.merge(shards.get((name, expert)))
         for name, value in replaced.items():
             parameter = self._gpt.get_parameter(name)
             if self._keep_base:

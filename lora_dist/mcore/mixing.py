@@ -6,34 +6,41 @@ features of an expert on this rank, K the summed ranks of the adapters on one li
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from lora_dist.lora.experts import Factors, add_input_grads, add_updates, compute_factor_grads
 from lora_dist.lora.function import BaseWeight, read_weight
 from lora_dist.mcore.gates import compute_gated, compute_weighted_grad
+
+ExpertWeights = torch.Tensor | nn.ModuleList
+"""Of one linear of all experts: [E, O, X], or a quantised weight each."""
+
+
+def list_experts(weights: ExpertWeights) -> list[BaseWeight]:
+    """Each expert's [O, X]."""
+    return cast(list[BaseWeight], list(weights))
 
 
 def mix_experts(
     tokens_TH: torch.Tensor,
     weights_TC: torch.Tensor,
     choices_TC: torch.Tensor,
-    experts: Sequence[tuple[BaseWeight, BaseWeight]],
-    first: Factors | None = None,
-    second: Factors | None = None,
+    first: ExpertWeights,
+    second: ExpertWeights,
+    first_factors: Factors | None = None,
+    second_factors: Factors | None = None,
 ) -> torch.Tensor:
     """[T, H]: of each token the sum of its experts' outputs, by weight; this rank's summand of it.
 
-    `experts` are [2F, H] and [H, F] each: W2 (silu(gate) * up), [gate | up] = W1 x. `first` and `second` are the
-    adapters of W1 and of W2.
+    `first` is [2F, H] of each expert and `second` [H, F]: W2 (silu(gate) * up), [gate | up] = W1 x. The factors are the
+    adapters' of W1 and of W2.
     """
-    trained = [weight for pair in experts for weight in pair if isinstance(weight, torch.Tensor)]
-    if not any(weight.requires_grad for weight in trained):
-        trained = []
-    factors = [*(first or (None, None)), *(second or (None, None))]
+    factors = [*(first_factors or (None, None)), *(second_factors or (None, None))]
     mixed_TH: torch.Tensor = _MixedExperts.apply(  # type: ignore[no-untyped-call]
-        tokens_TH, weights_TC, choices_TC, experts, *factors, *trained
+        tokens_TH, weights_TC, choices_TC, first, second, *factors
     )
     return mixed_TH
 
@@ -52,23 +59,23 @@ class _MixedExperts(torch.autograd.Function):
         tokens_TH: torch.Tensor,
         weights_TC: torch.Tensor,
         choices_TC: torch.Tensor,
-        experts: Sequence[tuple[BaseWeight, BaseWeight]],
+        first: ExpertWeights,
+        second: ExpertWeights,
         first_a: torch.Tensor | None,
         first_b: torch.Tensor | None,
         second_a: torch.Tensor | None,
         second_b: torch.Tensor | None,
-        *trained: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.are_trained, ctx.counts = bool(trained), _count_rows(choices_TC, len(experts))
-        ctx.first, ctx.second = zip(*experts, strict=True)
+        ctx.first, ctx.second, ctx.are_trained = first, second, ctx.needs_input_grad[3]
+        ctx.counts = _count_rows(choices_TC, len(first))
         order_R = choices_TC.flatten().argsort(stable=True)
         weights_R = weights_TC.flatten()[order_R]
         rows_RH = tokens_TH.index_select(0, order_R // weights_TC.shape[1])
-        gate_up_R2F, first_z = _apply(rows_RH, ctx.first, (first_a, first_b), ctx.counts)
+        gate_up_R2F, first_z = _apply(rows_RH, first, (first_a, first_b), ctx.counts)
         del rows_RH
         inner_RF = compute_gated(gate_up_R2F, False).mul_(weights_R[:, None])
-        products_RH, second_z = _apply(inner_RF, ctx.second, (second_a, second_b), ctx.counts)
-        kept_TH = tokens_TH if trained or first_a is not None else None
+        products_RH, second_z = _apply(inner_RF, second, (second_a, second_b), ctx.counts)
+        kept_TH = tokens_TH if ctx.are_trained or first_a is not None else None
         adapters = first_a, first_b, first_z, second_a, second_b, second_z
         ctx.save_for_backward(kept_TH, gate_up_R2F, weights_R, order_R, *adapters)
         return _sum_of_tokens(products_RH, order_R, tokens_TH)
@@ -85,7 +92,7 @@ class _MixedExperts(torch.autograd.Function):
         second = _differentiate(ctx, drows_RH, inner_RF, ctx.second, adapters[3:], needs_input=needs_inner)
         del drows_RH, inner_RF
         if second.dinput is None:
-            return None, None, None, None, None, None, *second.factors
+            return None, None, None, None, None, None, None, *second.factors
         dgate_up_R2F, dweights_R = compute_weighted_grad(second.dinput, gate_up_R2F, weights_R)
         second.dinput = None
         rows_RH = None if tokens_TH is None else tokens_TH.index_select(0, order_R // num_choices)
@@ -93,12 +100,11 @@ class _MixedExperts(torch.autograd.Function):
         del rows_RH
         dtokens_TH = None if first.dinput is None else _sum_of_tokens(first.dinput, order_R, dmixed_TH)
         dweights_TC = torch.empty_like(dweights_R).index_copy_(0, order_R, dweights_R).view(-1, num_choices)
-        dtrained = [gradient for pair in zip(first.weights, second.weights, strict=True) for gradient in pair]
-        return dtokens_TH, dweights_TC, None, None, *first.factors, *second.factors, *dtrained
+        return dtokens_TH, dweights_TC, None, first.weights, second.weights, *first.factors, *second.factors
 
 
 def _apply(
-    rows_RX: torch.Tensor, weights: Sequence[BaseWeight], factors: Sequence[torch.Tensor | None], counts: list[int]
+    rows_RX: torch.Tensor, weights: ExpertWeights, factors: Sequence[torch.Tensor | None], counts: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Each row through its expert's linear and the adapters on it, and what of these is needed again."""
     products_RY, (a, b) = _multiply(rows_RX, weights, counts, transposed=True), factors
@@ -112,22 +118,22 @@ class _Grads:
     dinput: torch.Tensor | None
     factors: Sequence[torch.Tensor | None]
     """Of A and of B."""
-    weights: list[torch.Tensor]
-    """Where they train."""
+    weights: torch.Tensor | None
+    """[E, O, X], where they train."""
 
 
 def _differentiate(
     ctx: Any,
     dproducts_RY: torch.Tensor,
     rows_RX: torch.Tensor | None,
-    weights: Sequence[BaseWeight],
+    weights: ExpertWeights,
     adapters: Sequence[torch.Tensor | None],
     *,
     needs_input: bool,
 ) -> _Grads:
     """The backward of `_apply`; `adapters` are A, B and z, `rows_RX` is None where nothing here trains."""
     (a, b, z_KR), counts = adapters, ctx.counts
-    grads = _Grads(_multiply(dproducts_RY, weights, counts) if needs_input else None, (None, None), [])
+    grads = _Grads(_multiply(dproducts_RY, weights, counts) if needs_input else None, (None, None), None)
     if rows_RX is not None and ctx.are_trained:
         grads.weights = _multiply_outer(dproducts_RY, rows_RX, counts)
     if a is not None and b is not None and z_KR is not None:
@@ -148,20 +154,24 @@ def _count_rows(choices_TC: torch.Tensor, num_experts: int) -> list[int]:
 
 
 def _multiply(
-    rows_RX: torch.Tensor, weights: Sequence[BaseWeight], counts: list[int], *, transposed: bool = False
+    rows_RX: torch.Tensor, weights: ExpertWeights, counts: list[int], *, transposed: bool = False
 ) -> torch.Tensor:
     """[R, Y]: each expert's rows times its weight [X, Y], or [Y, X] where `transposed`."""
-    products_RY = rows_RX.new_empty(len(rows_RX), weights[0].shape[0 if transposed else 1])
-    for rows, products, weight in zip(rows_RX.split(counts), products_RY.split(counts), weights, strict=True):
+    matrices = list_experts(weights)
+    products_RY = rows_RX.new_empty(len(rows_RX), matrices[0].shape[0 if transposed else 1])
+    for rows, products, weight in zip(rows_RX.split(counts), products_RY.split(counts), matrices, strict=True):
         if len(rows) > 0:
             matrix = read_weight(weight, rows.dtype)
             torch.mm(rows, matrix.t() if transposed else matrix, out=products)
     return products_RY
 
 
-def _multiply_outer(rows_RY: torch.Tensor, rows_RX: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
-    """[Y, X] of each expert, of one without rows zeros."""
-    return [left.t() @ right for left, right in zip(rows_RY.split(counts), rows_RX.split(counts), strict=True)]
+def _multiply_outer(rows_RY: torch.Tensor, rows_RX: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """[E, Y, X], zeros for an expert without rows."""
+    outer_EYX = rows_RX.new_empty(len(counts), rows_RY.shape[1], rows_RX.shape[1])
+    for left, right, outer in zip(rows_RY.split(counts), rows_RX.split(counts), outer_EYX, strict=True):
+        torch.mm(left.t(), right, out=outer)
+    return outer_EYX
 
 
 def _sum_of_tokens(rows_RH: torch.Tensor, order_R: torch.Tensor, tokens_TH: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 from lora_dist.lora.experts import ExpertAdapter
 from lora_dist.lora.layer import LoraShard
-from lora_dist.mcore.experts import ExpertWeight, split_by_expert
-from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear, build_quantized_weight
+from lora_dist.mcore.experts import ExpertLinears, list_weights, split_by_expert
+from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.quant.weight import build_quantized_weight
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,13 +42,17 @@ def apply_rounding(gpt: ShardedGpt, base_format: str, shards: Mapping[str, LoraS
     """
     error, adapters = RoundingError(), split_by_expert(shards or {})
     for name, linear in gpt.named_modules():
-        if isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear | ExpertWeight):
-            weight = linear.weight
+        if not isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear | ExpertLinears):
+            continue
+        is_column = isinstance(linear, LoraColumnParallelLinear)
+        if isinstance(linear, ExpertLinears):
+            is_column = linear.column_parallel
+        for expert, weight in list_weights(linear):
             assert isinstance(weight, torch.Tensor), "only a native base is rounded"
-            quantized = build_quantized_weight(linear, base_format)
+            quantized = build_quantized_weight(base_format, weight, column_parallel=is_column)
             quantized.fill(weight)
             weight_OH = quantized.dequantize(torch.float32)
-            if (shard := adapters.get(name)) is not None:
+            if (shard := adapters.get((name, expert))) is not None:
                 _merge(shard, weight_OH)
             weight.copy_(weight_OH)
             error.add(weight.float() - weight_OH)

@@ -87,6 +87,13 @@ class QuantizedWeight(nn.Module):
         return expand_scales(codes_NG, self.ranges.view(torch.float32).view(-1, 2), self.linear_shape)
 
 
+def build_quantized_weight(base_format: str, weight_OH: torch.Tensor, *, column_parallel: bool) -> QuantizedWeight:
+    """Room for a native linear's weight, on its device; not yet filled."""
+    out_features, in_features = weight_OH.shape
+    shape = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
+    return QuantizedWeight(base_format, shape, device=weight_OH.device)
+
+
 def find_quantized(module: nn.Module) -> list[QuantizedWeight]:
     """Every quantised weight in it, in its modules' order."""
     return [one for one in module.modules() if isinstance(one, QuantizedWeight)]

@@ -131,7 +131,9 @@ def compute_packed_gradients(options: dict, source: Path) -> tuple[float, dict[s
     loss, _ = forward_backward(gpt, [batch], seed=0, step=0, scale_loss=None)
     stored, family = {}, HF_FAMILIES[model.family]
     for name, gradient in reduce_gradients(describe_base_parameters(gpt), gpt.topology).items():
-        stored |= split_to_hf(gradient, family.find_parts(name, model), model)
+        of_experts = {name.replace(".mlp.", f".mlp.experts.{expert}."): one for expert, one in enumerate(gradient)}
+        for each, one in of_experts.items() if gradient.ndim == 3 else [(name, gradient)]:
+            stored |= split_to_hf(one, family.find_parts(each, model), model)
     return loss, {f"{family.find_module(name)}.{name.rpartition('.')[2]}": one for name, one in stored.items()}
 
 

@@ -19,7 +19,7 @@ from lora_dist.files.hf_checkpoint import read_model_fields
 from lora_dist.generation_config import GenerationConfig
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.targets import build_adapter_specs
-from lora_dist.mcore.base_parameters import describe_base_parameters
+from lora_dist.mcore.base_parameters import describe_weights
 from lora_dist.mcore.generate import generate_rows
 from lora_dist.mcore.hf_weights import load_hf_checkpoint
 from lora_dist.mcore.live import attach_adapters, load_shards
@@ -45,7 +45,7 @@ def open_demo(options: dict, base_format: str, dtype: torch.dtype = torch.float3
 def read_values(gpt: ShardedGpt) -> dict[str, torch.Tensor]:
     return {
         one.name: one.parameter if one.quantized is None else one.quantized.dequantize(one.parameter.dtype)
-        for one in describe_base_parameters(gpt)
+        for one in describe_weights(gpt)
     }
 
 
@@ -56,7 +56,7 @@ def load_both(options: dict, base_format: str, dtype: torch.dtype) -> tuple[Any,
     )
     load_hf_checkpoint(native, BASE)
     apply_rounding(native, base_format)
-    described = [{one.name: one.full_shape for one in describe_base_parameters(gpt)} for gpt in (quantized, native)]
+    described = [{one.name: one.full_shape for one in describe_weights(gpt)} for gpt in (quantized, native)]
     return (*described, read_values(quantized), read_values(native))
 
 

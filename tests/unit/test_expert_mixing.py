@@ -24,16 +24,18 @@ def mix_one_by_one(
     tokens_TH: torch.Tensor,
     weights_TC: torch.Tensor,
     choices_TC: torch.Tensor,
-    experts: list[tuple[torch.Tensor, torch.Tensor]],
-    first: Factors | None,
-    second: Factors | None,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    first_factors: Factors | None,
+    second_factors: Factors | None,
 ) -> torch.Tensor:
     rows = []
     for token, choice in itertools.product(range(T), range(C)):
         expert = int(choices_TC[token, choice])
         matrices = []
-        for weight, factors in zip(experts[expert], (first, second), strict=True):
-            matrices.append(weight if factors is None else weight + factors[1][expert] @ factors[0][expert])
+        for weights, factors in ((first, first_factors), (second, second_factors)):
+            update = 0 if factors is None else factors[1][expert] @ factors[0][expert]
+            matrices.append(weights[expert] + update)
         gate, up = (matrices[0] @ tokens_TH[token]).chunk(2)
         rows.append(weights_TC[token, choice] * (matrices[1] @ (F.silu(gate) * up)))
     return torch.stack(rows).view(T, C, H).sum(1)
@@ -47,19 +49,19 @@ def test_output_and_gradients(adapted: tuple[bool, bool], below_trains: bool, ex
     tokens_TH, weights_TC = draw(T, H, requires_grad=below_trains), draw(T, C, requires_grad=below_trains)
     choices_TC = torch.tensor([[0, 1], [1, 0], [3, 1], [0, 3], [1, 3], [3, 0], [0, 1]])  # none is the third one's
     sizes = ((2 * FEATURES, H), (H, FEATURES))
-    experts = [tuple(draw(*size, requires_grad=experts_train) for size in sizes) for _ in range(E)]
-    first, second = (
+    weights = [draw(E, *size, requires_grad=experts_train) for size in sizes]
+    factors = [
         (draw(E, K, size[1]), draw(E, size[0], K)) if wanted else None
         for size, wanted in zip(sizes, adapted, strict=True)
-    )
-    inputs = [tokens_TH, weights_TC, *(w for pair in experts for w in pair), *(first or ()), *(second or ())]
+    ]
+    inputs = [tokens_TH, weights_TC, *weights, *(factors[0] or ()), *(factors[1] or ())]
     inputs = [one for one in inputs if one.requires_grad]
     if not inputs:
         return
     doutput_TH = draw(T, H, requires_grad=False)
     computed = []
     for mix in (mix_experts, mix_one_by_one):
-        output_TH = mix(tokens_TH, weights_TC, choices_TC, experts, first, second)
+        output_TH = mix(tokens_TH, weights_TC, choices_TC, *weights, *factors)
         grads = torch.autograd.grad(output_TH, inputs, doutput_TH, materialize_grads=True)
         computed.append([output_TH.detach(), *grads])
     assert all(grad.abs().max() > 0 for grad in computed[0][1 : 1 + 2 * below_trains])
@@ -71,9 +73,9 @@ def test_no_input_gradient_is_computed_where_none_is_asked_for() -> None:
     """Below the lowest adapters, those of the second linears: three products of the factors, and no other."""
     draw.generator.manual_seed(0)
     tokens_TH, weights_TC = draw(T, H, requires_grad=False), draw(T, C, requires_grad=False)
-    experts = [(draw(2 * FEATURES, H, requires_grad=False), draw(H, FEATURES, requires_grad=False)) for _ in range(E)]
+    weights = draw(E, 2 * FEATURES, H, requires_grad=False), draw(E, H, FEATURES, requires_grad=False)
     second = draw(E, K, FEATURES), draw(E, H, K)
-    output_TH = mix_experts(tokens_TH, weights_TC, torch.tensor([[0, 1]] * T), experts, None, second)
+    output_TH = mix_experts(tokens_TH, weights_TC, torch.tensor([[0, 1]] * T), *weights, None, second)
     with count_flops() as counter:
         output_TH.sum().backward()
     assert counter.get_total_flops() == 2 * T * C * K * (H + H + FEATURES)
