@@ -4,11 +4,11 @@ Shapes: E experts, R rows that experts see, ordered by expert, X input features,
 of the adapters on one linear.
 """
 
-from collections.abc import Sequence
-
 import torch
+import torch.nn.functional as F
 
 from lora_dist.lora.layer import LoraShard
+from lora_dist.lora.row_groups import RowGroups
 from lora_dist.lora.spec import AdapterSpec
 
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -26,8 +26,15 @@ class ExpertShard(LoraShard):
         assert self.specs[0].num_experts is not None
         return self.specs[0].num_experts
 
-    def stack_by_expert(self, dtype: torch.dtype) -> Factors:
-        """B in blocks on each adapter's rows, as `stack_factors` makes it."""
+    def stack_by_expert(self, dtype: torch.dtype, *, multiple_of: int = 1) -> Factors:
+        """B in blocks on each adapter's rows, as `stack_factors` makes it. Zeros fill K up to a multiple."""
+        a_EKX, b_EYK = self._stack()
+        missing = -a_EKX.shape[1] % multiple_of
+        if missing:
+            a_EKX, b_EYK = F.pad(a_EKX, (0, 0, 0, missing)), F.pad(b_EYK, (0, missing))
+        return a_EKX.to(dtype), b_EYK.to(dtype)
+
+    def _stack(self) -> Factors:
         pairs = [self.factors(spec) for spec in self.specs]
         a_EKX = torch.cat([a.view(self.num_experts, -1, a.shape[1]) for a, _ in pairs], dim=1)
         bs = [
@@ -35,14 +42,14 @@ class ExpertShard(LoraShard):
             for (_, b), spec in zip(pairs, self.specs, strict=True)
         ]
         if self.stacked_rows is None:
-            return a_EKX.to(dtype), bs[0].to(dtype)
+            return a_EKX, bs[0]
         b_EYK = bs[0].new_zeros(self.num_experts, self.local_out_features, a_EKX.shape[1])
         first = 0
         for b, (_, rows) in zip(bs, self.list_rows(), strict=True):
             assert rows is not None
             b_EYK[:, rows, first : first + b.shape[2]] = b
             first += b.shape[2]
-        return a_EKX.to(dtype), b_EYK.to(dtype)
+        return a_EKX, b_EYK
 
     def list_experts(self) -> list["ExpertAdapter"]:
         """What each expert's own weight is merged with."""
@@ -66,29 +73,17 @@ class ExpertAdapter:
         return torch.addmm(base_OH.to(dtype), (b[:, own] * spec.scaling).to(dtype), a[own].to(dtype))
 
 
-def add_updates(products_RY: torch.Tensor, rows_RX: torch.Tensor, factors: Factors, counts: list[int]) -> torch.Tensor:
-    """Add x A^T B^T to each row's product, in place; z = x A^T [K, R], which backward needs."""
-    zs = []
-    for rows, products, a_KX, b_YK in zip(rows_RX.split(counts), products_RY.split(counts), *factors, strict=True):
-        zs.append(a_KX @ rows.t())
-        products.addmm_(zs[-1].t(), b_YK.t())
-    return torch.cat(zs, dim=1)
+def add_updates(products_RY: torch.Tensor, rows_RX: torch.Tensor, factors: Factors, groups: RowGroups) -> torch.Tensor:
+    """Add x A^T B^T to each row's product, in place; z = x A^T [R, K], which backward needs."""
+    a_EKX, b_EYK = factors
+    z_RK = groups.multiply(rows_RX, a_EKX, transposed=True)
+    groups.multiply(z_RK, b_EYK, transposed=True, add_to=products_RY)
+    return z_RK
 
 
 def compute_factor_grads(
-    dproducts_RY: torch.Tensor, rows_RX: torch.Tensor, z_KR: torch.Tensor, factors: Factors, counts: list[int]
+    dproducts_RY: torch.Tensor, rows_RX: torch.Tensor, z_RK: torch.Tensor, b_EYK: torch.Tensor, groups: RowGroups
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dz [K, R], dA and dB; zeros for an expert without rows."""
-    dzs, das, dbs = [], [], []
-    blocks = zip(dproducts_RY.split(counts), rows_RX.split(counts), z_KR.split(counts, dim=1), factors[1], strict=True)
-    for dproducts, rows, z, b_YK in blocks:
-        dzs.append(b_YK.t() @ dproducts.t())
-        das.append(dzs[-1] @ rows)
-        dbs.append((z @ dproducts).t())
-    return torch.cat(dzs, dim=1), torch.stack(das), torch.stack(dbs)
-
-
-def add_input_grads(drows_RX: torch.Tensor, dz_KR: torch.Tensor, a_EKX: torch.Tensor, counts: Sequence[int]) -> None:
-    """Add dz A to each row's, in place."""
-    for drows, dz, a_KX in zip(drows_RX.split(counts), dz_KR.split(counts, dim=1), a_EKX, strict=True):
-        drows.addmm_(dz.t(), a_KX)
+    """dz [R, K], dA and dB; zeros for an expert without rows."""
+    dz_RK = groups.multiply(dproducts_RY, b_EYK)
+    return dz_RK, groups.multiply_outer(dz_RK, rows_RX), groups.multiply_outer(dproducts_RY, z_RK)

@@ -24,7 +24,8 @@ from lora_dist.base_format import LinearShape
 from lora_dist.lora.experts import ExpertAdapter, ExpertShard, Factors
 from lora_dist.lora.function import BaseWeight
 from lora_dist.lora.layer import LoraShard
-from lora_dist.mcore.mixing import ExpertWeights, list_experts, mix_experts
+from lora_dist.lora.row_groups import GROUPED_MULTIPLE, ExpertWeights, can_group, list_experts
+from lora_dist.mcore.mixing import mix_experts
 from lora_dist.quant.weight import QuantizedWeight
 
 
@@ -40,15 +41,28 @@ class ExpertMlp(nn.Module):
         size = config.ffn_hidden_size // config.tensor_model_parallel_size
         self.linear_fc1 = ExpertLinears(config, 2 * size, config.hidden_size, column_parallel=True)
         self.linear_fc2 = ExpertLinears(config, config.hidden_size, size, column_parallel=False)
+        self.choose_products(on_gpu=self.router.weight.device.type == "cuda")
+
+    def choose_products(self, *, on_gpu: bool) -> None:
+        """One call for all experts where the device has one, which a plan knows and its tensors do not."""
+        sizes = self.config.hidden_size, self.linear_fc1.local_out_features // 2
+        is_native = isinstance(self.linear_fc1.weight, torch.Tensor)
+        self.grouped = is_native and can_group(self.config.params_dtype, *sizes, on_gpu=on_gpu)
 
     def forward(self, hidden_SBH: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """The output, under sequence parallelism this rank's share as the input is, and no bias."""
         hidden_SBH = self._enter(hidden_SBH)
         tokens_TH = hidden_SBH.flatten(0, 1)
         weights_TC, choices_TC = self.router(tokens_TH)
-        linears = self.linear_fc1, self.linear_fc2
-        weights, adapters = [one.weight for one in linears], [one.stack_factors(tokens_TH.dtype) for one in linears]
-        output_TH = mix_experts(tokens_TH, weights_TC, choices_TC, *weights, *adapters)
+        linears, multiple_of = (self.linear_fc1, self.linear_fc2), GROUPED_MULTIPLE if self.grouped else 1
+        output_TH = mix_experts(
+            tokens_TH,
+            weights_TC,
+            choices_TC,
+            *(one.weight for one in linears),
+            *(one.stack_factors(tokens_TH.dtype, multiple_of) for one in linears),
+            grouped=self.grouped,
+        )
         return self._leave(output_TH.view_as(hidden_SBH)), None
 
     def _enter(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
@@ -104,8 +118,15 @@ class ExpertLinears(nn.Module):
             self.weight = nn.ModuleList(QuantizedWeight(base_format, shape, device=device) for _ in range(num_experts))
         self.lora: ExpertShard | None = None
 
-    def stack_factors(self, dtype: torch.dtype) -> Factors | None:
-        return None if self.lora is None else self.lora.stack_by_expert(dtype)
+    def stack_factors(self, dtype: torch.dtype, multiple_of: int) -> Factors | None:
+        return None if self.lora is None else self.lora.stack_by_expert(dtype, multiple_of=multiple_of)
+
+
+def choose_expert_products(gpt: nn.Module, *, on_gpu: bool) -> None:
+    """As on that kind of device, where a model is built on none."""
+    for module in gpt.modules():
+        if isinstance(module, ExpertMlp):
+            module.choose_products(on_gpu=on_gpu)
 
 
 WeightPlace = tuple[str, int | None]

@@ -6,22 +6,13 @@ features of an expert on this rank, K the summed ranks of the adapters on one li
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 
-from lora_dist.lora.experts import Factors, add_input_grads, add_updates, compute_factor_grads
-from lora_dist.lora.function import BaseWeight, read_weight
+from lora_dist.lora.experts import Factors, add_updates, compute_factor_grads
+from lora_dist.lora.row_groups import ExpertWeights, RowGroups
 from lora_dist.mcore.gates import compute_gated, compute_weighted_grad
-
-ExpertWeights = torch.Tensor | nn.ModuleList
-"""Of one linear of all experts: [E, O, X], or a quantised weight each."""
-
-
-def list_experts(weights: ExpertWeights) -> list[BaseWeight]:
-    """Each expert's [O, X]."""
-    return cast(list[BaseWeight], list(weights))
 
 
 def mix_experts(
@@ -32,15 +23,17 @@ def mix_experts(
     second: ExpertWeights,
     first_factors: Factors | None = None,
     second_factors: Factors | None = None,
+    *,
+    grouped: bool = False,
 ) -> torch.Tensor:
     """[T, H]: of each token the sum of its experts' outputs, by weight; this rank's summand of it.
 
     `first` is [2F, H] of each expert and `second` [H, F]: W2 (silu(gate) * up), [gate | up] = W1 x. The factors are the
-    adapters' of W1 and of W2.
+    adapters' of W1 and of W2. `grouped`: all experts' products in one call, where `can_group` says so.
     """
     factors = [*(first_factors or (None, None)), *(second_factors or (None, None))]
     mixed_TH: torch.Tensor = _MixedExperts.apply(  # type: ignore[no-untyped-call]
-        tokens_TH, weights_TC, choices_TC, first, second, *factors
+        tokens_TH, weights_TC, choices_TC, grouped, first, second, *factors
     )
     return mixed_TH
 
@@ -59,6 +52,7 @@ class _MixedExperts(torch.autograd.Function):
         tokens_TH: torch.Tensor,
         weights_TC: torch.Tensor,
         choices_TC: torch.Tensor,
+        grouped: bool,
         first: ExpertWeights,
         second: ExpertWeights,
         first_a: torch.Tensor | None,
@@ -66,15 +60,15 @@ class _MixedExperts(torch.autograd.Function):
         second_a: torch.Tensor | None,
         second_b: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.first, ctx.second, ctx.are_trained = first, second, ctx.needs_input_grad[3]
-        ctx.counts = _count_rows(choices_TC, len(first))
-        order_R = choices_TC.flatten().argsort(stable=True)
+        ctx.first, ctx.second, ctx.are_trained = first, second, ctx.needs_input_grad[4]
+        sorted_R, order_R = choices_TC.flatten().sort(stable=True)
+        groups = ctx.groups = RowGroups.find(sorted_R, len(first), grouped=grouped)
         weights_R = weights_TC.flatten()[order_R]
         rows_RH = tokens_TH.index_select(0, order_R // weights_TC.shape[1])
-        gate_up_R2F, first_z = _apply(rows_RH, first, (first_a, first_b), ctx.counts)
+        gate_up_R2F, first_z = _apply(rows_RH, first, (first_a, first_b), groups)
         del rows_RH
         inner_RF = compute_gated(gate_up_R2F, False).mul_(weights_R[:, None])
-        products_RH, second_z = _apply(inner_RF, second, (second_a, second_b), ctx.counts)
+        products_RH, second_z = _apply(inner_RF, second, (second_a, second_b), groups)
         kept_TH = tokens_TH if ctx.are_trained or first_a is not None else None
         adapters = first_a, first_b, first_z, second_a, second_b, second_z
         ctx.save_for_backward(kept_TH, gate_up_R2F, weights_R, order_R, *adapters)
@@ -92,7 +86,7 @@ class _MixedExperts(torch.autograd.Function):
         second = _differentiate(ctx, drows_RH, inner_RF, ctx.second, adapters[3:], needs_input=needs_inner)
         del drows_RH, inner_RF
         if second.dinput is None:
-            return None, None, None, None, None, None, None, *second.factors
+            return *[None] * 8, *second.factors
         dgate_up_R2F, dweights_R = compute_weighted_grad(second.dinput, gate_up_R2F, weights_R)
         second.dinput = None
         rows_RH = None if tokens_TH is None else tokens_TH.index_select(0, order_R // num_choices)
@@ -100,15 +94,15 @@ class _MixedExperts(torch.autograd.Function):
         del rows_RH
         dtokens_TH = None if first.dinput is None else _sum_of_tokens(first.dinput, order_R, dmixed_TH)
         dweights_TC = torch.empty_like(dweights_R).index_copy_(0, order_R, dweights_R).view(-1, num_choices)
-        return dtokens_TH, dweights_TC, None, first.weights, second.weights, *first.factors, *second.factors
+        return dtokens_TH, dweights_TC, None, None, first.weights, second.weights, *first.factors, *second.factors
 
 
 def _apply(
-    rows_RX: torch.Tensor, weights: ExpertWeights, factors: Sequence[torch.Tensor | None], counts: list[int]
+    rows_RX: torch.Tensor, weights: ExpertWeights, factors: Sequence[torch.Tensor | None], groups: RowGroups
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Each row through its expert's linear and the adapters on it, and what of these is needed again."""
-    products_RY, (a, b) = _multiply(rows_RX, weights, counts, transposed=True), factors
-    return products_RY, None if a is None or b is None else add_updates(products_RY, rows_RX, (a, b), counts)
+    products_RY, (a, b) = groups.multiply(rows_RX, weights, transposed=True), factors
+    return products_RY, None if a is None or b is None else add_updates(products_RY, rows_RX, (a, b), groups)
 
 
 @dataclass(slots=True)
@@ -132,46 +126,16 @@ def _differentiate(
     needs_input: bool,
 ) -> _Grads:
     """The backward of `_apply`; `adapters` are A, B and z, `rows_RX` is None where nothing here trains."""
-    (a, b, z_KR), counts = adapters, ctx.counts
-    grads = _Grads(_multiply(dproducts_RY, weights, counts) if needs_input else None, (None, None), None)
+    (a, b, z_RK), groups = adapters, ctx.groups
+    grads = _Grads(groups.multiply(dproducts_RY, weights) if needs_input else None, (None, None), None)
     if rows_RX is not None and ctx.are_trained:
-        grads.weights = _multiply_outer(dproducts_RY, rows_RX, counts)
-    if a is not None and b is not None and z_KR is not None:
+        grads.weights = groups.multiply_outer(dproducts_RY, rows_RX)
+    if a is not None and b is not None and z_RK is not None:
         assert rows_RX is not None
-        dz_KR, *grads.factors = compute_factor_grads(dproducts_RY, rows_RX, z_KR, (a, b), counts)
+        dz_RK, *grads.factors = compute_factor_grads(dproducts_RY, rows_RX, z_RK, b, groups)
         if grads.dinput is not None:
-            add_input_grads(grads.dinput, dz_KR, a, counts)
+            groups.multiply(dz_RK, a, add_to=grads.dinput)
     return grads
-
-
-def _count_rows(choices_TC: torch.Tensor, num_experts: int) -> list[int]:
-    """Of each expert. Where a plan's tensors hold no choices each has as many as any other, or one more."""
-    if choices_TC.is_meta:
-        share, rest = divmod(choices_TC.numel(), num_experts)
-        return [share + (expert < rest) for expert in range(num_experts)]
-    counts: list[int] = choices_TC.flatten().bincount(minlength=num_experts).tolist()
-    return counts
-
-
-def _multiply(
-    rows_RX: torch.Tensor, weights: ExpertWeights, counts: list[int], *, transposed: bool = False
-) -> torch.Tensor:
-    """[R, Y]: each expert's rows times its weight [X, Y], or [Y, X] where `transposed`."""
-    matrices = list_experts(weights)
-    products_RY = rows_RX.new_empty(len(rows_RX), matrices[0].shape[0 if transposed else 1])
-    for rows, products, weight in zip(rows_RX.split(counts), products_RY.split(counts), matrices, strict=True):
-        if len(rows) > 0:
-            matrix = read_weight(weight, rows.dtype)
-            torch.mm(rows, matrix.t() if transposed else matrix, out=products)
-    return products_RY
-
-
-def _multiply_outer(rows_RY: torch.Tensor, rows_RX: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """[E, Y, X], zeros for an expert without rows."""
-    outer_EYX = rows_RX.new_empty(len(counts), rows_RY.shape[1], rows_RX.shape[1])
-    for left, right, outer in zip(rows_RY.split(counts), rows_RX.split(counts), outer_EYX, strict=True):
-        torch.mm(left.t(), right, out=outer)
-    return outer_EYX
 
 
 def _sum_of_tokens(rows_RH: torch.Tensor, order_R: torch.Tensor, tokens_TH: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from lora_dist.batch import Batch
 from lora_dist.config import HardwareConfig, RunConfig, compute_dp_size, compute_num_microbatches
 from lora_dist.engine import Engine
+from lora_dist.mcore.experts import choose_expert_products
 from lora_dist.mcore.fake import open_fake_topology
 from lora_dist.mcore.model import compute_padded_vocab_size
 from lora_dist.measure.collectives import CollectiveCounter, count_collectives
@@ -70,8 +71,10 @@ class _FakeRun:
         clock = ComputeClock(self.hardware)
         with self._open_modes(live, clock) as (answers, counter):
             engine, _ = build_engine(replace(config, compile=False, cuda_graphs=False), topology, fill=False)
-            engine.gpt.attends_in_blocks = config.attends_in_blocks(on_gpu=self.hardware.kind == "gpu")
-            if self.hardware.kind == "gpu":
+            on_gpu = self.hardware.kind == "gpu"
+            engine.gpt.attends_in_blocks = config.attends_in_blocks(on_gpu=on_gpu)
+            choose_expert_products(engine.gpt, on_gpu=on_gpu)
+            if on_gpu:
                 for group in engine.zero.adam.param_groups:
                     group["foreach"] = True  # as torch chooses there; it makes fewer temporaries
             answers.know_step_counts(state["step"] for state in engine.zero.adam.state.values())

@@ -1,12 +1,16 @@
 """Gradients of every topology against the one-process oracle in fp64, B not zero; and that broken variants are seen."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from processes import run_distributed
-from toy import ALL_TARGETS, Case, build_batches, build_case, compute_gradients, merge_results, reduce_gradients
+from toy import ALL_TARGETS, MODEL, Case, build_batches, build_case, compute_gradients, merge_results, reduce_gradients
 
 from lora_dist.config import LoraConfig
 from lora_dist.lora import layer as lora_layer
+from lora_dist.lora.row_groups import can_group
+from lora_dist.mcore.experts import ExpertMlp
 from lora_dist.mcore.schedule import forward_backward
 
 TOLERANCE = 1e-9
@@ -111,3 +115,34 @@ def test_a_wrong_interleave_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(lora_layer, "compute_qkv_rows", concatenated_rows)
     assert compute_error(run_case(Case(lora=lora, tp_size=2))[1], expected) > 1e-2
+
+
+def compute_grouped_gradients(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
+    gpt, trainable, topology = build_case(case)
+    mlps = [module for module in gpt.modules() if isinstance(module, ExpertMlp)]
+    assert {mlp.grouped for mlp in mlps} == {False}, "this is a CPU"
+    for mlp in mlps:
+        mlp.grouped = True
+    loss, _ = forward_backward(gpt, build_batches(topology), seed=0, step=3, scale_loss=None)
+    return loss, reduce_gradients(trainable, topology)
+
+
+@pytest.mark.parametrize("options", [{}, {"tp_size": 2, "sequence_parallel": True}, {"recompute": "full"}], ids=str)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_one_product_for_all_experts_gives_the_same(method: str, options: dict) -> None:
+    """As on a GPU in bf16; here in fp32, which is the most this product takes. The rank is filled up to eight."""
+    model = replace(MODEL, family="qwen3_moe", ffn_hidden_size=16, num_experts=5, experts_per_token=2, init_std=0.1)
+    lora = LoraConfig(rank=3, target_modules=["v_proj", "gate_proj", "up_proj", "down_proj"])
+    case = Case(method=method, model=model, lora=lora)
+    expected_loss, expected = run_case(case)
+    single = replace(case, dtype=torch.float32, **options)
+    loss, actual = merge_results(run_distributed(compute_grouped_gradients, single.world_size, single))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert compute_error(actual, expected) < 1e-4
+
+
+def test_where_there_is_one_product_for_all_experts() -> None:
+    assert can_group(torch.bfloat16, 2048, 192, on_gpu=True)
+    assert not can_group(torch.bfloat16, 2048, 192, on_gpu=False)
+    assert not can_group(torch.float16, 2048, 192, on_gpu=True)
+    assert not can_group(torch.bfloat16, 2048, 100, on_gpu=True)

@@ -1,6 +1,7 @@
 """Experts mixed by the fused function against autograd over each expert's own products, adapters on them or not."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ from lora_dist.lora.experts import Factors
 from lora_dist.mcore.mixing import mix_experts
 from lora_dist.measure.flops import count_flops
 
-T, C, E, H, FEATURES, K = 7, 2, 4, 6, 5, 3
+T, C, E, H, FEATURES, K = 7, 2, 4, 12, 8, 4
 
 
 def draw(*shape: int, requires_grad: bool = True) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=draw.generator).requires_grad_(requires_grad)
+    return torch.randn(*shape, dtype=draw.dtype, generator=draw.generator).requires_grad_(requires_grad)
 
 
-draw.generator = torch.Generator()
+draw.generator, draw.dtype = torch.Generator(), torch.float64
 
 
 def mix_one_by_one(
@@ -44,8 +45,21 @@ def mix_one_by_one(
 @pytest.mark.parametrize("adapted", [(False, False), (True, False), (False, True), (True, True)], ids=str)
 @pytest.mark.parametrize("below_trains", [False, True])
 @pytest.mark.parametrize("experts_train", [False, True])
-def test_output_and_gradients(adapted: tuple[bool, bool], below_trains: bool, experts_train: bool) -> None:
+@pytest.mark.parametrize(
+    ("grouped", "dtype", "tolerance"), [(False, torch.float64, 1e-12), (True, torch.float32, 2e-5)], ids=str
+)
+def test_output_and_gradients(
+    adapted: tuple[bool, bool],
+    below_trains: bool,
+    experts_train: bool,
+    grouped: bool,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CPU has the grouped product too, in fp32 at the most."""
     draw.generator.manual_seed(0)
+    monkeypatch.setattr(draw, "dtype", dtype)
     tokens_TH, weights_TC = draw(T, H, requires_grad=below_trains), draw(T, C, requires_grad=below_trains)
     choices_TC = torch.tensor([[0, 1], [1, 0], [3, 1], [0, 3], [1, 3], [3, 0], [0, 1]])  # none is the third one's
     sizes = ((2 * FEATURES, H), (H, FEATURES))
@@ -60,13 +74,13 @@ def test_output_and_gradients(adapted: tuple[bool, bool], below_trains: bool, ex
         return
     doutput_TH = draw(T, H, requires_grad=False)
     computed = []
-    for mix in (mix_experts, mix_one_by_one):
+    for mix in (partial(mix_experts, grouped=grouped), mix_one_by_one):
         output_TH = mix(tokens_TH, weights_TC, choices_TC, *weights, *factors)
         grads = torch.autograd.grad(output_TH, inputs, doutput_TH, materialize_grads=True)
         computed.append([output_TH.detach(), *grads])
     assert all(grad.abs().max() > 0 for grad in computed[0][1 : 1 + 2 * below_trains])
     for actual, expected in zip(*computed, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
 def test_no_input_gradient_is_computed_where_none_is_asked_for() -> None:
