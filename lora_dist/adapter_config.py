@@ -39,9 +39,12 @@ class LiveConfig(BaseConfig):
     topology: TopologyConfig
     device: str = "auto"
     """auto, cpu or cuda."""
+    dtype: str | None = None
+    """fp32, bf16 or fp16, in which the base computes and merged weights are written; null: its checkpoint's."""
 
     def __post_init__(self) -> None:
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        require_one_of("dtype", self.dtype, (None, "fp32", "bf16", "fp16"))
         model = self.model
         check_blocks(model.base_format, model.query_size, model.ffn_hidden_size, tp_size=self.topology.tp_size)
 
@@ -53,7 +56,7 @@ class MergeConfig(LiveConfig):
     adapter: str
     """Directory of the adapter."""
     output: str
-    """New directory of a whole Hugging Face checkpoint, in the base's dtype."""
+    """New directory of a whole Hugging Face checkpoint, in dtype."""
 
 
 @dataclass(kw_only=True, slots=True)

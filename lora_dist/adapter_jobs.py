@@ -33,7 +33,7 @@ from lora_dist.prefix.spec import build_prefix_specs
 from lora_dist.prefix_config import PrefixConfig
 from lora_dist.questions import find_chat_template
 from lora_dist.run_dir import find_adapter
-from lora_dist.topology import check_device, choose_device, run_on_first
+from lora_dist.topology import DTYPES, check_device, choose_device, run_on_first
 
 
 def export_files(config: ExportConfig) -> None:
@@ -100,10 +100,13 @@ def measure_switch(config: SwitchConfig) -> None:
 
 @contextmanager
 def open_base(config: LiveConfig) -> Iterator[ShardedGpt]:
-    """The frozen base on this job's processes, in the dtype that its checkpoint has."""
+    """The frozen base on this job's processes, in config.dtype or else the dtype that its checkpoint has."""
     local_rank = int(os.environ["LOCAL_RANK"])
     device = choose_device(config.device, local_rank)
-    dtype = torch.float32 if config.model.checkpoint is None else read_dtype(config.model.checkpoint)
+    if config.dtype is not None or config.model.checkpoint is None:
+        dtype = DTYPES[config.dtype or "fp32"]
+    else:
+        dtype = read_dtype(config.model.checkpoint)
     check_device(device, {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"))
     with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.seed) as topology:
         gpt = build_model(config.model, topology, dtype=dtype, clock=DropoutClock())

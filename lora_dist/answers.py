@@ -94,17 +94,18 @@ def _answer_rows(
 
 
 def describe_questions(
+    gpt: ShardedGpt,
     base_fingerprint: str,
     adapters: Sequence[StoredAdapter | StoredMethod],
     asked: Questions,
     *,
-    base_format: str,
     merge: bool,
 ) -> dict[str, Any]:
-    """What the texts depend on besides how they are chosen; topology and batch size change none."""
+    """What the texts depend on besides how they are chosen; topology and batch size change none but by rounding."""
     return {
         "base_fingerprint": base_fingerprint,
-        "model.base_format": base_format,
+        "model.base_format": gpt.model.base_format,
+        "dtype": str(gpt.config.params_dtype).removeprefix("torch."),
         "adapters": [_hash(sorted(one.manifest["sha256"].items())) for one in adapters],
         "merge": merge,
         "contexts": _hash([asked.prompts, list(asked.adapter_of_row)]),

@@ -106,7 +106,7 @@ def _open_file(
     merge: bool,
 ) -> RowFile:
     fingerprint = run_on_first(gpt.topology, lambda: compute_base_fingerprint(config.model, config.seed))
-    identity = describe_questions(fingerprint, adapters, asked, base_format=config.model.base_format, merge=merge)
+    identity = describe_questions(gpt, fingerprint, adapters, asked, merge=merge)
     identity |= describe_labels(labels) if labels else describe_generation(config.generate)
     return RowFile(path=path, identity=identity, num_rows=len(asked.prompts))
 

@@ -46,9 +46,7 @@ def _open_file(
     gpt: ShardedGpt, config: GenerateConfig, adapters: Sequence[Stored], asked: Questions, path: str
 ) -> RowFile:
     fingerprint = run_on_first(gpt.topology, lambda: compute_base_fingerprint(config.model, config.seed))
-    identity = describe_questions(
-        fingerprint, adapters, asked, base_format=config.model.base_format, merge=config.generate.merge
-    )
+    identity = describe_questions(gpt, fingerprint, adapters, asked, merge=config.generate.merge)
     identity |= describe_generation(config.generate)
     return RowFile(path=Path(path), identity=identity, num_rows=len(asked.prompts))
 

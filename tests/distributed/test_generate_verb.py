@@ -127,10 +127,24 @@ def test_a_killed_job_goes_on(killed: str, resumed: str, how: list[str], place: 
         assert not rows.exists()
 
 
+def test_draws_in_fp32_are_the_same_at_any_topology(place: Path) -> None:
+    """The packaged base is fp16, whose sums depend on the number of processes that form them."""
+    texts, output = [], place / "drawn.jsonl"
+    how = ["dtype=fp32", "generate.temperature=0.9", f"generate.input={place / 'e2e.txt'}", f"generate.output={output}"]
+    for topology, num_processes in (("single", 1), ("tp2", 2)):
+        words = [f"adapter={place / 'run'}", *how, *SHORT, f"topology={topology}"]
+        assert run_distributed(call, num_processes, words) == [0] * num_processes
+        texts.append(output.read_text())
+        output.unlink()
+        Path(f"{output}.about.json").unlink()
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("generate.no_repeat_ngram_size=3", "generate.no_repeat_ngram_size is 0 there and 3 in this run"),
+        ("dtype=fp32", "dtype is 'float16' there and 'float32' in this run"),
         ("adapter=PLACE/other", "adapters is ['sha256:"),
         ("generate.input=PLACE/more.txt", "contexts is 'sha256:"),
     ],
