@@ -12,7 +12,7 @@ from lora_dist.engine import Engine
 from lora_dist.mcore.schedule import forward_backward
 from lora_dist.zero.engine import build_zero_engine
 
-NUM_STEPS = 5
+NUM_STEPS = 3
 # The gradient of a key's bias is zero but for rounding, which Adam would blow up to whole steps under a small eps.
 OPTIM = OptimConfig(lr=3e-3, clip_grad_norm=0.5, weight_decay=0.1, lora_plus_ratio=4.0, eps=1e-4)
 LORA = Case(dtype=torch.float32, lora=LoraConfig(rank=3, target_modules=["all"], dropout=0.2, bias="all"))
