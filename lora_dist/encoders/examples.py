@@ -10,6 +10,7 @@ from lora_dist.data.glue import SENTENCE_END, TASKS, read_sentences
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.rows import BadRows, Pair, read_file
 from lora_dist.task_config import TaskConfig
+from lora_dist.tasks.items import name_fields
 
 _GLUE = "glue_"
 
@@ -48,7 +49,7 @@ def load_pairs(key: str, path: str, task: TaskConfig, split: str | None) -> list
         text = content.decode("utf-8-sig", errors="surrogateescape")
         pairs = list(read_sentences(task.format.removeprefix(_GLUE), text, bad))
     else:
-        pairs = list(read_pairs(content, task.format, bad, split=split))
+        pairs = list(read_pairs(content, task.format, bad, split=split, fields=name_fields(task)))
     if not pairs:
         raise ValueError(f"{key}={path} has no rows; give a file that has some")
     return pairs

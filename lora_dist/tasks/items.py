@@ -31,8 +31,7 @@ def load_items(task: TaskConfig) -> list[Item]:
     path = task.references
     content = read_file("task.references", path)
     bad = BadRows(path, "error", remedy="correct the row")
-    fields = Fields(context=tuple(task.context_fields), target=task.target_field)
-    pairs = read_pairs(content, pick_format(task), bad, split=task.split, fields=fields)
+    pairs = read_pairs(content, pick_format(task), bad, split=task.split, fields=name_fields(task))
     items = [_build_item([pair]) for pair in pairs] if task.metric in _OF_ROWS else group_pairs(pairs)
     if not items:
         raise ValueError(f"task.references={path} has no rows; give the file of the references")
@@ -42,6 +41,11 @@ def load_items(task: TaskConfig) -> list[Item]:
             if not is_readable(item.references[0]):
                 raise ValueError(f"{path}:{item.line}: {item.references[0]!r} is no {what}: task.metric={task.metric}")
     return items
+
+
+def name_fields(task: TaskConfig) -> Fields:
+    """What the task's rows call context and target."""
+    return Fields(context=tuple(task.context_fields), target=task.target_field)
 
 
 def read_number(text: str) -> float | None:

@@ -14,10 +14,7 @@ from encoder_toy import (
     write_rte,
 )
 from processes import run_distributed
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForSequenceClassification
 
 from lora_dist.checkpoint.listing import list_adapters
 from lora_dist.classify_config import EncoderConfig
@@ -25,8 +22,7 @@ from lora_dist.cli.classify import adopt_trained
 from lora_dist.cli.compose import compose_config
 from lora_dist.config import LoraConfig
 from lora_dist.encoders.classify import score_job
-from lora_dist.encoders.examples import encode_examples, find_label_words, load_pairs
-from lora_dist.encoders.job import load_data, write
+from lora_dist.encoders.job import write
 from lora_dist.encoders.model import read_family
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.run_dir import name_trained, prepare_run_dir
@@ -107,40 +103,6 @@ def test_a_whole_model_is_a_checkpoint_that_transformers_loads(tmp_path: Path) -
     assert run_distributed(call, 1, scored) == [0]
     summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("full", "again")]
     assert summaries[0]["scores"] == summaries[1]["scores"]
-
-
-def test_sentence_pairs_stay_two(tmp_path: Path) -> None:
-    config = build_config(tmp_path, "roberta")
-    task = TaskConfig(name="rte", format="glue_rte", metric="accuracy", references=str(write_rte(tmp_path / "r.tsv")))
-    pairs = load_pairs("task.references", task.references, task, None)
-    labels = find_label_words(task, pairs)
-    tokenizer = AutoTokenizer.from_pretrained(config.encoder.checkpoint)
-    first = encode_examples("task.references", task.references, pairs, task, labels, tokenizer, 16)[0]
-    assert tokenizer.decode(first.inputs["input_ids"]) == "<s> the film was good </s> </s> it was good </s>"
-    assert (labels.words, first.label) == (("entailment", "not_entailment"), 0.0)
-
-
-@pytest.mark.parametrize(
-    ("task_format", "rows", "expected"),
-    [
-        (
-            "glue_qqp",
-            ["question1\tquestion2\tis_duplicate", "the film\tit was good\t1", "the plot\t\t0", "\tgood\t0"],
-            ["the film </s> </s> it was good", "the plot </s> </s>", "</s> </s> good"],
-        ),
-        ("banking77", ["text,category", '"the film\twas bad",a', "it was good,b"], ["the film was bad", "it was good"]),
-    ],
-)
-def test_an_empty_sentence_or_a_tab_changes_no_other_row(
-    task_format: str, rows: list[str], expected: list[str], tmp_path: Path
-) -> None:
-    (tmp_path / "rows").write_text("\n".join(rows) + "\n")
-    task = TaskConfig(name="rows", format=task_format, metric="accuracy", references=str(tmp_path / "rows"))
-    pairs = load_pairs("task.references", task.references, task, None)
-    tokenizer = AutoTokenizer.from_pretrained(build_config(tmp_path, "roberta").encoder.checkpoint)
-    labels = find_label_words(task, pairs)
-    examples = encode_examples("task.references", task.references, pairs, task, labels, tokenizer, 16)
-    assert [tokenizer.decode(one.inputs["input_ids"]) for one in examples] == [f"<s> {text} </s>" for text in expected]
 
 
 def read_outputs(run_dir: Path) -> dict[str, str]:
@@ -276,13 +238,3 @@ def test_a_decoders_run_is_not_scored(tmp_path: Path) -> None:
     for adapter in (run_dir, run_dir / "best_adapter"):
         with pytest.raises(ValueError, match=r"is of a decoder's run; give a run of lora-dist classify"):
             adopt_trained(replace(config, adapter=str(adapter)))
-
-
-def test_a_label_that_training_lacks_is_named_with_its_line(tmp_path: Path) -> None:
-    for name, intents in (("train.csv", ("a", "b")), ("dev.csv", ("a", "c"))):
-        lines = [f"it was good,{intent}" for intent in intents]
-        (tmp_path / name).write_text("\n".join(["text,category", *lines]) + "\n")
-    task = TaskConfig(name="banking77", format="banking77", metric="accuracy", references=str(tmp_path / "dev.csv"))
-    config = build_config(tmp_path, "roberta", task=task, train=str(tmp_path / "train.csv"))
-    with pytest.raises(ValueError, match=r"dev.csv:3: label 'c' is none of the 2"):
-        load_data(config)

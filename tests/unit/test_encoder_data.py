@@ -1,0 +1,70 @@
+"""An encoder's files before it trains: which columns are read, how sentences stay apart, which labels count."""
+
+import json
+from pathlib import Path
+
+import pytest
+from encoder_toy import build_config, write_rte
+from transformers import AutoTokenizer
+
+from lora_dist.encoders.examples import encode_examples, find_label_words, load_pairs
+from lora_dist.encoders.job import load_data
+from lora_dist.task_config import TaskConfig
+
+
+def test_sentence_pairs_stay_two(tmp_path: Path) -> None:
+    config = build_config(tmp_path, "roberta")
+    task = TaskConfig(name="rte", format="glue_rte", metric="accuracy", references=str(write_rte(tmp_path / "r.tsv")))
+    pairs = load_pairs("task.references", task.references, task, None)
+    labels = find_label_words(task, pairs)
+    tokenizer = AutoTokenizer.from_pretrained(config.encoder.checkpoint)
+    first = encode_examples("task.references", task.references, pairs, task, labels, tokenizer, 16)[0]
+    assert tokenizer.decode(first.inputs["input_ids"]) == "<s> the film was good </s> </s> it was good </s>"
+    assert (labels.words, first.label) == (("entailment", "not_entailment"), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("task_format", "rows", "expected"),
+    [
+        (
+            "glue_qqp",
+            ["question1\tquestion2\tis_duplicate", "the film\tit was good\t1", "the plot\t\t0", "\tgood\t0"],
+            ["the film </s> </s> it was good", "the plot </s> </s>", "</s> </s> good"],
+        ),
+        ("banking77", ["text,category", '"the film\twas bad",a', "it was good,b"], ["the film was bad", "it was good"]),
+    ],
+)
+def test_an_empty_sentence_or_a_tab_changes_no_other_row(
+    task_format: str, rows: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "rows").write_text("\n".join(rows) + "\n")
+    task = TaskConfig(name="rows", format=task_format, metric="accuracy", references=str(tmp_path / "rows"))
+    pairs = load_pairs("task.references", task.references, task, None)
+    tokenizer = AutoTokenizer.from_pretrained(build_config(tmp_path, "roberta").encoder.checkpoint)
+    labels = find_label_words(task, pairs)
+    examples = encode_examples("task.references", task.references, pairs, task, labels, tokenizer, 16)
+    assert [tokenizer.decode(one.inputs["input_ids"]) for one in examples] == [f"<s> {text} </s>" for text in expected]
+
+
+def test_a_label_that_training_lacks_is_named_with_its_line(tmp_path: Path) -> None:
+    for name, intents in (("train.csv", ("a", "b")), ("dev.csv", ("a", "c"))):
+        lines = [f"it was good,{intent}" for intent in intents]
+        (tmp_path / name).write_text("\n".join(["text,category", *lines]) + "\n")
+    task = TaskConfig(name="banking77", format="banking77", metric="accuracy", references=str(tmp_path / "dev.csv"))
+    config = build_config(tmp_path, "roberta", task=task, train=str(tmp_path / "train.csv"))
+    with pytest.raises(ValueError, match=r"dev.csv:3: label 'c' is none of the 2"):
+        load_data(config)
+
+
+def test_rows_are_read_by_the_tasks_own_keys(tmp_path: Path) -> None:
+    """Beside keys that have the usual names and other content."""
+    rows = [{"text": f"it was {word}", "label": word, "context": "the plot", "target": "x"} for word in ("good", "bad")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    fields = {"context_fields": ["text"], "target_field": "label"}
+    task = TaskConfig(name="jsonl", format="jsonl", metric="accuracy", references=str(path), **fields)
+    data = load_data(build_config(tmp_path, "roberta", task=task, train=str(path)))
+    assert data.labels.words == ("bad", "good")
+    for examples in (data.train, data.scored):
+        texts = [data.tokenizer.decode(one.inputs["input_ids"]) for one in examples]
+        assert texts == ["<s> it was good </s>", "<s> it was bad </s>"]
