@@ -36,7 +36,7 @@ def evaluate_model(config: EvaluateConfig, texts_path: Path) -> None:
     """
     with open_base(config) as gpt:
         items = run_on_first(gpt.topology, lambda: _load(config))
-        labels = find_labels(config.task, items)
+        labels = run_on_first(gpt.topology, lambda: find_labels(config.task, items))
         texts = _ask(gpt, config, items, labels, texts_path)
         tell(gpt, f"{len(texts)} outputs: {texts_path}")
         is_first = gpt.topology.global_rank == 0

@@ -6,6 +6,8 @@ from lora_dist.config import FILE_FORMATS
 from lora_dist.data_config import FIELD_FORMATS
 from lora_dist.refusals import require, require_one_of
 
+CHOOSES_LABELS = ("accuracy", "accuracy_f1", "matthews")
+"""Metrics of tasks whose answer is one of few."""
 METRICS = ("e2e", "webnlg", "dart", "sql", "rouge", "accuracy", "accuracy_f1", "matthews", "correlation", "exact")
 
 
@@ -28,6 +30,9 @@ class TaskConfig:
     """As data.target_field."""
     split: str | None = None
     """Part of the file, where it holds several (clinc150)."""
+    labels: list[str] | None = None
+    """All that a model chooses its answer among; null: GLUE's own, for an encoder else those of its training file,
+    for a decoder those of all parts of CLINC150's file, or those that occur in the references."""
     positive: str | None = None
     """The label that F1 is of."""
     database: str | None = None
@@ -40,6 +45,22 @@ class TaskConfig:
             self.format in FIELD_FORMATS or (self.context_fields, self.target_field) == (["context"], "target"),
             f"task.context_fields={self.context_fields} and task.target_field={self.target_field}:"
             f" task.format={self.format} does not read them, only {' and '.join(FIELD_FORMATS)}; leave them out",
+        )
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        labels = self.labels
+        require(
+            labels is None or self.metric in CHOOSES_LABELS,
+            f"task.labels={labels}: task.metric={self.metric} has none, only {', '.join(CHOOSES_LABELS)}; leave it out",
+        )
+        require(
+            labels is None or len(set(labels)) == len(labels) >= 2,
+            f"task.labels={labels} must be at least two, each once",
+        )
+        require(
+            labels is None or self.positive is None or self.positive in labels,
+            f"task.positive={self.positive} is none of task.labels={labels}; give one of them",
         )
         if (self.metric == "accuracy_f1") != (self.positive is not None):
             raise ValueError(

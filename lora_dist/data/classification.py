@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_dist.data.documents import read_document
+from lora_dist.data.documents import list_members, read_document
 from lora_dist.data.rows import BadRow, BadRows, Pair, Texts, check_pair, check_text
 from lora_dist.data.tables import read_table
 
@@ -16,6 +16,12 @@ def read_banking77(text: str, bad: BadRows) -> Iterator[Pair]:
 def read_clinc150(text: str, split: str, bad: BadRows) -> Iterator[Pair]:
     """The array `split` (train, val, test, oos_train ...) of data_full.json: [utterance, intent] each."""
     return read_document(text, split, _parse_clinc150, bad)
+
+
+def list_intents(text: str, path: str) -> list[str]:
+    """Of all arrays of data_full.json, sorted; ValueError with file and line for a bad entry."""
+    bad = BadRows(path, "error", remedy="correct the row")
+    return sorted({pair.target for split in list_members(text, path) for pair in read_clinc150(text, split, bad)})
 
 
 def _parse_banking77(cells: Mapping[str, str]) -> Texts:

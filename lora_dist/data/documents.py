@@ -43,6 +43,15 @@ def read_json_rows(text: str, parse: Callable[[int, Any], _Row], bad: BadRows) -
             yield parsed
 
 
+def list_members(text: str, path: str) -> list[str]:
+    """The keys of the object that the document is; ValueError with the line where it is broken."""
+    at = _skip_space(text, 0)
+    document, _ = _decode(text, at, path)
+    if not isinstance(document, dict):
+        raise _build_error(text, at, path, "an object is expected")
+    return list(document)
+
+
 def _parse_line(row: str) -> Any:
     check_text(row)
     if not row.strip():

@@ -61,10 +61,21 @@ def has_two_sentences(task: TaskConfig) -> bool:
 
 
 def find_label_words(task: TaskConfig, pairs: Sequence[Pair]) -> Labels:
-    """GLUE's own labels in GLUE's order; elsewhere those of the training file, sorted."""
+    """task.labels, or GLUE's own in GLUE's order; elsewhere those of the training file, sorted.
+
+    ValueError where there is one alone, which every answer would be.
+    """
+    if task.labels is not None:
+        return Labels(words=tuple(task.labels))
     if task.format.startswith(_GLUE):
         return Labels(words=tuple(TASKS[task.format.removeprefix(_GLUE)].words.values()))
-    return Labels(words=tuple(sorted({pair.target for pair in pairs})))
+    words = sorted({pair.target for pair in pairs})
+    if len(words) == 1:
+        raise ValueError(
+            f"all {len(pairs)} rows are {words[0]!r}, so there is nothing to choose among; give"
+            f" task.labels=[{words[0]},...], all that an answer may be"
+        )
+    return Labels(words=tuple(words))
 
 
 def encode_examples(

@@ -106,6 +106,8 @@ def load_data(config: ClassifyConfig) -> Data:
     training = [] if config.train is None else load_pairs("train", config.train, task, config.train_split)
     words = None if training else read_trained_labels(config)
     labels = find_label_words(task, training or scored) if words is None else Labels(words=words)
+    if task.labels is not None and labels.words != tuple(task.labels):
+        raise ValueError(f"task.labels={task.labels}: the head's are {list(labels.words)}; leave task.labels out")
     encode = partial(encode_examples, task=task, labels=labels, tokenizer=tokenizer, seq_len=seq_len)
     return Data(
         train=encode("train", config.train, training) if config.train else [],

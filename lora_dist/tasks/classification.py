@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lora_dist.task_config import TaskConfig
 from lora_dist.tasks.items import Item, read_number
+from lora_dist.tasks.labels import list_labels
 from lora_dist.tasks.needs import import_extra
 from lora_dist.tasks.scores import Result, ScoreRow, Values
 
@@ -19,14 +20,14 @@ def score_accuracy(task: TaskConfig, predictions: Sequence[str], items: Sequence
             [answer == task.positive for answer in wanted], [label == task.positive for label in given], zero_division=0
         )
         values["F1"] = 100 * float(f1)
-    return _report(values, given, wanted)
+    return _report(values, task, given, items)
 
 
 def score_matthews(task: TaskConfig, predictions: Sequence[str], items: Sequence[Item]) -> Result:
     """Matthews correlation, times 100."""
     given, wanted = _pair_labels(predictions, items)
     value = import_extra("sklearn.metrics").matthews_corrcoef(wanted, given)
-    return _report({"Matthews": 100 * float(value)}, given, wanted)
+    return _report({"Matthews": 100 * float(value)}, task, given, items)
 
 
 def score_correlation(task: TaskConfig, predictions: Sequence[str], items: Sequence[Item]) -> Result:
@@ -49,9 +50,9 @@ def _pair_labels(predictions: Sequence[str], items: Sequence[Item]) -> tuple[lis
     return [text.strip() for text in predictions], [item.references[0] for item in items]
 
 
-def _report(values: Values, given: Sequence[str], wanted: Sequence[str]) -> Result:
-    """A model may say anything; what is none of the file's labels is a wrong answer, and is counted."""
-    known = set(wanted)
+def _report(values: Values, task: TaskConfig, given: Sequence[str], items: Sequence[Item]) -> Result:
+    """A model may say anything; what is none of the task's labels is a wrong answer, and is counted."""
+    known = set(list_labels(task, items))
     unknown = [label for label in given if label not in known]
     notes = [
         f"{len(unknown)} of {len(given)} outputs are none of the labels and count as wrong, e.g. {example!r}"

@@ -35,12 +35,18 @@ def load_items(task: TaskConfig) -> list[Item]:
     items = [_build_item([pair]) for pair in pairs] if task.metric in _OF_ROWS else group_pairs(pairs)
     if not items:
         raise ValueError(f"task.references={path} has no rows; give the file of the references")
+    for item in items:
+        _check_reference(task, f"{path}:{item.line}", item.references[0])
+    return items
+
+
+def _check_reference(task: TaskConfig, place: str, reference: str) -> None:
+    if task.labels is not None and reference not in task.labels:
+        raise ValueError(f"{place}: label {reference!r} is none of task.labels={task.labels}; add it")
     if task.metric in _READABLE:
         what, is_readable = _READABLE[task.metric]
-        for item in items:
-            if not is_readable(item.references[0]):
-                raise ValueError(f"{path}:{item.line}: {item.references[0]!r} is no {what}: task.metric={task.metric}")
-    return items
+        if not is_readable(reference):
+            raise ValueError(f"{place}: {reference!r} is no {what}: task.metric={task.metric}")
 
 
 def name_fields(task: TaskConfig) -> Fields:

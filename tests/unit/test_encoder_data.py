@@ -1,6 +1,7 @@
 """An encoder's files before it trains: which columns are read, how sentences stay apart, which labels count."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,19 @@ def test_rows_are_read_by_the_tasks_own_keys(tmp_path: Path) -> None:
     for examples in (data.train, data.scored):
         texts = [data.tokenizer.decode(one.inputs["input_ids"]) for one in examples]
         assert texts == ["<s> it was good </s>", "<s> it was bad </s>"]
+
+
+def test_labels_are_given_where_a_file_has_one_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,category\nit was good,a\n")
+    task = TaskConfig(name="banking77", format="banking77", metric="accuracy", references=str(path))
+    config = build_config(tmp_path, "roberta", task=task, train=str(path))
+    with pytest.raises(ValueError, match=r"all 1 rows are 'a', so there is nothing .* give task.labels=\[a,...\]"):
+        load_data(config)
+    given = replace(config, task=replace(task, labels=["b", "a"]))
+    data = load_data(given)
+    assert (data.labels.words, data.train[0].label) == (("b", "a"), 1.0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text('{"labels": ["a", "b"]}')
+    with pytest.raises(ValueError, match=r"task.labels=\['b', 'a'\]: the head's are \['a', 'b'\]; leave task.labels"):
+        load_data(replace(given, train=None, adapter=str(tmp_path / "run")))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from lora_dist.tasks.items import Item, load_items
 from lora_dist.tasks.labels import find_labels
 from lora_dist.tasks.paper import ROWS
 from lora_dist.tasks.predictions import load_predictions
+from lora_dist.tasks.scoring import score
 
 TASKS = list_groups(owner=EvaluateConfig)["task"]
 ITEMS = [
@@ -174,6 +175,25 @@ def test_references_that_a_metric_cannot_read_are_refused(write: Write, metric: 
 def test_labels_are_glues_own_or_those_of_the_references(task: str, expected: list[str]) -> None:
     config = compose_as(EvaluateConfig, [f"task={task}", "task.references=r", "predictions=p"])
     assert find_labels(config.task, ITEMS) == expected
+
+
+def test_labels_are_given_or_those_of_all_of_clinc150(write: Write) -> None:
+    splits = {"train": [["x", "a"], ["y", "b"]], "oos_test": [["q", "oos"]]}
+    clinc = {"name": "t", "format": "clinc150", "metric": "accuracy", "references": write("c", json.dumps(splits))}
+    task = TaskConfig(**clinc, split="oos_test")
+    items = load_items(task)
+    assert find_labels(task, items) == ["a", "b", "oos"]
+    assert score(task, ["a"], items).notes == []
+    assert find_labels(replace(task, labels=["oos", "b"]), items) == ["oos", "b"]
+    with pytest.raises(ValueError, match=r"^c:1: label 'oos' is none of task.labels=\['a', 'b'\]; add it$"):
+        load_items(replace(task, labels=["a", "b"]))
+
+
+def test_one_label_alone_is_no_choice(write: Write) -> None:
+    references = write("r.csv", "text,category\nq,a\nr,a\n")
+    task = TaskConfig(name="banking77", format="banking77", metric="accuracy", references=references)
+    with pytest.raises(ValueError, match=r"r.csv: every row is 'a', so there is nothing .* give task.labels=\[a,...\]"):
+        find_labels(task, load_items(task))
 
 
 def test_table_and_record(write: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from lora_dist.tasks.scores import Scores
 from lora_dist.tasks.scoring import score
 
 
-def score_texts(metric: str, outputs: list[str], references: list[list[str]], **options: str) -> Scores:
+def score_texts(metric: str, outputs: list[str], references: list[list[str]], **options: object) -> Scores:
     task = TaskConfig(name="t", format="jsonl", metric=metric, references="unused", **options)  # type: ignore[arg-type]
     items = [Item(line=1, context=str(index), references=tuple(texts)) for index, texts in enumerate(references)]
     return score(task, outputs, items)
@@ -22,6 +22,10 @@ def test_accuracy_counts_what_is_no_label_as_wrong_and_says_so() -> None:
     scores = score_texts("accuracy", ["yes", "no ", "perhaps", "no"], [["yes"], ["no"], ["yes"], ["yes"]])
     assert scores.rows[0].values == {"accuracy": 50.0}
     assert scores.notes == ["1 of 4 outputs are none of the labels and count as wrong, e.g. 'perhaps'"]
+
+
+def test_a_label_that_no_reference_has_is_one_of_the_tasks() -> None:
+    assert score_texts("accuracy", ["yes", "no"], [["yes"], ["yes"]], labels=["yes", "no"]).notes == []
 
 
 def test_f1_of_the_positive_label() -> None:
@@ -156,8 +160,11 @@ def test_a_wrong_database_is_named(database: str, tmp_path: Path) -> None:
         ({"format": "xml"}, "task.format='xml' is not one of jsonl, chat, e2e_text"),
         ({"metric": "accuracy_f1"}, "task.positive=None is the label that F1 is of"),
         ({"positive": "yes"}, "task.positive=yes is the label that F1 is of"),
+        ({"labels": ["a", "b"]}, "task.metric=exact has none, only accuracy, accuracy_f1, matthews; leave it out"),
+        ({"metric": "accuracy", "labels": ["a", "a"]}, "must be at least two, each once"),
+        ({"metric": "accuracy_f1", "positive": "c", "labels": ["a", "b"]}, "task.positive=c is none of task.labels="),
     ],
 )
-def test_configuration_that_cannot_be(options: dict[str, str], message: str) -> None:
+def test_configuration_that_cannot_be(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TaskConfig(**{"name": "t", "format": "jsonl", "metric": "exact", "references": "f", **options})
