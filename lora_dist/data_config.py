@@ -58,7 +58,7 @@ class DataConfig:
     on_bad_row: str = "error"
     """error stops at the first bad row and names it; skip counts it."""
     max_train_examples: int | None = None
-    """Use only the file's first good rows, so many of them; null means all."""
+    """Use only the file's first good rows that fit into data.seq_len, so many of them; null means all."""
     max_valid_examples: int | None = None
     num_fake_examples: int = 1024
     """Training examples of format fake; validation gets an eighth of it."""

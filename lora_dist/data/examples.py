@@ -129,6 +129,18 @@ def show_progress(items: Sequence[_Item], what: str, *, scale: int = 1) -> Itera
             bar.update(scale)
 
 
+def concatenate_examples(parts: Sequence[Examples]) -> Examples:
+    """One behind the other; there is at least one part."""
+    begins = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    starts = [part.starts[:-1] + begin for part, begin in zip(parts, begins, strict=False)]
+    return Examples(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        starts=np.concatenate([*starts, begins[-1:]]),
+        is_learnt=np.concatenate([part.is_learnt for part in parts]),
+        has_slots=parts[0].has_slots,
+    )
+
+
 def join_examples(rows: Sequence[Sequence[int]], learnt: Sequence[NDArray[np.bool_]]) -> Examples:
     """The examples whose tokens are `rows`; each has a truth value for each of its tokens in `learnt`."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))

@@ -1,18 +1,19 @@
 """The training and validation examples a configuration names, and the record of where they came from."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
 from lora_dist.config import DataConfig, RunConfig
 from lora_dist.data.chat import ChatTemplate, encode_conversations, load_chat_template
 from lora_dist.data.conversations import read_conversations
-from lora_dist.data.examples import Examples, draw_fake_examples, encode_pairs
+from lora_dist.data.examples import Examples, concatenate_examples, draw_fake_examples, encode_pairs
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.report import FileReport
 from lora_dist.data.rows import BadRows, Fields, decode, read_file
@@ -20,6 +21,7 @@ from lora_dist.data.running_text import encode_documents, read_documents
 from lora_dist.data.tokenizer import load_model_tokenizer
 from lora_dist.lora.factors import derive_seed
 
+_Row = TypeVar("_Row")
 _FAKE_VALID_SHARE = 8
 """Fake data has one validation example to so many training examples."""
 Encode = Callable[[bytes, int | None, BadRows], Examples]
@@ -70,15 +72,35 @@ def _encode_pairs(
     part: str | None,
 ) -> Examples:
     data = config.data
-    pairs = list(islice(read_pairs(content, data.format, bad, split=part, fields=fields), most))
-    return encode_pairs(pairs, tokenizer, seq_len=data.seq_len, bad=bad, slots=config.slots)
+    pairs = read_pairs(content, data.format, bad, split=part, fields=fields)
+    encode = partial(encode_pairs, tokenizer=tokenizer, seq_len=data.seq_len, bad=bad, slots=config.slots)
+    return _encode_first(pairs, most, bad, encode)
 
 
 def _encode_chat(
     content: bytes, most: int | None, bad: BadRows, *, data: DataConfig, fields: Fields, template: ChatTemplate
 ) -> Examples:
-    rows = list(islice(read_conversations(decode(content), bad, fields=fields, system=data.system), most))
-    return encode_conversations(rows, template, seq_len=data.seq_len, learn_turns=data.learn_turns, bad=bad)
+    rows = read_conversations(decode(content), bad, fields=fields, system=data.system)
+    encode = partial(
+        encode_conversations, template=template, seq_len=data.seq_len, learn_turns=data.learn_turns, bad=bad
+    )
+    return _encode_first(rows, most, bad, encode)
+
+
+def _encode_first(
+    rows: Iterator[_Row], most: int | None, bad: BadRows, encode: Callable[[list[_Row]], Examples]
+) -> Examples:
+    """The file's first rows that can be encoded, `most` of them; what `encode` leaves out is made up for by later rows.
+
+    No row behind the last one wanted is read.
+    """
+    parts, missing = [], most
+    while chosen := list(islice(rows, missing)):
+        num_bad = bad.counts.total()
+        parts.append(encode(chosen))
+        if missing is not None:
+            missing -= len(chosen) - (bad.counts.total() - num_bad)
+    return concatenate_examples(parts or [encode([])])
 
 
 def _encode_text(
@@ -91,7 +113,7 @@ def _encode_text(
 def load_split(key: str, path: str, *, data: DataConfig, encode: Encode, max_examples: int | None) -> Split:
     """Examples that `encode` makes of the file `path`, which the configuration names in `key`.
 
-    With `max_examples` the file is read until that many rows were good; what follows is not looked at.
+    With `max_examples` the file is read until that many rows were good and fit; what follows is not looked at.
     """
     content = read_file(key, path)
     bad = BadRows(path, data.on_bad_row)

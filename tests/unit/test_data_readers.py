@@ -137,6 +137,22 @@ def test_first_good_rows(tmp_path: Path) -> None:
     assert (len(split.examples), split.file.skipped_rows) == (2, {"broken JSON": 1})
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 4])
+def test_rows_that_are_too_long_are_made_up_for(most: int, tmp_path: Path) -> None:
+    """By rows behind them, and no further than needed: the bad row after the last one wanted is not counted."""
+    long = b'{"context": "QWQW", "target": "QWQW"}\n'
+    content = long + b'{"context": "a", "target": "b c"}\n' + long * 3 + JSON_ROW + b"x\n" + JSON_ROW
+    split = load("data.train", configure(tmp_path / "pairs", content, on_bad_row="skip"), max_examples=most)
+    assert split.file is not None
+    skipped = [{"too long": 1}, {"too long": 4}, *[{"broken JSON": 1, "too long": 4}] * 2][most - 1]
+    assert (len(split.examples), split.file.skipped_rows) == (min(most, 3), skipped)
+    whole = load("data.train", configure(tmp_path / "pairs", content, on_bad_row="skip")).examples
+    behind = whole.starts[len(split.examples)]
+    assert split.examples.tokens.tolist() == whole.tokens[:behind].tolist()
+    assert split.examples.starts.tolist() == whole.starts[: len(split.examples) + 1].tolist()
+    assert split.examples.is_learnt.tolist() == whole.is_learnt[:behind].tolist()
+
+
 @pytest.mark.parametrize(("content", "found"), [(b"", "it is empty"), (b"x\n[]\n", "1 x broken JSON, 1 x wrong type")])
 def test_no_good_row(tmp_path: Path, content: bytes, found: str) -> None:
     data = configure(tmp_path / "pairs", content, on_bad_row="skip")
