@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from lora_dist.config import LoopConfig, LoraConfig, OptimConfig, TopologyConfig, TrackConfig, ZeroConfig
+from lora_dist.data_config import require_split
 from lora_dist.refusals import require, require_one_of
 from lora_dist.task_config import TaskConfig
 
@@ -66,6 +67,8 @@ class ClassifyConfig:
 
     def __post_init__(self) -> None:
         require_one_of("task.metric", self.task.metric, ENCODER_METRICS)
+        if self.train is not None:
+            require_split("train_split", self.train_split, self.task.format, example="train")
         require_one_of("resume", self.resume, ("none", "auto", "must"))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))

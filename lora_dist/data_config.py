@@ -11,14 +11,16 @@ FILE_FORMATS = (
     *("e2e_text", "e2e_csv", "webnlg", "dart", "wikisql", "samsum", "dialogsum", "banking77", "clinc150"),
     *(f"glue_{task}" for task in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")),
 )
+SPLIT_FORMATS = ("clinc150",)
+"""Whose files hold several splits."""
 _READ_BY = {
     "context_fields": FIELD_FORMATS,
     "target_field": FIELD_FORMATS,
     "text_field": ("text",),
     "system": ("chat",),
     "learn_turns": ("chat",),
-    "train_split": ("clinc150",),
-    "valid_split": ("clinc150",),
+    "train_split": SPLIT_FORMATS,
+    "valid_split": SPLIT_FORMATS,
 }
 """Keys that only some formats read."""
 
@@ -81,6 +83,9 @@ class DataConfig:
         for key in ("max_train_examples", "max_valid_examples", "num_fake_examples"):
             count = getattr(self, key)
             require(count is None or count >= 1, f"data.{key}={count} must be at least 1")
+        require_split("data.train_split", self.train_split, self.format, example="train")
+        if self.valid is not None:
+            require_split("data.valid_split", self.valid_split, self.format, example="val")
         self._check_foreign_keys()
 
     @property
@@ -98,3 +103,11 @@ class DataConfig:
                 f"data.{one.name}={getattr(self, one.name)}: data.format={self.format} does not read it, only"
                 f" {' and '.join(formats)}; leave it {plain}",
             )
+
+
+def require_split(key: str, split: str | None, file_format: str, *, example: str) -> None:
+    """ValueError, naming `key`, where a file of the format holds several splits and none is chosen."""
+    require(
+        split is not None or file_format not in SPLIT_FORMATS,
+        f"{key} is not set, and a {file_format} file holds several splits; name one, e.g. {key}={example}",
+    )

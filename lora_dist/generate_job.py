@@ -9,6 +9,7 @@ from lora_dist.adapter_jobs import Stored, find_slots, open_base, open_on_base, 
 from lora_dist.answers import describe_generation, describe_questions, generate_texts
 from lora_dist.checkpoint.row_file import RowFile
 from lora_dist.data.contexts import Context, check_context, read_contexts
+from lora_dist.data.rows import Fields
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.generation_config import GenerateConfig, GenerateOptions
 from lora_dist.mcore.model import ShardedGpt
@@ -87,7 +88,13 @@ def _read(options: GenerateOptions, form: QuestionForm) -> list[Context]:
         prompt = check_context(options.prompt, "generate.prompt")
         return [Context(prompt.strip() if form.is_asked else prompt)]
     assert options.input is not None  # GenerateConfig has checked it
-    return read_contexts(Path(options.input).read_bytes(), options.format, options.input)
+    return read_contexts(
+        Path(options.input).read_bytes(),
+        options.format,
+        options.input,
+        split=options.split,
+        fields=Fields(context=tuple(options.context_fields)),
+    )
 
 
 def _write(

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora_dist.adapter_config import LiveConfig
+from lora_dist.config import FILE_FORMATS
+from lora_dist.data_config import SPLIT_FORMATS, require_split
 from lora_dist.refusals import require, require_one_of, require_seed
 
 EARLY_STOPPING = ("heuristic", "when_full", "exhaustive")
 _MOST_PENALTY = 20
 """The power of any model's context that a float holds."""
-CONTEXT_FORMATS = ("auto", "text", "e2e_text", "e2e_csv", "jsonl", "chat")
+CONTEXT_FORMATS = ("auto", "text", *FILE_FORMATS)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,9 +76,13 @@ class GenerateOptions(GenerationConfig):
     input: str | None = None
     """File of contexts."""
     format: str = "auto"
-    """text (a context a line), e2e_text, e2e_csv, jsonl (`context`, and `adapter` where rows choose one) or chat (jsonl
-    with `messages` that await an answer); auto goes by the file's name, and in other files by whether the first line
-    holds `||`."""
+    """text (a context a line), jsonl (`context`, and `adapter` where rows choose one), chat (jsonl with `messages` that
+    await an answer) or any other data.format with files, whose targets are left out. auto takes .jsonl for jsonl, .csv
+    for e2e_csv and other files for e2e_text where the first line holds `||`, else for text; not .json and .tsv."""
+    context_fields: list[str] = field(default_factory=lambda: ["context"])
+    """Of format jsonl: as data.context_fields."""
+    split: str | None = None
+    """Part of the file, where it holds several (clinc150)."""
     output: str | None = None
     """File of JSON lines, {context, text} a context in the order of the input; null prints them. The same command
     goes on where an earlier one was ended, and generates nothing again."""
@@ -97,6 +103,16 @@ class GenerateOptions(GenerationConfig):
         require(
             self.format != "chat" or self.chat is not False,
             "generate.format=chat has conversations, got generate.chat=false; leave it out",
+        )
+        require(
+            self.context_fields == ["context"] or self.format == "jsonl",
+            f"generate.context_fields={self.context_fields}: generate.format={self.format} does not read them; set"
+            " generate.format=jsonl",
+        )
+        require_split("generate.split", self.split, self.format, example="test")
+        require(
+            self.split is None or self.format in SPLIT_FORMATS,
+            f"generate.split={self.split}: a {self.format} file holds one split; leave it out",
         )
 
 

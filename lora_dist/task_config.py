@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from lora_dist.config import FILE_FORMATS
-from lora_dist.data_config import FIELD_FORMATS
+from lora_dist.data_config import FIELD_FORMATS, require_split
 from lora_dist.refusals import require, require_one_of
 
 CHOOSES_LABELS = ("accuracy", "accuracy_f1", "matthews")
@@ -46,6 +46,7 @@ class TaskConfig:
             f"task.context_fields={self.context_fields} and task.target_field={self.target_field}:"
             f" task.format={self.format} does not read them, only {' and '.join(FIELD_FORMATS)}; leave them out",
         )
+        require_split("task.split", self.split, self.format, example="test")
         self._check_labels()
 
     def _check_labels(self) -> None:

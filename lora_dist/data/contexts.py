@@ -1,22 +1,29 @@
 """Contexts to generate from: out of files of examples or plain text, to tokens, and texts out of tokens again."""
 
-import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from lora_dist.data.conversations import parse_question, write_question
+from lora_dist.data.conversations import take_question, write_question
 from lora_dist.data.documents import read_json_rows
 from lora_dist.data.examples import tokenize_texts
 from lora_dist.data.readers import read_pairs
-from lora_dist.data.rows import BadRow, BadRows, check_text
+from lora_dist.data.rows import PLAIN_FIELDS, BadRow, BadRows, Fields, check_text, decode, read_lines
 from lora_dist.data.tokenizer import find_start_tokens
+from lora_dist.data_config import FIELD_FORMATS
 from lora_dist.prefix.slots import list_slots
 from lora_dist.prefix_config import PrefixConfig
 
 _SEPARATOR = "||"
+_SUFFIXES = {".jsonl": "jsonl", ".csv": "e2e_csv"}
+_SEVERAL_FORMATS = {
+    ".json": "jsonl or chat (an array of rows), webnlg, dart, samsum, dialogsum or clinc150",
+    ".tsv": "one of glue_cola ... glue_wnli",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +34,23 @@ class Context:
     adapter: str | None = None
 
 
-def read_contexts(content: bytes, file_format: str, path: str) -> list[Context]:
+def read_contexts(
+    content: bytes, file_format: str, path: str, *, split: str | None = None, fields: Fields = PLAIN_FIELDS
+) -> list[Context]:
     """Every row's context in order; targets are left out. ValueError `file:line: ...` at the first bad row.
 
-    `file_format` as in GenerateOptions.format.
+    `file_format` as in GenerateOptions.format; `split` and `fields` as in `read_pairs`.
     """
     if file_format == "auto":
         file_format = _guess_format(content, path)
-    if file_format in ("e2e_text", "e2e_csv"):
-        return [Context(pair.context) for pair in read_pairs(content, file_format, BadRows(path, "error"))]
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
-    parse = {"jsonl": _parse_json, "chat": _parse_chat}.get(file_format, _parse_text)
-    rows: Iterable[tuple[int, str]] = enumerate(io.StringIO(text, newline="\n"), 1)
-    if parse is not _parse_text and text.lstrip().startswith("["):
-        rows = read_json_rows(text, lambda line, value: (line, json.dumps(value)), BadRows(path, "error"))
-    contexts = [parse(row.strip(), f"{path}:{line}") for line, row in rows]
+    bad = BadRows(path, "error", remedy="correct the row")
+    if file_format in FIELD_FORMATS:
+        parse = _parse_chat if file_format == "chat" else partial(_parse_json, fields=fields)
+        contexts = list(read_json_rows(decode(content), parse, bad))
+    elif file_format == "text":
+        contexts = [Context(pair.context) for pair in read_lines(decode(content), lambda row: (row.strip(), ""), bad)]
+    else:
+        contexts = [Context(pair.context) for pair in read_pairs(content, file_format, bad, split=split)]
     if not contexts:
         raise ValueError(f"{path} holds no context")
     return contexts
@@ -75,44 +81,31 @@ def decode_texts(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerFa
 
 
 def _guess_format(content: bytes, path: str) -> str:
-    for ending, known in ((".jsonl", "jsonl"), (".csv", "e2e_csv")):
-        if path.endswith(ending):
-            return known
+    suffix = Path(path).suffix.lower()
+    if suffix in _SEVERAL_FORMATS:
+        raise ValueError(
+            f"{path}: a {suffix} file may be of several formats; set generate.format to {_SEVERAL_FORMATS[suffix]}"
+        )
+    if suffix in _SUFFIXES:
+        return _SUFFIXES[suffix]
     return "e2e_text" if _SEPARATOR.encode() in content.partition(b"\n")[0] else "text"
 
 
-def _parse_text(row: str, place: str) -> Context:
-    if not row:
-        raise ValueError(f"{place}: blank line; a context a line is expected")
-    return Context(row)
-
-
-def _parse_chat(row: str, place: str) -> Context:
+def _parse_chat(line: int, record: Any) -> Context:
     """The row's conversation as `write_question` writes it."""
-    try:
-        asked = parse_question(row)
-    except BadRow as problem:
-        raise ValueError(f"{place}: {problem.reason} ({problem.detail}); correct the row") from None
-    record = json.loads(row)
-    return Context(write_question(asked.messages, asked.tools), _take_adapter(record, place))
+    asked = take_question(record)
+    return Context(write_question(asked.messages, asked.tools), _take_adapter(record))
 
 
-def _take_adapter(record: Mapping[str, object], place: str) -> str | None:
+def _parse_json(line: int, record: Any, *, fields: Fields) -> Context:
+    return Context(fields.take_context(record), _take_adapter(record))
+
+
+def _take_adapter(record: Mapping[str, object]) -> str | None:
     adapter = record.get("adapter")
     if not isinstance(adapter, str | None):
-        raise ValueError(f"{place}: 'adapter' is {adapter!r}, neither an adapter's directory nor null")
+        raise BadRow("wrong type", f"'adapter' is {adapter!r}, neither an adapter's directory nor null")
     return adapter
-
-
-def _parse_json(row: str, place: str) -> Context:
-    try:
-        record = json.loads(row)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: broken JSON ({error})") from None
-    context = record.get("context") if isinstance(record, dict) else None
-    if not isinstance(context, str):
-        raise ValueError(f"{place}: a JSON object with the string 'context' is expected")
-    return Context(check_context(context, place).strip(), _take_adapter(record, place))
 
 
 def check_context(text: str, place: str) -> str:

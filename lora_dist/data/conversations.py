@@ -76,6 +76,11 @@ def parse_question(text: str, system: str | None = None) -> Conversation:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRow("broken JSON", str(error)) from None
+    return take_question(record, system)
+
+
+def take_question(record: Any, system: str | None = None) -> Conversation:
+    """As `parse_question`, of a row that is parsed."""
     parsed = _parse(1, record, fields=PLAIN_FIELDS, system=system)
     messages = parsed.messages[:-1] if parsed.messages[-1]["role"] == "assistant" else parsed.messages
     if not messages:

@@ -33,9 +33,12 @@ class Fields:
 
     def take(self, record: object) -> Texts:
         """Context, which may be empty, and target; BadRow where one is missing."""
+        return check_pair(self.take_context(record), take_text(record, self.target), needs_context=False)
+
+    def take_context(self, record: object) -> str:
+        """Empty where all of it is; BadRow where a part is missing."""
         parts = [take_text(record, key).strip() for key in self.context]
-        context = "\n\n".join(part for part in parts if part)
-        return check_pair(context, take_text(record, self.target), needs_context=False)
+        return "\n\n".join(part for part in parts if part)
 
 
 PLAIN_FIELDS = Fields()

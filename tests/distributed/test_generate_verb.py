@@ -210,7 +210,7 @@ def test_each_row_of_a_file_names_its_adapter(place: Path) -> None:
         (["generate.prompt=x", "adapter=PLACE/none"], "adapter=PLACE/none is not a directory"),
         (["generate.prompt=x", "adapter=PLACE"], "adapter=PLACE has no manifest.json"),
         (["generate.input=PLACE/biased.jsonl", "adapters=[PLACE/biased]"], "trained biases, which the rows of a batch"),
-        (["generate.input=PLACE/half.jsonl"], "half.jsonl:1: broken UTF-8; correct the text"),
+        (["generate.input=PLACE/half.jsonl"], "half.jsonl:1: broken UTF-8; correct the row"),
         (["generate.prompt=x", "generate.length_penalty=2000"], "generate.length_penalty=2000.0 must lie between -20"),
         (["generate.prompt=x", "adapters=[PLACE/other]"], "no row names one; use adapter=DIR"),
         (["generate.input=PLACE/none"], "generate.input=PLACE/none is no file"),

@@ -310,6 +310,8 @@ def test_question_that_would_forge_a_turn() -> None:
             "data.system=x: data.format=jsonl does not read it, only chat; leave it None",
         ),
         ({"format": "webnlg", "target_field": "x"}, "data.target_field=x: .* only jsonl and chat; leave it target"),
+        ({"format": "clinc150"}, "data.train_split is not set, .* e.g. data.train_split=train"),
+        ({"format": "clinc150", "train_split": "train", "valid": "f"}, "data.valid_split is not set, .*_split=val"),
         ({"format": "chat", "train_split": "test"}, "data.train_split=test: .* only clinc150"),
         ({"format": "chat", "learn_turns": "first"}, "data.learn_turns='first' is not one of all, last"),
         ({"format": "jsonl", "context_fields": []}, "data.context_fields is empty"),

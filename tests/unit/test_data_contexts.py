@@ -7,13 +7,14 @@ from data_files import tiny_tokenizer
 
 from lora_dist.data.contexts import Context, decode_texts, encode_contexts, read_contexts
 from lora_dist.data.examples import encode_pairs
-from lora_dist.data.readers import BadRows, Pair
+from lora_dist.data.rows import BadRows, Fields, Pair
+from lora_dist.generation_config import GenerateOptions
 
 FILES = {
     "a.txt": ("name : A||It is A.\nname : B||It is B.\n", "e2e_text"),
     "b.txt": ("name : A\nname : B\n", "text"),
     "c.csv": ("mr,ref\nname[A],It is A.\nname[B],It is B.\n", "e2e_csv"),
-    "d.jsonl": ('{"context": "name : A", "target": "It"}\n{"context": "name : B"}\n', "jsonl"),
+    "D.JSONL": ('{"context": "name : A", "target": "It"}\n{"context": "name : B"}\n', "jsonl"),
 }
 
 
@@ -34,17 +35,61 @@ def test_a_json_row_may_name_its_adapter() -> None:
     [
         (b"", "text", "x holds no context"),
         (b"a\n\nb", "text", "x:2: blank line"),
-        (b"\xff", "text", "x is not UTF-8"),
+        (b"\xff", "text", "x:1: broken UTF-8; correct the row"),
         (b"a||b\nc", "e2e_text", "x:2: no separator"),
         (b"{", "jsonl", "x:1: broken JSON"),
-        (b'{"target": "t"}', "jsonl", "x:1: a JSON object with the string 'context' is expected"),
-        (b"[1]", "jsonl", "x:1: a JSON object with the string 'context' is expected"),
-        (b'{"context": "c", "adapter": 1}', "jsonl", "x:1: 'adapter' is 1"),
+        (b'{"target": "t"}', "jsonl", r"x:1: missing key \('context'\); correct the row$"),
+        (b"[1]", "jsonl", r"x:1: wrong type \(a JSON object is expected, not int"),
+        (b'{"context": "c", "adapter": 1}', "jsonl", r"x:1: wrong type \('adapter' is 1"),
+        (b'[{"dialogue": "d"}]', "samsum", r"x:1: missing key \(entry 1: 'summary'\); correct the row$"),
     ],
 )
 def test_bad_rows_are_named(content: bytes, file_format: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_contexts(content, file_format, "x")
+
+
+DART = [{"tripleset": [["A", "is", "B"]], "annotations": [{"text": "A is B."}]}]
+
+
+@pytest.mark.parametrize(
+    ("file_format", "content", "expected"),
+    [
+        ("dart", json.dumps(DART), "A : is : B"),
+        ("samsum", '[{"dialogue": "Ann: hi\\r\\nBen: ho", "summary": "s"}]', "Ann: hi\nBen: ho"),
+        ("glue_rte", "sentence1\tsentence2\tlabel\nx\ty\tentailment\n", "sentence1 : x | sentence2 : y"),
+        ("banking77", "text,category\nx,y\n", "x"),
+        ("clinc150", '{"train": [["a", "b"]], "test": [["x", "y"]]}', "x"),
+    ],
+)
+def test_every_format_of_training_without_its_targets(file_format: str, content: str, expected: str) -> None:
+    split = "test" if file_format == "clinc150" else None
+    assert read_contexts(content.encode(), file_format, "f", split=split) == [Context(expected)]
+
+
+def test_the_keys_of_training() -> None:
+    content = b'{"instruction": "Add.", "input": "1, 2", "output": "3", "context": "no"}'
+    fields = Fields(context=("instruction", "input"))
+    assert read_contexts(content, "jsonl", "f", fields=fields) == [Context("Add.\n\n1, 2")]
+
+
+@pytest.mark.parametrize(("name", "formats"), [("x.JSON", "jsonl or chat"), ("x.tsv", "one of glue_cola")])
+def test_a_name_that_may_be_of_several_formats(name: str, formats: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: a .* may be of several formats; set generate.format to {formats}"):
+        read_contexts(json.dumps(DART).encode(), "auto", name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "clinc150"}, "generate.split is not set, and a clinc150 file .* e.g. generate.split=test"),
+        ({"format": "dart", "split": "test"}, "generate.split=test: a dart file holds one split; leave it out"),
+        ({"context_fields": ["a"]}, r"generate.context_fields=\['a'\]: .* set generate.format=jsonl"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GenerateOptions(**options)
 
 
 def test_a_context_is_encoded_and_a_target_decoded_as_in_training() -> None:
@@ -66,7 +111,7 @@ def test_an_array_is_read_as_lines_are() -> None:
     lines = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
     array = json.dumps(rows, indent=1).encode()
     assert read_contexts(array, "jsonl", "f") == read_contexts(lines, "jsonl", "f") == [Context("a"), Context("b", "x")]
-    with pytest.raises(ValueError, match="f:2: a JSON object with the string 'context' is expected"):
+    with pytest.raises(ValueError, match=r"f:2: missing key \('context'\); correct the row$"):
         read_contexts(b'[{"context": "a"},\n{}]', "jsonl", "f")
     chat = [{"messages": [{"role": "user", "content": "a"}]}]
     assert read_contexts(json.dumps(chat).encode(), "chat", "f") == read_contexts(

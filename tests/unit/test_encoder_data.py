@@ -85,3 +85,9 @@ def test_labels_are_given_where_a_file_has_one_alone(tmp_path: Path) -> None:
     (tmp_path / "run" / "manifest.json").write_text('{"labels": ["a", "b"]}')
     with pytest.raises(ValueError, match=r"task.labels=\['b', 'a'\]: the head's are \['a', 'b'\]; leave task.labels"):
         load_data(replace(given, train=None, adapter=str(tmp_path / "run")))
+
+
+def test_a_file_of_several_splits_needs_one(tmp_path: Path) -> None:
+    task = TaskConfig(name="clinc150", format="clinc150", metric="accuracy", references="f", split="test")
+    with pytest.raises(ValueError, match=r"^train_split is not set, and a clinc150 .* e.g. train_split=train$"):
+        build_config(tmp_path, "roberta", task=task)
