@@ -44,6 +44,8 @@ class ClassifyConfig:
     """Training file, in the format of task.references; null scores `adapter`, or the checkpoint's own head."""
     train_split: str | None = None
     """Part of `train`, where it holds several (clinc150)."""
+    on_bad_row: str = "error"
+    """Of `train`: error stops at the first bad row and names it; skip leaves bad rows out and counts them."""
     adapter: str | None = None
     """What training starts from, or what is scored: a run of this verb, a directory that PEFT loads, or a state dict
     of loralib, whose scaling lora.alpha and lora.rank say."""
@@ -69,6 +71,11 @@ class ClassifyConfig:
         require_one_of("task.metric", self.task.metric, ENCODER_METRICS)
         if self.train is not None:
             require_split("train_split", self.train_split, self.task.format, example="train")
+        require_one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
+        require(
+            self.train is not None or self.on_bad_row == "error",
+            f"on_bad_row={self.on_bad_row} is of `train`, which is not set; leave it out",
+        )
         require_one_of("resume", self.resume, ("none", "auto", "must"))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))

@@ -60,6 +60,10 @@ class BadRows:
             raise ValueError(f"{self.path}:{line}: {explained}; {self.remedy}")
         self.counts[reason] += 1
 
+    def describe(self) -> str:
+        """The counts in words; empty where there are none."""
+        return ", ".join(f"{count} x {reason}" for reason, count in sorted(self.counts.items()))
+
 
 class BadRow(Exception):
     """Raised by what parses one row; never leaves the readers."""

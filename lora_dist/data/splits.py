@@ -119,7 +119,7 @@ def load_split(key: str, path: str, *, data: DataConfig, encode: Encode, max_exa
     bad = BadRows(path, data.on_bad_row)
     examples = encode(content, max_examples, bad)
     if len(examples) == 0:
-        found = ", ".join(f"{count} x {reason}" for reason, count in sorted(bad.counts.items())) or "it is empty"
+        found = bad.describe() or "it is empty"
         raise ValueError(f"{key}={path}: no row is usable as {data.format} ({found}); give a file that has some")
     report = FileReport(
         name=Path(path).name,

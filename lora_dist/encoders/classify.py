@@ -39,6 +39,8 @@ def classify(config: ClassifyConfig) -> None:
         if config.train is not None:
             run_on_first(topology, lambda: prepare_run_dir(config))
         data = load_data(config)
+        if topology.global_rank == 0:
+            print(*(f"{line}\n" for line in data.list_losses()), sep="", end="", flush=True)
         loop, optim = settle_epochs(config.loop, config.optim, rows_per_epoch=len(data.train), dp_size=topology.dp_size)
         given, config = config, replace(config, loop=loop, optim=optim)
         memory = PeakMemoryMeter(device)
@@ -117,7 +119,8 @@ def score_job(job: Job, summary: dict[str, Any]) -> None:
     if summary.get("best"):
         shown = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items() if value is not None)
         print(f"best validation: {shown}; in {name_trained(config, best=True)}", flush=True)
-    write_json(path.parent / "summary.json", {"method": config.method, **summary, "scores": _list_scores(scores)})
+    summary = {"method": config.method, **summary, "data": job.data.describe(), "scores": _list_scores(scores)}
+    write_json(path.parent / "summary.json", summary)
 
 
 def _list_scores(scores: Scores) -> dict[str, float | None]:

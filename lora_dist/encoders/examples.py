@@ -36,22 +36,25 @@ class Example:
 
     inputs: dict[str, list[int]]
     label: float
+    is_cut: bool
+    """Whether it is longer than encoder.seq_len."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.inputs["input_ids"])
 
 
-def load_pairs(key: str, path: str, task: TaskConfig, split: str | None) -> list[Pair]:
-    """Every row; GLUE's with its sentences apart. ValueError with file and line for a bad one."""
-    content, bad = read_file(key, path), BadRows(path, "error", remedy="correct the row")
+def load_pairs(key: str, task: TaskConfig, split: str | None, bad: BadRows) -> list[Pair]:
+    """Every good row of the file `bad.path`; GLUE's with its sentences apart. ValueError where there is none."""
+    content = read_file(key, bad.path)
     if task.format.startswith(_GLUE):
         text = content.decode("utf-8-sig", errors="surrogateescape")
         pairs = list(read_sentences(task.format.removeprefix(_GLUE), text, bad))
     else:
         pairs = list(read_pairs(content, task.format, bad, split=split, fields=name_fields(task)))
     if not pairs:
-        raise ValueError(f"{key}={path} has no rows; give a file that has some")
+        found = bad.describe() or "it is empty"
+        raise ValueError(f"{key}={bad.path}: no row is usable as {task.format} ({found}); give a file that has some")
     return pairs
 
 
@@ -99,10 +102,31 @@ def encode_examples(
     if has_two_sentences(task):
         sentences, seconds = map(list, zip(*(text.split(SENTENCE_END) for text in sentences), strict=True))
     encoded = tokenizer(sentences, seconds, truncation=True, max_length=seq_len)
+    full = [row for row, tokens in enumerate(encoded["input_ids"]) if len(tokens) == seq_len]
+    cut = _find_longer(full, sentences, seconds, tokenizer, seq_len)
     return [
-        Example(inputs={name: rows[row] for name, rows in encoded.items()}, label=labels.encode(pair.target))
+        Example(
+            inputs={name: rows[row] for name, rows in encoded.items()},
+            label=labels.encode(pair.target),
+            is_cut=row in cut,
+        )
         for row, pair in enumerate(pairs)
     ]
+
+
+def _find_longer(
+    rows: Sequence[int],
+    sentences: Sequence[str],
+    seconds: Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+) -> set[int]:
+    """Those of `rows` that are longer than `seq_len` where nothing cuts them."""
+    if not rows:
+        return set()
+    others = None if seconds is None else [seconds[row] for row in rows]
+    whole = tokenizer([sentences[row] for row in rows], others, verbose=False)["input_ids"]
+    return {row for row, tokens in zip(rows, whole, strict=True) if len(tokens) > seq_len}
 
 
 def open_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_dist.checkpoint.resume import find_newest_checkpoint, load_checkpoint, save_checkpoint
 from lora_dist.classify_config import ClassifyConfig
 from lora_dist.config import compute_num_microbatches
-from lora_dist.data.rows import Pair
+from lora_dist.data.rows import BadRows, Pair
 from lora_dist.encoders.adapt import apply_encoder_method
 from lora_dist.encoders.batches import EncoderLoader
 from lora_dist.encoders.engine import EncoderEngine
@@ -51,6 +51,26 @@ class Data:
     tokenizer: PreTrainedTokenizerBase
     train_sha256: str
     scored_sha256: str
+    skipped: BadRows
+    """Of the training file."""
+
+    def describe(self) -> dict[str, Any]:
+        """What was read, for summary.json."""
+        counts: dict[str, Any] = {
+            name: {"num_rows": len(examples), "num_cut": sum(example.is_cut for example in examples)}
+            for name, examples in (("train", self.train), ("references", self.scored))
+        }
+        counts["train"]["skipped_rows"] = dict(sorted(self.skipped.counts.items()))
+        return counts
+
+    def list_losses(self) -> list[str]:
+        """The same in words, where something of a file was left out."""
+        told = [f"bad rows of train left out: {self.skipped.describe()}"] if self.skipped.counts else []
+        return told + [
+            f"{counts['num_cut']} of {counts['num_rows']} inputs of {name} are cut to encoder.seq_len tokens"
+            for name, counts in self.describe().items()
+            if counts["num_cut"]
+        ]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,12 +122,11 @@ class Job:
 def load_data(config: ClassifyConfig) -> Data:
     """The same on every process. ValueError with file and line for a bad row or an unknown label."""
     tokenizer, task, seq_len = open_tokenizer(config.encoder), config.task, config.encoder.seq_len
-    scored = load_pairs("task.references", task.references, task, task.split)
-    training = [] if config.train is None else load_pairs("train", config.train, task, config.train_split)
-    words = None if training else read_trained_labels(config)
-    labels = find_label_words(task, training or scored) if words is None else Labels(words=words)
-    if task.labels is not None and labels.words != tuple(task.labels):
-        raise ValueError(f"task.labels={task.labels}: the head's are {list(labels.words)}; leave task.labels out")
+    bad = BadRows(task.references, "error", remedy="correct the row")
+    scored = load_pairs("task.references", task, task.split, bad)
+    bad = BadRows(config.train or "", config.on_bad_row, remedy="correct the row or set on_bad_row=skip")
+    training = [] if config.train is None else load_pairs("train", task, config.train_split, bad)
+    labels = _find_labels(config, training, scored)
     encode = partial(encode_examples, task=task, labels=labels, tokenizer=tokenizer, seq_len=seq_len)
     return Data(
         train=encode("train", config.train, training) if config.train else [],
@@ -117,7 +136,17 @@ def load_data(config: ClassifyConfig) -> Data:
         tokenizer=tokenizer,
         train_sha256=_hash_pairs(training),
         scored_sha256=_hash_pairs(scored),
+        skipped=bad,
     )
+
+
+def _find_labels(config: ClassifyConfig, training: Sequence[Pair], scored: Sequence[Pair]) -> Labels:
+    """The trained head's own where nothing trains and it has names."""
+    words, given = None if training else read_trained_labels(config), config.task.labels
+    labels = find_label_words(config.task, training or scored) if words is None else Labels(words=words)
+    if given is not None and labels.words != tuple(given):
+        raise ValueError(f"task.labels={given}: the head's are {list(labels.words)}; leave task.labels out")
+    return labels
 
 
 def _hash_pairs(pairs: Sequence[Pair]) -> str:

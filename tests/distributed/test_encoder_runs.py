@@ -103,6 +103,8 @@ def test_a_whole_model_is_a_checkpoint_that_transformers_loads(tmp_path: Path) -
     assert run_distributed(call, 1, scored) == [0]
     summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("full", "again")]
     assert summaries[0]["scores"] == summaries[1]["scores"]
+    counts = {"num_rows": 48, "num_cut": 0, "skipped_rows": {}}
+    assert summaries[0]["data"] == {"train": counts, "references": {"num_rows": 7, "num_cut": 0}}
 
 
 def read_outputs(run_dir: Path) -> dict[str, str]:

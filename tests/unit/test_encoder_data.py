@@ -8,6 +8,7 @@ import pytest
 from encoder_toy import build_config, write_rte
 from transformers import AutoTokenizer
 
+from lora_dist.data.rows import BadRows
 from lora_dist.encoders.examples import encode_examples, find_label_words, load_pairs
 from lora_dist.encoders.job import load_data
 from lora_dist.task_config import TaskConfig
@@ -16,7 +17,7 @@ from lora_dist.task_config import TaskConfig
 def test_sentence_pairs_stay_two(tmp_path: Path) -> None:
     config = build_config(tmp_path, "roberta")
     task = TaskConfig(name="rte", format="glue_rte", metric="accuracy", references=str(write_rte(tmp_path / "r.tsv")))
-    pairs = load_pairs("task.references", task.references, task, None)
+    pairs = load_pairs("task.references", task, None, BadRows(task.references, "error"))
     labels = find_label_words(task, pairs)
     tokenizer = AutoTokenizer.from_pretrained(config.encoder.checkpoint)
     first = encode_examples("task.references", task.references, pairs, task, labels, tokenizer, 16)[0]
@@ -40,7 +41,7 @@ def test_an_empty_sentence_or_a_tab_changes_no_other_row(
 ) -> None:
     (tmp_path / "rows").write_text("\n".join(rows) + "\n")
     task = TaskConfig(name="rows", format=task_format, metric="accuracy", references=str(tmp_path / "rows"))
-    pairs = load_pairs("task.references", task.references, task, None)
+    pairs = load_pairs("task.references", task, None, BadRows(task.references, "error"))
     tokenizer = AutoTokenizer.from_pretrained(build_config(tmp_path, "roberta").encoder.checkpoint)
     labels = find_label_words(task, pairs)
     examples = encode_examples("task.references", task.references, pairs, task, labels, tokenizer, 16)
@@ -91,3 +92,45 @@ def test_a_file_of_several_splits_needs_one(tmp_path: Path) -> None:
     task = TaskConfig(name="clinc150", format="clinc150", metric="accuracy", references="f", split="test")
     with pytest.raises(ValueError, match=r"^train_split is not set, and a clinc150 .* e.g. train_split=train$"):
         build_config(tmp_path, "roberta", task=task)
+
+
+def test_inputs_that_are_cut_are_counted(tmp_path: Path) -> None:
+    """To six tokens, two of them special, of a pair four; what just fits is not cut."""
+    config = build_config(tmp_path, "roberta")
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\nit was good\t1\nit was a film\t0\nit was a good film\t1\n")
+    pairs = TaskConfig(name="rte", format="glue_rte", metric="accuracy", references=str(write_rte(tmp_path / "r.tsv")))
+    config.encoder.seq_len = 6
+    data = load_data(config)
+    assert [len(one.inputs["input_ids"]) for one in data.train] == [5, 6, 6]
+    assert [one.is_cut for one in data.train] == [False, False, True]
+    assert data.describe()["train"] == {"num_rows": 3, "num_cut": 1, "skipped_rows": {}}
+    assert data.list_losses()[0] == "1 of 3 inputs of train are cut to encoder.seq_len tokens"
+    config.encoder.seq_len = 11
+    assert [one.is_cut for one in load_data(replace(config, task=pairs, train=pairs.references)).train] == [False] * 2
+    config.encoder.seq_len = 10
+    assert [one.is_cut for one in load_data(replace(config, task=pairs, train=pairs.references)).train] == [True] * 2
+
+
+def test_bad_rows_of_training_may_be_left_out(tmp_path: Path) -> None:
+    rows, task = tmp_path / "rows.csv", tmp_path / "task.csv"
+    rows.write_text("text,category\nit was good,a\nit was,\n\nit was bad,b\n")
+    task.write_text("text,category\nit was good,a\n")
+    scored = TaskConfig(name="banking77", format="banking77", metric="accuracy", references=str(task))
+    config = build_config(tmp_path, "roberta", task=scored, train=str(rows))
+    with pytest.raises(ValueError, match=r"rows.csv:3: empty target; correct the row or set on_bad_row=skip$"):
+        load_data(config)
+    data = load_data(replace(config, on_bad_row="skip"))
+    assert data.describe()["train"] == {
+        "num_rows": 2,
+        "num_cut": 0,
+        "skipped_rows": {"blank line": 1, "empty target": 1},
+    }
+    assert data.list_losses() == ["bad rows of train left out: 1 x blank line, 1 x empty target"]
+    with pytest.raises(ValueError, match="on_bad_row=skip is of `train`, which is not set; leave it out"):
+        replace(config, on_bad_row="skip", train=None)
+    rows.write_text("text,category\nit was,\n")
+    with pytest.raises(ValueError, match=r"no row is usable as banking77 \(1 x empty target\); give a file that has"):
+        load_data(replace(config, on_bad_row="skip"))
+    task.write_text("text,category\nit was,\n")
+    with pytest.raises(ValueError, match=r"task.csv:2: empty target; correct the row$"):
+        load_data(replace(config, on_bad_row="skip"))
