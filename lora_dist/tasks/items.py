@@ -1,4 +1,4 @@
-"""A task's items: every context once, with all its references."""
+"""A task's items: every context once, with all its references, or every row where labels or queries are scored."""
 
 import math
 from collections.abc import Callable, Iterable

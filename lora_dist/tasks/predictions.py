@@ -35,10 +35,19 @@ def load_predictions(path: str, items: Sequence[Item], *, may_be_empty: bool) ->
     for prediction in predictions:
         if not prediction.text and not may_be_empty:
             raise ValueError(f"{path}:{prediction.line}: unlabeled row, the output is empty; {_REMEDY}")
-    if predictions and predictions[0].context is not None:
+    if _have_contexts(path, predictions):
         predictions = _match_contexts(path, predictions, items)
     _check_number(path, predictions, items)
     return [prediction.text for prediction in predictions]
+
+
+def _have_contexts(path: str, predictions: Sequence[Prediction]) -> bool:
+    """ValueError where some rows have one and others not: by order or by context is for the whole file."""
+    given = [prediction.line for prediction in predictions if prediction.context is not None]
+    missing = [prediction.line for prediction in predictions if prediction.context is None]
+    if given and missing:
+        raise ValueError(f"{path}:{missing[0]}: no context, and line {given[0]} has one; give it in all or in none")
+    return bool(given)
 
 
 def _read_predictions(path: str) -> Iterator[Prediction]:
@@ -135,9 +144,10 @@ def _match_contexts(path: str, predictions: Sequence[Prediction], items: Sequenc
 
 
 def _normalize(context: str, known: Mapping[str, object]) -> str:
-    """E2E's published `name[Aromi], eatType[pub]` in the form that the readers give contexts."""
-    if context in known:
-        return context
+    """E2E's published `name[Aromi], eatType[pub]` and SAMSum's line ends in the form that the readers give contexts."""
+    for spelt in (context, context.replace("\r\n", "\n")):
+        if spelt in known:
+            return spelt
     try:
         return write_meaning(context)
     except BadRow:
@@ -149,6 +159,6 @@ def _check_number(path: str, predictions: Sequence[Prediction], items: Sequence[
         return
     last = predictions[-1].line if predictions else 1
     raise ValueError(
-        f"{path}:{last}: {len(predictions)} outputs for {len(items)} contexts;"
-        " one for each context is expected, in the order in which the references first name them"
+        f"{path}:{last}: {len(predictions)} outputs for {len(items)} items; one for each is expected, in the"
+        " references' order: for each row where labels, numbers or queries are scored, elsewhere for each context"
     )

@@ -97,9 +97,9 @@ def test_outputs_are_matched_by_order_or_by_context(write: Write, name: str, con
 
 
 BAD_FILES = [
-    ("p.txt", "one\n", r"^p.txt:1: 1 outputs for 2 contexts"),
-    ("p.txt", "one\ntwo\nthree\n", r"^p.txt:3: 3 outputs for 2 contexts"),
-    ("p.txt", "", r"^p.txt:1: 0 outputs for 2 contexts"),
+    ("p.txt", "one\n", r"^p.txt:1: 1 outputs for 2 items"),
+    ("p.txt", "one\ntwo\nthree\n", r"^p.txt:3: 3 outputs for 2 items"),
+    ("p.txt", "", r"^p.txt:1: 0 outputs for 2 items"),
     ("p.txt", "one\n \n", r"^p.txt:2: unlabeled row"),
     ("p.txt", b"one\ntw\xff\n", r"^p.txt:2: broken UTF-8"),
     ("p.csv", "mr,text\nname[B],x\n", r"^p.csv:1: no column of outputs, the header is 'mr,text'; call it prediction"),
@@ -119,6 +119,11 @@ BAD_FILES = [
     ("p.jsonl", '{"prediction": "x"}\n{"txt": "y"}\n', r"^p.jsonl:2: missing key \('prediction'\)"),
     ("p.jsonl", '{"prediction": 3}\n', r"^p.jsonl:1: wrong type \('prediction' is int, not a string\)"),
     ("p.jsonl", '{"prediction": "x"}\n{"pre\n', r"^p.jsonl:2: broken JSON"),
+    (
+        "p.jsonl",
+        '{"text": "x"}\n{"context": "name : B", "text": "y"}\n',
+        r"^p.jsonl:1: no context, and line 2 has one; give it in all or in none$",
+    ),
     ("p.jsonl", '["x"]\n', r"^p.jsonl:1: wrong type \(a JSON object is expected, not list\)"),
     ("p.jsonl", "3\n", r"^p.jsonl:1: wrong type \(a JSON object is expected, not int\)"),
     ("p.jsonl", b'{"prediction": "\xff"}\n', r"^p.jsonl:1: broken UTF-8"),
@@ -136,6 +141,18 @@ def test_short_texts_may_be_empty_and_one_context_may_come_twice(write: Write) -
     twice = [Item(line=line, context="q", references=("r",)) for line in (1, 2)]
     content = "context,prediction\nq,first\nq,second\n"
     assert load_predictions(write("p.csv", content), twice, may_be_empty=False) == ["first", "second"]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
+def test_contexts_may_have_the_line_ends_of_the_published_file(write: Write, name: str) -> None:
+    entry = {"dialogue": "Ann: hi\r\nBen: ho", "summary": "s"}
+    references = write("r.json", json.dumps([entry]))
+    items = load_items(TaskConfig(name="samsum", format="samsum", metric="rouge", references=references))
+    rows = {
+        "p.jsonl": json.dumps({"context": entry["dialogue"], "text": "x"}),
+        "p.csv": f'context,output\r\n"{entry["dialogue"]}",x\r\n',
+    }
+    assert load_predictions(write(name, rows[name]), items, may_be_empty=True) == ["x"]
 
 
 def test_references_are_grouped_by_context_wherever_they_stand(write: Write) -> None:
@@ -233,7 +250,7 @@ def test_table_and_record(write: Write, capsys: pytest.CaptureFixture[str]) -> N
         (["task=e2e", "task.references=bad.csv", "predictions=out.txt"], "bad.csv:2: empty target; correct the row"),
         (["task=e2e", "task.references=empty.txt", "predictions=out.txt"], "task.references=empty.txt has no rows"),
         (["task=glue_rte", "task.references=rte.tsv", "predictions=out.txt"], "rte.tsv:2: unlabeled row"),
-        (["task=e2e", "task.references=refs.csv", "predictions=short.txt"], "short.txt:1: 1 outputs for 2 contexts"),
+        (["task=e2e", "task.references=refs.csv", "predictions=short.txt"], "short.txt:1: 1 outputs for 2 items"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
