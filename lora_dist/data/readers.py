@@ -1,9 +1,7 @@
 """Files of examples, read row by row into pairs of (context, target): one reader a format."""
 
-import csv
-import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from lora_dist.data import classification, conversations, dialogues, glue, triples, wikisql
@@ -16,10 +14,10 @@ from lora_dist.data.rows import (
     Pair,
     Texts,
     check_pair,
-    check_text,
     decode,
     read_lines,
 )
+from lora_dist.data.tables import Cells, open_rows, read_rows
 
 _SEPARATOR = "||"
 _CSV_COLUMNS = ("mr", "ref")
@@ -55,29 +53,17 @@ def read_pairs(
 
 def _read_csv(text: str, bad: BadRows) -> Iterator[Pair]:
     """A quoted field may hold line ends; a row's line is the one where it starts."""
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = open_rows(text, quoted=True)
     _check_header(rows, bad.path)
-    while True:
-        line = rows.line_num + 1
-        try:
-            context, target = _parse_csv_row(next(rows))
-        except StopIteration:
-            return
-        except csv.Error as error:
-            bad.add(line, "broken quoting", str(error))
-        except BadRow as problem:
-            bad.add(line, problem.reason, problem.detail)
-        else:
-            yield Pair(line, context, target)
+    yield from read_rows(rows, _CSV_COLUMNS, _parse_csv_row, bad)
 
 
-def _check_header(rows: Iterator[list[str]], path: str) -> None:
-    try:
-        header = next(rows, [])
-    except csv.Error as error:
-        raise ValueError(f"{path}:1: broken quoting ({error}); format e2e_csv needs the header 'mr,ref'") from None
-    if tuple(name.strip().lower() for name in header) != _CSV_COLUMNS:
-        raise ValueError(f"{path}:1: the header is {','.join(header)!r}; format e2e_csv needs 'mr,ref'")
+def _check_header(rows: Iterator[tuple[int, Cells]], path: str) -> None:
+    _, cells = next(rows, (1, list[str]()))
+    if isinstance(cells, BadRow):
+        raise ValueError(f"{path}:1: {cells.reason} ({cells.detail}); format e2e_csv needs the header 'mr,ref'")
+    if tuple(name.strip().lower() for name in cells) != _CSV_COLUMNS:
+        raise ValueError(f"{path}:1: the header is {','.join(cells)!r}; format e2e_csv needs 'mr,ref'")
 
 
 def _parse_e2e_text(row: str) -> Texts:
@@ -87,14 +73,8 @@ def _parse_e2e_text(row: str) -> Texts:
     return check_pair(*fields)
 
 
-def _parse_csv_row(fields: list[str]) -> Texts:
-    if not fields:
-        raise BadRow("blank line")
-    if len(fields) != len(_CSV_COLUMNS):
-        raise BadRow("wrong number of fields", f"{len(fields)} instead of {len(_CSV_COLUMNS)}")
-    for field in fields:
-        check_text(field)
-    context, target = check_pair(*fields)
+def _parse_csv_row(cells: Mapping[str, str]) -> Texts:
+    context, target = check_pair(*(cells[name] for name in _CSV_COLUMNS))
     return write_meaning(context), target
 
 

@@ -53,12 +53,14 @@ class BadRows:
         self.remedy = remedy
         self.counts: Counter[str] = Counter()
 
-    def add(self, line: int, reason: str, detail: str = "") -> None:
-        """ValueError `file:line: reason (detail)` unless bad rows are skipped."""
+    def add(self, line: int, reason: str, detail: str = "", *, num_lines: int = 1) -> None:
+        """ValueError `file:line: reason (detail)` unless bad rows are skipped; all lines of a row are counted."""
         if not self.skip:
             explained = f"{reason} ({detail})" if detail else reason
             raise ValueError(f"{self.path}:{line}: {explained}; {self.remedy}")
         self.counts[reason] += 1
+        if num_lines > 1:
+            self.counts[f"further lines of {reason}"] += num_lines - 1
 
     def describe(self) -> str:
         """The counts in words; empty where there are none."""
@@ -68,8 +70,8 @@ class BadRows:
 class BadRow(Exception):
     """Raised by what parses one row; never leaves the readers."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        self.reason, self.detail = reason, detail
+    def __init__(self, reason: str, detail: str = "", num_lines: int = 1) -> None:
+        self.reason, self.detail, self.num_lines = reason, detail, num_lines
 
 
 def read_file(key: str, path: str) -> bytes:

@@ -96,8 +96,25 @@ def test_bad_row(file_format: str, row: bytes, reason: str, detail: str) -> None
 
 
 def test_quote_that_never_closes_is_named_by_its_first_line() -> None:
-    with pytest.raises(ValueError, match=r"pairs:2: broken quoting \(unexpected end of data\)"):
+    with pytest.raises(ValueError, match=r"pairs:2: broken quoting \(unexpected end of data, 2 lines long\)"):
         read(b'mr,ref\nname[A],"b\nname[B],c\n', "e2e_csv")
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [(b"", "broken quoting"), (b'name[C],"c"\n', "broken quoting"), (b'name[C],",c"\n', "wrong number of fields")],
+)
+def test_lines_that_an_open_quote_takes_in_are_counted(end: bytes, reason: str) -> None:
+    content = b'mr,ref\nname[A],"b\n' + b"name[B],c\n" * 3 + end
+    num_lines = content.count(b"\n") - 1
+    assert read(content, "e2e_csv", "skip") == ([], {reason: 1, f"further lines of {reason}": num_lines - 1})
+
+
+def test_fields_may_be_long() -> None:
+    """Beyond the csv module's own limit, on several lines."""
+    long = "word\n" * 60_000
+    pairs, _ = read(f'mr,ref\nname[A],"{long}"\nname[B],b\n'.encode(), "e2e_csv")
+    assert [(pair.line, len(pair.target)) for pair in pairs] == [(2, len(long) - 1), (60_003, 1)]
 
 
 @pytest.mark.parametrize("header", [b"MR\nname[A]\n", b"", b"name[A],b\n", b'"mr'])

@@ -103,6 +103,7 @@ BAD_FILES = [
     ("p.txt", "one\n \n", r"^p.txt:2: unlabeled row"),
     ("p.txt", b"one\ntw\xff\n", r"^p.txt:2: broken UTF-8"),
     ("p.csv", "mr,text\nname[B],x\n", r"^p.csv:1: no column of outputs, the header is 'mr,text'; call it prediction"),
+    ("p.csv", "mr,output,output\nname[B],x,y\n", r"^p.csv:1: several columns are called output; rename all but one"),
     ("p.csv", "mr,output\nname[B],x,y\n", r"^p.csv:2: wrong number of fields \(3 instead of 2\)"),
     ("p.csv", b"mr,output\nname[B],\xe9\n", r"^p.csv:2: broken UTF-8"),
     ("p.csv", 'mr,output\nname[B],"x\n', r"^p.csv:2: broken quoting \(.*\)"),

@@ -254,6 +254,7 @@ def test_bad_row(file_format: str, content: str | bytes, line: int, reason: str,
         ("webnlg", '{"a": 1,\n"entries": 3}', r"^f:2: broken JSON \('entries' is not an array\)"),
         ("webnlg", '{"a": 1}', r"^f: no key 'entries'; there are a$"),
         ("banking77", "text,label\n", r"^f:1: no column category; the header is 'text,label'$"),
+        ("banking77", "text,text,category\na,b,c\n", r"^f:1: several columns are called text; rename all but one$"),
         ("glue_rte", "", r"^f:1: no column sentence1, sentence2, label; the header is ''$"),
     ],
 )
