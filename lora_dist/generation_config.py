@@ -152,10 +152,12 @@ class GenerateConfig(LiveConfig):
 def check_room(lengths: Sequence[int], max_new_tokens: int, max_position_embeddings: int) -> None:
     """ValueError, naming both, where a context of `lengths` and its new tokens exceed the model's positions."""
     for number, length in enumerate(lengths, 1):
+        most = max_position_embeddings - length
+        remedy = f", or set generate.max_new_tokens to {most} or less" if most >= 1 else ""
         require(length > 0, f"context {number} has no token; generation needs at least one to start from")
         require(
-            length + max_new_tokens <= max_position_embeddings,
+            max_new_tokens <= most,
             f"context {number} has {length} tokens, with generate.max_new_tokens={max_new_tokens}"
             f" {length + max_new_tokens}, but model.max_position_embeddings={max_position_embeddings};"
-            f" shorten the context, or set generate.max_new_tokens to {max_position_embeddings - length} or less",
+            f" shorten the context{remedy}",
         )

@@ -27,16 +27,24 @@ def _parse_samsum(entry: Any) -> list[Texts]:
 
 
 def _parse_dialogsum(row: str) -> list[Texts]:
-    try:
-        record = json.loads(row) if row.lstrip().startswith('{"') else ast.literal_eval(row.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        raise BadRow("broken JSON", " ".join(str(error).split())) from None
+    record = _load(row)
     if not isinstance(record, dict):
         raise BadRow("wrong type", f"an object is expected, not {type(record).__name__}")
     given = [key for key in _SUMMARIES if key in record]
     if not given:
         raise BadRow("missing key", "'summary', or 'summary1' to 'summary3'")
     return [_join(record, key) for key in given]
+
+
+def _load(row: str) -> Any:
+    try:
+        return json.loads(row)
+    except (ValueError, RecursionError) as error:
+        detail = f"{error}; nor is it one of Python's dictionaries"
+    try:
+        return ast.literal_eval(row.strip())
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise BadRow("broken JSON", detail) from None
 
 
 def _join(record: Any, key: str) -> Texts:

@@ -1,5 +1,6 @@
 """GLUE's nine tasks in the TSV files that GLUE hands out: sentences -> the label, in words. https://gluebenchmark.com"""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -79,5 +80,7 @@ def _read_label(task: GlueTask, label: str) -> str:
     try:
         number = float(label)
     except ValueError:
-        raise BadRow("unlabeled row", f"{task.label}={label!r} is no number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadRow("unlabeled row", f"{task.label}={label!r} is no number")
     return f"{number:g}"

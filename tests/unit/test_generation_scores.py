@@ -145,6 +145,8 @@ def test_rows_without_room_are_refused_with_both_numbers() -> None:
     check_room([4, 6], 26, 32)
     with pytest.raises(ValueError, match=r"context 2 has 7 tokens, .*max_new_tokens=26 33, but .*embeddings=32.* 25"):
         check_room([4, 7], 26, 32)
+    with pytest.raises(ValueError, match=r"context 1 has 32 tokens, .*embeddings=32; shorten the context$"):
+        check_room([32], 1, 32)
     with pytest.raises(ValueError, match="context 1 has no token"):
         check_room([0], 1, 32)
 

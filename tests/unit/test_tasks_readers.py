@@ -127,16 +127,16 @@ def test_samsum() -> None:
     assert read(json.dumps([entry]), "samsum") == [Pair(1, "Ann: hi\nBen: hello", "They greet.")]
 
 
-@pytest.mark.parametrize("write", [json.dumps, repr])
+@pytest.mark.parametrize("write", [json.dumps, repr, lambda row: json.dumps(row).replace("{", "{ ")])
 def test_dialogsum_in_json_and_as_python_writes_it(write: object) -> None:
     """The test split has three summaries a dialogue."""
     assert callable(write)
     rows = [
-        {"fname": "train_0", "dialogue": '#Person1#: It\'s "me".\n', "summary": "s", "topic": "t"},
+        {"fname": "train_0", "dialogue": '#Person1#: It\'s "me" \U0001f600.\n', "summary": "s", "topic": "t"},
         {"fname": "test_0", "dialogue": "d", "summary1": "a", "summary2": "b", "summary3": "c"},
     ]
     pairs = read("\n".join(map(write, rows)), "dialogsum")
-    assert pairs[0] == Pair(1, '#Person1#: It\'s "me".', "s")
+    assert pairs[0] == Pair(1, '#Person1#: It\'s "me" \U0001f600.', "s")
     assert [(pair.line, pair.context, pair.target) for pair in pairs[1:]] == [(2, "d", text) for text in "abc"]
 
 
@@ -203,7 +203,10 @@ BAD = [
     ("glue_sst2", "sentence\tlabel\nfine\t2", 2, "unlabeled row", r" \(label='2' is not one of 0, 1\)"),
     ("glue_sst2", "sentence\tlabel\nfine\t", 2, "unlabeled row", r" \(label='' is not one of 0, 1\)"),
     ("glue_cola", "a\t1\t\tx\na\t1\tx", 2, "wrong number of fields", r" \(3 instead of 4\)"),
-    ("glue_stsb", "sentence1\tsentence2\tscore\na\tb\thigh", 2, "unlabeled row", r" \(score='high' is no number\)"),
+    *[
+        ("glue_stsb", f"sentence1\tsentence2\tscore\na\tb\t{score}", 2, "unlabeled row", rf" \(score='{score}' is .*\)")
+        for score in ("high", "nan", "-inf")
+    ],
     (
         "webnlg",
         '{"entries": [\n{"1": {"category": "City"}}]}',
@@ -222,7 +225,8 @@ BAD = [
     ("dart", '[{"tripleset": [], "annotations": [{"text": "x"}]}]', 1, "empty context", r" \(entry 1\)"),
     ("samsum", '[{"dialogue": "d",\n"summary": ""}]', 1, "empty target", r" \(entry 1\)"),
     ("dialogsum", '{"dialogue": "d"}', 1, "missing key", r" \('summary', or .*\)"),
-    ("dialogsum", "{'dialogue': open('x')}", 1, "broken JSON", r" \(.*\)"),
+    ("dialogsum", "{'dialogue': open('x')}", 1, "broken JSON", r" \(Expecting .*; nor is it one of Python's .*\)"),
+    ("dialogsum", "{[]: 1}", 1, "broken JSON", r" \(.*\)"),
     ("dialogsum", "['d']", 1, "wrong type", r" \(.*\)"),
     ("wikisql", '{"question": "q"}', 1, "missing key", r" \('table_id'\)"),
     ("wikisql", write_question({**QUERY, "sel": 3}), 1, "broken query", r" \(.* of 3 columns: .*\)"),
