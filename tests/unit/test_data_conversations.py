@@ -1,14 +1,21 @@
 """Rows of conversations in every form in circulation, and every one that is refused."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data_chat import AGAIN, ANSWERED, ASKED, CHATML, SYSTEM, THOUGHT, load
+from chat_files import chat_directory
+from data_files import build_config
+from test_data_chat import AGAIN, ANSWERED, ASKED, CHATML, SYSTEM, THOUGHT, build_model, load
 
+from lora_dist.config import DataConfig
 from lora_dist.data.conversations import parse_question, read_conversations, write_question
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.rows import BadRow, BadRows, Fields
+from lora_dist.data.splits import choose_encoder, load_split
+from lora_dist.data.tokenizer import load_model_tokenizer
 
 
 def test_rows() -> None:
@@ -95,3 +102,17 @@ def test_a_conversation_as_a_question() -> None:
         list(read_pairs(json.dumps({"messages": [ASKED]}).encode(), "chat", BadRows("f", "error")))
     with pytest.raises(BadRow):
         parse_question("[")
+
+
+def test_conversations_that_are_too_long_are_made_up_for(tmp_path: Path) -> None:
+    """As many rows are learnt as are asked for, where the file has them; what is behind them is not read."""
+    long = {**ASKED, "content": "What is it? " * 40}
+    rows = [json.dumps({"messages": [question, ANSWERED]}) for question in (long, ASKED, long, AGAIN)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*rows, "x"]))
+    data = DataConfig(name="d", format="chat", train=str(path), seq_len=100, on_bad_row="skip")
+    config = replace(build_config(data), model=build_model(chat_directory()))
+    encode = choose_encoder(config, load_model_tokenizer(config.model))
+    split = load_split("data.train", str(path), data=data, encode=encode, max_examples=2)
+    assert split.file is not None
+    assert (len(split.examples), split.file.skipped_rows) == (2, {"too long": 2})
