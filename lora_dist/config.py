@@ -111,7 +111,7 @@ class RunConfig:
             not (trains_qkv and self.zero.stage > 0 and self.topology.tp_size > self.model.num_query_groups),
             f"topology.tp_size={self.topology.tp_size} keeps each of {self.model.num_query_groups} key-value heads on"
             " several ranks, which DeepSpeed's norm of trained weights or biases of q, k and v would count twice; use"
-            " zero.stage=0 or a smaller tp_size",
+            " zero.stage=0 or a smaller tp_size, or leave method=full out with compare.methods=[lora]",
         )
         check_frozen(self.model.base_format, method=self.method, zero_stage=self.zero.stage)
         require(
