@@ -19,12 +19,19 @@ _first_noted: dict[int, float] = {}
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved; raised on every process once all is written."""
+    """The run was asked to stop, and has saved what there was; raised on every process once all is written."""
 
 
 def note_stop_requests() -> None:
     """From here on SIGUSR1 is noted; before, it kills. Called first thing, as a scheduler may send it at any time."""
     signal.signal(signal.SIGUSR1, _note)
+
+
+def end_on_stop_requests() -> None:
+    """From here on SIGUSR1 ends this process, which has nothing to save. Raises Stopped, also for what was noted."""
+    signal.signal(signal.SIGUSR1, _stop_at_once)
+    if is_stop_requested():
+        _stop_at_once()
 
 
 @contextmanager
@@ -43,9 +50,14 @@ def is_stop_requested() -> bool:
 
 
 def raise_stopped(message: str) -> NoReturn:
-    """Called on every process once all is saved; the requests are met and forgotten."""
+    """Called on every process once all that there is is saved; the requests are met and forgotten."""
     _first_noted.clear()
     raise Stopped(message)
+
+
+def _stop_at_once(*_: object) -> NoReturn:
+    print("stopped before anything had begun, as asked; the same command begins it", flush=True)
+    raise_stopped("nothing had begun")
 
 
 def _note(number: int, frame: FrameType | None) -> None:

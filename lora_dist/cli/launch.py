@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dist.stopping import Stopped
+from lora_dist.stopping import Stopped, end_on_stop_requests
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -32,11 +32,13 @@ def launch_local(verb: str, overrides: Sequence[str], num_processes: int) -> int
 
     When one process fails the others are ended, and one line says what the first failure was. SIGINT, SIGTERM,
     SIGHUP, SIGQUIT and SIGUSR1 reach every process, which then has 30 seconds, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
+    Stopped, with nothing begun, for a SIGUSR1 before there are processes.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    end_on_stop_requests()  # until the launcher's own handler passes requests on
     _silence_elastic_log()
     os.environ[_LAUNCHER_PID] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))

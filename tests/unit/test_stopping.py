@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from lora_dist import stopping
-from lora_dist.cli.launch import STOPPED, tell_stopped
+from lora_dist.cli.launch import STOPPED, launch_local, tell_stopped
 from lora_dist.stopping import Stopped, is_stop_requested, note_stop_requests, note_terminations, raise_stopped
 
 
@@ -30,6 +30,20 @@ def test_usr1_is_noted_however_often_it_comes_until_the_run_has_stopped() -> Non
     with pytest.raises(Stopped, match="after step 3"):
         raise_stopped("after step 3")
     assert not is_stop_requested()
+
+
+@pytest.mark.parametrize("when", ["before it launches", "while it launches"])
+def test_a_launcher_that_is_asked_to_stop_starts_nothing(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object) -> None:
+        assert when == "while it launches"
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: start)
+    note_stop_requests()
+    if when == "before it launches":
+        signal.raise_signal(signal.SIGUSR1)
+    with pytest.raises(Stopped, match="nothing had begun"):
+        launch_local("train", [], 2)
 
 
 def test_sigterm_is_noted_around_the_steps_only() -> None:
