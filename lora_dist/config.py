@@ -42,6 +42,8 @@ class TrackConfig:
 
     def __post_init__(self) -> None:
         require_one_of("track.backend", self.backend, ("wandb", "none"))
+        timeout = self.init_timeout_s
+        require(0 < timeout < float("inf"), f"track.init_timeout_s={timeout} must be positive and finite")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,6 +53,10 @@ class CompareConfig:
     methods: list[str] = field(default_factory=lambda: ["lora", "full"])
     lr: dict[str, float] = field(default_factory=dict)
     """Learning rate of a method in place of optim.lr."""
+
+    def __post_init__(self) -> None:
+        for method, lr in self.lr.items():
+            require(0 < lr < float("inf"), f"compare.lr.{method}={lr} must be positive and finite")
 
 
 _SEQ_LEN_OF_BLOCKS = 2048

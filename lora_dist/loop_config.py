@@ -41,18 +41,18 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require_one_of("optim.schedule", self.schedule, ("linear", "cosine", "constant"))
-        for key in ("lr", "eps"):
+        for key in ("lr", "eps", "lora_plus_ratio"):
             value = getattr(self, key)
             require(0.0 < value < float("inf"), f"optim.{key}={value} must be positive and finite")
         for key in ("beta1", "beta2"):
             require(0.0 <= getattr(self, key) < 1.0, f"optim.{key}={getattr(self, key)} must lie in [0, 1)")
-        for key in ("weight_decay", "num_warmup_steps"):
-            require(getattr(self, key) >= 0, f"optim.{key}={getattr(self, key)} must not be negative")
+        require(self.num_warmup_steps >= 0, f"optim.num_warmup_steps={self.num_warmup_steps} must not be negative")
+        for key in ("weight_decay", "clip_grad_norm"):
+            value = getattr(self, key)
+            require(0 <= value < float("inf"), f"optim.{key}={value} must be finite and not negative")
         ratio = self.warmup_ratio
         require(ratio is None or 0.0 <= ratio <= 1.0, f"optim.warmup_ratio={ratio} must lie in [0, 1]")
         _require_one("optim", self, "num_warmup_steps", "warmup_ratio")
-        require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio={self.lora_plus_ratio} must be positive")
-        require(self.clip_grad_norm >= 0, f"optim.clip_grad_norm={self.clip_grad_norm} must not be negative")
         require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing={self.label_smoothing} must lie in [0, 1)")
 
 
@@ -116,7 +116,7 @@ class LoopConfig:
             f"loop.recompute_layers={self.recompute_layers} needs loop.recompute=selective or full,"
             f" got {self.recompute}",
         )
-        for key in ("num_steps", "micro_batch_size", "keep_checkpoints"):
+        for key in ("num_steps", "micro_batch_size", "global_batch_size", "keep_checkpoints"):
             count = getattr(self, key)
             require(count is None or count >= 1, f"loop.{key}={count} must be at least 1")
         for key in ("num_epochs", "eval_every_epochs", "save_every_epochs"):

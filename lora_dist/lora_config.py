@@ -36,7 +36,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank={self.rank} must be at least 1")
-        require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
+        require(0 < self.alpha < float("inf"), f"lora.alpha={self.alpha} must be positive and finite")
         require(0.0 <= self.dropout < 1.0, f"lora.dropout={self.dropout} must lie in [0, 1)")
         require_one_of("lora.bias", self.bias, ("none", "lora_only", "all"))
         require_one_of("lora.init", self.init, ("gaussian", "pissa"))
@@ -47,6 +47,8 @@ class LoraConfig:
         require(bool(self.target_modules), "lora.target_modules is empty; name at least one, e.g. [q_proj,v_proj]")
         for pattern, rank in self.rank_pattern.items():
             require(rank >= 1, f"lora.rank_pattern.{pattern}={rank} must be at least 1")
+        for pattern, alpha in self.alpha_pattern.items():
+            require(0 < alpha < float("inf"), f"lora.alpha_pattern.{pattern}={alpha} must be positive and finite")
 
     @property
     def has_factors_alone(self) -> bool:

@@ -71,14 +71,13 @@ def _read_planned_bytes(config: RunConfig, file: str, pp_rank: int, dp_size: int
         wanted["recompute"] = config.loop.recomputation
     jobs = [job for job in _read_jobs(Path(file)) if all(job.get(key) == value for key, value in wanted.items())]
     if jobs:
-        return min(_read_peak(job, pp_rank, topology.pp_size) for job in jobs)
+        return min(_read_peak(job, pp_rank) for job in jobs)
     described = ", ".join(f"{key}={value}" for key, value in wanted.items())
     raise ValueError(f"plan.file={file} plans no job with {described}; write it with `lora-dist plan` of this very job")
 
 
-def _read_peak(job: dict[str, Any], pp_rank: int, pp_size: int) -> int:
-    by_stage = {int(process["pp_rank"]): int(process["peak_bytes"]) for process in job["processes"]}
-    return by_stage.get(pp_rank, by_stage[min(1, pp_size - 1)])
+def _read_peak(job: dict[str, Any], pp_rank: int) -> int:
+    return next(int(process["peak_bytes"]) for process in job["processes"] if pp_rank in process["pp_ranks"])
 
 
 def _read_jobs(file: Path) -> list[dict[str, Any]]:

@@ -41,6 +41,8 @@ class HardwareConfig:
         require_one_of("hardware.kind", self.kind, ("gpu", "cpu"))
         for key in ("memory_gib", "memory_gb_s", "link_gb_s", "network_gb_s"):
             require(getattr(self, key) > 0, f"hardware.{key}={getattr(self, key)} must be positive")
+        for key in ("reserved_gib", "link_latency_us", "network_latency_us", "launch_us", "compute_capability"):
+            require(getattr(self, key) >= 0, f"hardware.{key}={getattr(self, key)} must not be negative")
         for key in ("achievable_fraction", "memory_fraction"):
             require(0 < getattr(self, key) <= 1, f"hardware.{key}={getattr(self, key)} must lie in (0, 1]")
         require(self.gpus_per_node >= 1, f"hardware.gpus_per_node={self.gpus_per_node} must be at least 1")

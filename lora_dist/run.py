@@ -119,7 +119,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
         _stop(config, topology, result.num_steps_done)
     engine.zero.check_outcome(result.valid_loss_after)
     peak_memory = memory.read()
-    keeper.write_model(name_trained(config), config.loop.total_steps, {"valid_loss": result.valid_loss_after})
+    keeper.write_model(name_trained(config), result.num_steps_done, {"valid_loss": result.valid_loss_after})
     return build_summary(
         config,
         topology,

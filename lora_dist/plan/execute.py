@@ -131,6 +131,7 @@ class _FakeRun:
             microbatch_seconds = steady.seconds + self._compute_communication_seconds(steady)
         return ProcessPlan(
             pp_rank=topology.pp_rank,
+            pp_ranks=(topology.pp_rank,),
             stage=name_stage(topology.pp_rank, topology.pp_size),
             num_layers=engine.gpt.num_stage_layers,
             num_parameters=_count_parameters(engine.gpt),

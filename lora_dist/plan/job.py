@@ -16,7 +16,8 @@ from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.methods.count import count_lora, count_trainable
 from lora_dist.plan.execute import compute_world_size, execute_process, require_hardware
 from lora_dist.plan.live_bytes import ADAPTERS, BASE, GRADIENTS, OPTIMIZER
-from lora_dist.plan.process_plan import ProcessPlan, list_distinct_stages
+from lora_dist.plan.process_plan import ProcessPlan
+from lora_dist.plan.stages import group_stages
 
 GIB = 2**30
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -79,12 +80,9 @@ class JobPlan:
         return self.sum_over_job([sum(process.largest[kind] for kind in kinds) for process in self.processes])
 
     def sum_over_job(self, values: Sequence[int]) -> int:
-        """`values[i]` is one process's of kind i. A search executes no stage between; the first stands for them."""
-        kinds = {process.stage for process in self.processes}
-        num_between = max(0, self.pp_size - 2)
-        num_stages = {"middle": num_between, "first": 1 if "middle" in kinds else 1 + num_between}
-        stages = (num_stages.get(process.stage, 1) for process in self.processes)
-        return self.tp_size * self.dp_size * sum(n * value for n, value in zip(stages, values, strict=True))
+        """`values[i]` is one process's of kind i."""
+        kinds = zip(self.processes, values, strict=True)
+        return self.tp_size * self.dp_size * sum(len(process.pp_ranks) * value for process, value in kinds)
 
     def describe(self) -> dict[str, Any]:
         """For plan.json."""
@@ -94,15 +92,11 @@ class JobPlan:
 
 def plan_jobs(configs: Sequence[RunConfig]) -> list[JobPlan]:
     """Execute every kind of process of each job, `plan.num_processes` at a time."""
-    tasks = [
-        (config, compute_world_size(config), pp_rank)
-        for config in configs
-        for pp_rank in list_distinct_stages(config.topology.pp_size)
-    ]
+    jobs = [(config, group_stages(config)) for config in configs]
+    tasks = [(config, compute_world_size(config), alike[0]) for config, kinds in jobs for alike in kinds]
     executed = iter(execute_all(tasks, configs[0].plan.num_processes))
     return [
-        build_job_plan(config, [next(executed) for _ in list_distinct_stages(config.topology.pp_size)])
-        for config in configs
+        build_job_plan(config, [replace(next(executed), pp_ranks=alike) for alike in kinds]) for config, kinds in jobs
     ]
 
 

@@ -10,8 +10,10 @@ class ProcessPlan:
     """One kind of process: a pipeline stage's, first TP rank, first replica. Bytes are of its device."""
 
     pp_rank: int
+    pp_ranks: tuple[int, ...]
+    """The stages that it stands for; it is the first of them, which holds the most microbatches."""
     stage: str
-    """only, first, middle (the one of them that holds the most microbatches) or last."""
+    """only, first, middle or last."""
     num_layers: int
     num_parameters: int
     """Of this process's shard, rows that pad the vocabulary included."""
@@ -49,8 +51,3 @@ def name_stage(pp_rank: int, pp_size: int) -> str:
     if pp_size == 1:
         return "only"
     return "first" if pp_rank == 0 else "last" if pp_rank == pp_size - 1 else "middle"
-
-
-def list_distinct_stages(pp_size: int) -> list[int]:
-    """pp_ranks worth executing: the first, the second (of those between, it holds the most), the last."""
-    return sorted({0, min(1, pp_size - 1), pp_size - 1})

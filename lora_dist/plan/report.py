@@ -97,6 +97,12 @@ def _format_size(size: int | None) -> str:
     return "-" if size is None else format_bytes(size)
 
 
+def _name_stage(process: ProcessPlan, job: JobPlan) -> str:
+    """With its number where stages between differ in their adapters or attention."""
+    kinds = [one for one in job.processes if one.stage == "middle"]
+    return f"middle {process.pp_rank}" if process in kinds and len(kinds) > 1 else process.stage
+
+
 def _name(job: JobPlan) -> str:
     return f"{job.method}, recompute {job.recompute}"
 
@@ -108,7 +114,7 @@ def _render_ledgers(jobs: Sequence[JobPlan]) -> str:
             parts = [*process.ledger.values(), job.reserved_bytes]
             numbers = [_format_gib(part) for part in (*parts, process.peak_bytes + job.reserved_bytes)]
             shape = [str(process.num_in_flight), f"{process.num_parameters:,}", f"{process.flops / 1e12:,.4g}"]
-            rows.append([_name(job), process.stage, *numbers, *shape])
+            rows.append([_name(job), _name_stage(process, job), *numbers, *shape])
     return _align(rows)
 
 
@@ -121,7 +127,8 @@ def _render_collectives(job: JobPlan) -> str:
     for process in job.processes:
         for one in process.collectives:
             total = format_bytes(one.payload_bytes * one.count)
-            rows.append([_name(job), process.stage, one.op, one.group, f"{one.payload_bytes:,}", str(one.count), total])
+            names = [_name(job), _name_stage(process, job), one.op, one.group]
+            rows.append([*names, f"{one.payload_bytes:,}", str(one.count), total])
     return _align(rows)
 
 

@@ -13,6 +13,7 @@ from lora_dist.needed_bytes import compute_format_savings
 from lora_dist.plan.execute import require_hardware
 from lora_dist.plan.job import GIB, ITEM_BYTES, JobPlan, build_job_plan, execute_all
 from lora_dist.plan.process_plan import ProcessPlan
+from lora_dist.plan.stages import group_stages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +127,7 @@ def compute_weight_bytes(model: ModelConfig, dtype: str, *, tp_size: int, pp_siz
 
 
 def _try_all(config: RunConfig, candidates: Sequence[Candidate], recompute: str) -> list[Candidate]:
-    """Execute the first stage, which holds the most microbatches, and the last one of those that fit so far."""
+    """Execute the first stage, which holds the most microbatches, and of those that fit so far the other kinds."""
     jobs: dict[str, RunConfig] = {}
     judged: dict[str, Candidate] = {}
     for one in candidates:
@@ -137,11 +138,14 @@ def _try_all(config: RunConfig, candidates: Sequence[Candidate], recompute: str)
                 judged[one.name] = replace(one, recompute=recompute, reason=one.reason or str(refusal))
     open_ones = [one for one in candidates if one.name in jobs]
     first = execute_all([(jobs[one.name], one.num_gpus, 0) for one in open_ones], config.plan.num_processes)
-    tried = {one.name: [process] for one, process in zip(open_ones, first, strict=True)}
-    more = [one for one in open_ones if one.pp_size > 1 and _fits(config, tried[one.name])]
-    last = execute_all([(jobs[one.name], one.num_gpus, one.pp_size - 1) for one in more], config.plan.num_processes)
-    for one, process in zip(more, last, strict=True):
-        tried[one.name].append(process)
+    kinds = {one.name: group_stages(jobs[one.name], with_first=True) for one in open_ones}
+    tried = {
+        one.name: [replace(process, pp_ranks=kinds[one.name][0])] for one, process in zip(open_ones, first, strict=True)
+    }
+    more = [(one, alike) for one in open_ones if _fits(config, tried[one.name]) for alike in kinds[one.name][1:]]
+    rest = execute_all([(jobs[one.name], one.num_gpus, alike[0]) for one, alike in more], config.plan.num_processes)
+    for (one, alike), process in zip(more, rest, strict=True):
+        tried[one.name].append(replace(process, pp_ranks=alike))
     judged |= {one.name: _judge(config, one, recompute, jobs[one.name], tried[one.name]) for one in open_ones}
     return [judged.get(one.name, one) for one in candidates]
 

@@ -14,9 +14,10 @@ from lora_dist.measure.collectives import Collective
 from lora_dist.plan.clock import compute_message_seconds
 from lora_dist.plan.execute import compute_world_size, require_hardware
 from lora_dist.plan.job import compute_checkpoint_bytes, compute_step_seconds, list_variants
-from lora_dist.plan.process_plan import ProcessPlan, list_distinct_stages, name_stage
+from lora_dist.plan.process_plan import ProcessPlan, name_stage
 from lora_dist.plan.report import render_search
 from lora_dist.plan.search import Candidate, compute_weight_bytes, list_candidates, search_topologies
+from lora_dist.plan.stages import group_stages
 from lora_dist.plan.steady import WatchedBatches, Work, compute_num_executed, count_calls
 
 GIB = 2**30
@@ -30,7 +31,22 @@ def call(op: str = "all_reduce", group: str = "tp", payload_bytes: int = 10**9, 
 
 
 def test_stages_worth_executing() -> None:
-    assert [list_distinct_stages(n) for n in (1, 2, 3, 8)] == [[0], [0, 1], [0, 1, 2], [0, 1, 7]]
+    config = build_run_config(replace(TINY, num_layers=8))
+
+    def group(pp_size: int, **options: object) -> list[tuple[int, ...]]:
+        topology = replace(config.topology, pp_size=pp_size)
+        return group_stages(replace(config, topology=topology, **options))
+
+    assert [group(n) for n in (1, 2, 4)] == [[(0,)], [(0,), (1,)], [(0,), (1, 2), (3,)]]
+    assert group(8) == [(0,), (1, 2, 3, 4, 5, 6), (7,)]
+    assert group(8, lora=LoraConfig(layers=["2", "5"])) == [(0,), (1, 3, 4, 6), (2, 5), (7,)]
+    assert group(8, lora=LoraConfig(layers=["2", "5"]), method="full") == group(8)
+    assert group(4, lora=LoraConfig(target_modules=["q_proj", r"layers\.4\.v_proj"])) == [(0,), (1,), (2,), (3,)]
+    windows = replace(TINY, num_layers=8, family="mistral", sliding_window=9, full_attention_layers=[3])
+    assert group(8, model=windows) == [(0,), (1, 2, 4, 5, 6), (3,), (7,)]
+    uneven = replace(config, topology=replace(config.topology, pp_size=4), lora=LoraConfig(layers=["4-5"]))
+    assert group_stages(uneven, with_first=True) == [(0, 1), (2,), (3,)]
+    assert group_stages(replace(uneven, lora=LoraConfig()), with_first=True) == [(0, 1, 2), (3,)]
     assert [name_stage(0, 1), *(name_stage(i, 3) for i in range(3))] == ["only", "first", "middle", "last"]
 
 
@@ -71,9 +87,9 @@ def test_rings_and_latency() -> None:
 
 def process(pp_rank: int, pp_size: int, seconds: float, rest: float) -> ProcessPlan:
     return ProcessPlan(
-        pp_rank=pp_rank, stage=name_stage(pp_rank, pp_size), num_layers=1, num_parameters=1, num_trainable=1,
-        ledger={}, peak_bytes=0, setup_peak_bytes=0, held_bytes=0, largest={}, num_in_flight=1, num_microbatches=8,
-        num_executed=3, flops=0, collectives=[], compute_seconds=8 * seconds, communication_seconds=rest,
+        pp_rank=pp_rank, pp_ranks=(pp_rank,), stage=name_stage(pp_rank, pp_size), num_layers=1, num_parameters=1,
+        num_trainable=1, ledger={}, peak_bytes=0, setup_peak_bytes=0, held_bytes=0, largest={}, num_in_flight=1,
+        num_microbatches=8, num_executed=3, flops=0, collectives=[], compute_seconds=8 * seconds, communication_seconds=rest,
         microbatch_seconds=seconds,
     )  # fmt: skip
 

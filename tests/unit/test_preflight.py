@@ -57,7 +57,7 @@ def test_what_a_killed_check_left_is_taken_away(tmp_path: Path) -> None:
 
 def test_a_plan_of_the_job_says_it_better(tmp_path: Path) -> None:
     job = {"method": "lora", "recompute": "full", "tp_size": 8, "pp_size": 4, "dp_size": 2}
-    peaks = [{"pp_rank": pp_rank, "peak_bytes": peak} for pp_rank, peak in ((0, 7), (1, 6), (3, 8))]
+    peaks = [{"pp_ranks": alike, "peak_bytes": peak} for alike, peak in (([0], 7), ([1, 2], 6), ([3], 8))]
     (tmp_path / "plan.json").write_text(json.dumps({"jobs": [{**job, "dp_size": 1}, {**job, "processes": peaks}]}))
     config = compose_175b(f"plan.file={tmp_path}/plan.json", "loop.recompute=full")
     assert [compute_needed_bytes(config, 16 * pp_rank, 64) for pp_rank in range(4)] == [7, 6, 6, 8]

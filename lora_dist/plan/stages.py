@@ -1,0 +1,31 @@
+"""Which pipeline stages of a job are alike, so that executing one of them tells of all; pure."""
+
+from collections import defaultdict
+from collections.abc import Hashable
+
+from lora_dist.config import LORA_METHODS, RunConfig
+from lora_dist.lora.targets import build_adapter_specs
+
+
+def group_stages(config: RunConfig, *, with_first: bool = False) -> list[tuple[int, ...]]:
+    """pp_ranks of each kind, in order; the first of them holds the most microbatches.
+
+    Alike are stages between the first and the last one whose layers have the same adapters and attention. `with_first`
+    takes the first one for one of them, though it has the embedding as well.
+    """
+    pp_size = config.topology.pp_size
+    layers = _describe_layers(config)
+    size = len(layers) // pp_size
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for pp_rank in range(pp_size):
+        place = "last" if pp_rank == pp_size - 1 else "first" if pp_rank == 0 and not with_first else "middle"
+        groups[place, layers[pp_rank * size : (pp_rank + 1) * size]].append(pp_rank)
+    return sorted(map(tuple, groups.values()))
+
+
+def _describe_layers(config: RunConfig) -> tuple[Hashable, ...]:
+    """Of each layer what may differ from others."""
+    model, adapters = config.model, defaultdict(list)
+    for spec in build_adapter_specs(config.lora, model) if config.method in LORA_METHODS else []:
+        adapters[spec.layer].append((spec.target, spec.lora_rank))
+    return tuple((tuple(adapters[layer]), model.sees_window(layer)) for layer in range(model.num_layers))
