@@ -106,6 +106,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_one_of("method", self.method, METHODS)
+        require(self.run_dir != "", "run_dir is empty; give a directory, or run_dir=auto")
         require_one_of("resume", self.resume, ("none", "auto", "must"))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, ("fp32", "bf16", "fp16"))

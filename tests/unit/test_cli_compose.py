@@ -177,6 +177,7 @@ def test_written_configuration_is_plain_yaml_of_the_whole_run() -> None:
         ("lora.alpha=inf", "lora.alpha=inf must be positive and finite"),
         ("lora.alpha_pattern={q_proj: -1}", "lora.alpha_pattern.q_proj=-1.0 must be positive and finite"),
         ("compare.lr.full=nan", "compare.lr.full=nan must be positive and finite"),
+        ("run_dir=", "run_dir is empty; give a directory, or run_dir=auto"),
         ("loop.global_batch_size=-8", "loop.global_batch_size=-8 must be at least 1"),
         ("track.init_timeout_s=nan", "track.init_timeout_s=nan must be positive and finite"),
         ("hardware.launch_us=-5", "hardware.launch_us=-5.0 must not be negative"),

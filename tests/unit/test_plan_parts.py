@@ -87,11 +87,26 @@ def test_rings_and_latency() -> None:
 
 def process(pp_rank: int, pp_size: int, seconds: float, rest: float) -> ProcessPlan:
     return ProcessPlan(
-        pp_rank=pp_rank, pp_ranks=(pp_rank,), stage=name_stage(pp_rank, pp_size), num_layers=1, num_parameters=1,
-        num_trainable=1, ledger={}, peak_bytes=0, setup_peak_bytes=0, held_bytes=0, largest={}, num_in_flight=1,
-        num_microbatches=8, num_executed=3, flops=0, collectives=[], compute_seconds=8 * seconds, communication_seconds=rest,
+        pp_rank=pp_rank,
+        pp_ranks=(pp_rank,),
+        stage=name_stage(pp_rank, pp_size),
+        num_layers=1,
+        num_parameters=1,
+        num_trainable=1,
+        ledger={},
+        peak_bytes=0,
+        setup_peak_bytes=0,
+        held_bytes=0,
+        largest={},
+        num_in_flight=1,
+        num_microbatches=8,
+        num_executed=3,
+        flops=0,
+        collectives=[],
+        compute_seconds=8 * seconds,
+        communication_seconds=rest,
         microbatch_seconds=seconds,
-    )  # fmt: skip
+    )
 
 
 def test_a_pipeline_fills_and_drains_at_its_slowest_stage() -> None:
