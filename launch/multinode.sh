@@ -14,12 +14,72 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$ROOT/launch/env.sh"
 export PATH="$ROOT/.venv/bin:$PATH"
 
+# Lines of the hostfile but for comments and empty ones; without a file DeepSpeed runs here.
+count_nodes() { { grep -sE '^[[:space:]]*[^#[:space:]]' "$HOSTFILE" || true; } | wc -l; }
+
+# DeepSpeed on the nodes of the hostfile, with this environment's settings and the words as they are. Does not return.
+run_through_shells() {
+    local word code
+    local -a words=()
+    for word in "$@"; do
+        add_quoted "$word"
+    done
+    # Beside the nodes' checkout, which they share, and for the user alone.
+    SETTINGS=$(mktemp -d "$ROOT/.lora_dist-env-XXXXXX")
+    trap 'rm -rf "$SETTINGS"' EXIT
+    trap 'kill -TERM $(jobs -p) 2>/dev/null || exit 143' HUP INT TERM
+    write_settings
+    DS_ENV_FILE="$SETTINGS/exports" "${DEEPSPEED[@]}" "${words[@]}" &
+    while :; do # a signal ends a wait, not DeepSpeed, which first ends its processes
+        code=0
+        wait "$!" || code=$?
+        kill -0 "$!" 2>/dev/null || exit "$code"
+    done
+}
+
+# Adds to `words` what the nodes' shells read as $1. DeepSpeed puts a word with spaces between double quotes and escapes
+# those in it, and leaves other words bare; pdsh puts a host's name, say, for %h, and % for %%.
+add_quoted() {
+    local word=${1//%/%%} escaped="'\\''"
+    if [[ $word == *" "* ]]; then
+        word=${word//\\/"\\\\"}
+        word=${word//\$/"\\\$"}
+        words+=("${word//\`/"\\\`"}")
+    else
+        words+=("'${word//"'"/"$escaped"}'")
+    fi
+}
+
+# DeepSpeed's file of exports: a shell's `NAME=value` lines, which it logs and pdsh lists among the processes. So each
+# names a file that holds the value. The user's own files of the kind come last and win.
+write_settings() {
+    local name folder own="${DS_ENV_FILE:-.deepspeed_env}"
+    for name in $(list_settings); do
+        printf '%s' "${!name}" >"$SETTINGS/$name"
+        printf "%s=\$(cat '%s')\n" "$name" "$SETTINGS/$name"
+    done >"$SETTINGS/exports"
+    for folder in ~ .; do
+        (cd "$folder" && [ -f "$own" ] && grep '=' -- "$own" >>"$SETTINGS/exports") || true
+    done
+}
+
+# What launch/env.sh sets, and what else libraries are told by. DeepSpeed itself passes on NCCL's and Python's.
+list_settings() {
+    local site
+    site=$(sed -nE 's/^ *export ([A-Za-z_0-9]+)=.*/\1/p' "$ROOT/launch/env.sh" | paste -sd '|')
+    compgen -e | grep -ixE "$site|(CUDA|GLOO|HF|LORA_DIST|OMP|PYTORCH|TOKENIZERS|TORCH|TRANSFORMERS|TRITON|WANDB)_.*|\
+ld_library_path|netrc|(https?|no)_proxy"
+}
+
 if [ $# -eq 0 ] || ! command -v lora-dist >/dev/null; then
     printf 'error: run `bash launch/install.sh` once, then `bash launch/multinode.sh VERB key=value ...`\n' >&2
     exit 2
 fi
 if [ -n "${HOSTFILE:-}" ]; then
-    exec deepspeed --hostfile "$HOSTFILE" --no_local_rank --module lora_dist.cli.main "$@"
+    DEEPSPEED=(deepspeed --hostfile "$HOSTFILE" --no_local_rank --module lora_dist.cli.main)
+    # DeepSpeed starts the processes of one node itself, those of several through pdsh and the nodes' shells.
+    [ "$(count_nodes)" -le 1 ] || run_through_shells "$@"
+    exec "${DEEPSPEED[@]}" "$@"
 fi
 exec torchrun --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --rdzv-backend c10d \
     --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "${JOB_ID:-lora_dist}" -m lora_dist.cli.main "$@"

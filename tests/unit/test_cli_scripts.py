@@ -1,6 +1,9 @@
 """The shell scripts parse, and those a user calls refuse to go on after an error."""
 
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,77 @@ def test_every_version_is_pinned_but_torchs() -> None:
     pins = (ROOT / "launch" / "requirements-tested.txt").read_text().splitlines()
     assert all("==" in pin for pin in pins if not pin.startswith("#"))
     assert not any(pin.startswith("torch==") for pin in pins), "torch is chosen by launch/install.sh"
+
+
+STAND_INS = {
+    "ssh": "echo 127.0.0.1",
+    # As pdsh and ssh do: `%` read in each word, all words one line for a shell of another environment.
+    "pdsh": """
+        words=()
+        for word in "${@:6}"; do
+            word=${word//%%/$'\\1'} word=${word//%n/0} word=${word//%h/node0} word=${word//%u/me}
+            words+=("${word//$'\\1'/%}")
+        done
+        env -i PATH="$PATH" bash -c "${words[*]/#*\\/python/record}"
+    """,
+    "record": """printf '%s\\0' "$@" >words; env -0 >environment""",
+    "lora-dist": "",
+}
+WORDS = [
+    *("train", r"lora.target_modules=[.*\.q_proj]", "run_dir=/x/${model.name}", "a=$a;exit", 'it\'s=`b` & <"c">', ""),
+    *(r"data.train=/d/$a \b.jsonl", 'data.system="x"; \'y\' ${z} `w` \\" ', "a=%h%%n 100%", "b=50%u", "c=d\n e\t"),
+]
+
+
+def run_multinode(directory: Path, hosts: int, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The script in a checkout of its own, of which the only part is launch/; what it starts are stand-ins."""
+    shutil.copytree(ROOT / "launch", directory / "launch")
+    (directory / "hosts.txt").write_text("# comment\n\n" + "".join(f"node{host} slots=1\n" for host in range(hosts)))
+    stand_ins = directory / "bin"
+    stand_ins.mkdir(exist_ok=True)
+    for name, text in STAND_INS.items():
+        (stand_ins / name).write_text(f"#!/bin/bash\n{text}")
+        (stand_ins / name).chmod(0o755)
+    path = f"{stand_ins}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given = {"PATH": path, "HOME": str(directory), "HOSTFILE": "hosts.txt", **environ}
+    script = directory / "launch" / "multinode.sh"
+    return subprocess.run(["bash", script, *words], env=given, cwd=directory, capture_output=True, text=True)
+
+
+def write_deepspeed(directory: Path, text: str) -> None:
+    (directory / "bin").mkdir()
+    (directory / "bin" / "deepspeed").write_text(f"#!/bin/bash\n{text}")
+    (directory / "bin" / "deepspeed").chmod(0o755)
+
+
+def test_words_and_settings_reach_the_nodes_of_a_hostfile_as_they_are(tmp_path: Path) -> None:
+    """Through DeepSpeed's own launcher, pdsh and a shell; what is secret is in no command and stays in no file."""
+    (tmp_path / ".deepspeed_env").write_text("MINE=1\nHF_HOME=/theirs")
+    secret = 's3 "$cret" 100%'
+    done = run_multinode(tmp_path, 2, *WORDS, WANDB_API_KEY=secret, HF_HUB_OFFLINE="0", HF_HOME="/mine", OTHER="1")
+    assert done.returncode == 0, done.stderr
+    got = (tmp_path / "words").read_text().split("\0")[:-1]
+    assert got[got.index("lora_dist.cli.main") + 1 :] == WORDS
+    lines = (tmp_path / "environment").read_text().split("\0")[:-1]
+    environ = dict(line.split("=", maxsplit=1) for line in lines)
+    assert environ["WANDB_API_KEY"] == secret
+    assert (environ["CUDA_DEVICE_MAX_CONNECTIONS"], environ["HF_HUB_OFFLINE"]) == ("1", "0")
+    assert (environ["MINE"], environ["HF_HOME"]) == ("1", "/theirs")
+    assert "OTHER" not in environ
+    assert "cret" not in done.stdout + done.stderr
+    assert not list(tmp_path.glob(".lora_dist*"))
+
+
+def test_a_hostfile_of_one_node_has_no_shell_in_the_way(tmp_path: Path) -> None:
+    write_deepspeed(tmp_path, """printf '%s\\0' "$@" >words""")
+    assert run_multinode(tmp_path, 1, *WORDS).returncode == 0
+    assert (tmp_path / "words").read_text().split("\0")[-len(WORDS) - 1 : -1] == WORDS
+
+
+def test_a_stop_reaches_deepspeed_and_leaves_no_settings(tmp_path: Path) -> None:
+    stop = f"[ $PPID = {os.getpid()} ] || kill -TERM $PPID"  # the script, not these tests
+    trap = "trap 'sleep 0.2; exit 5' TERM"
+    write_deepspeed(tmp_path, f"{trap}; stat -c %a .lora_dist* >mode; {stop}; sleep 5 >&/dev/null & wait $!")
+    assert run_multinode(tmp_path, 2, "train", WANDB_API_KEY="secret").returncode == 5
+    assert (tmp_path / "mode").read_text() == "700\n"
+    assert not list(tmp_path.glob(".lora_dist*"))
