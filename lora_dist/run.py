@@ -117,7 +117,6 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter)
     if result.num_steps_done < config.loop.total_steps:
         _stop(config, topology, result.num_steps_done)
-    engine.zero.check_outcome(result.valid_loss_after)
     peak_memory = memory.read()
     keeper.write_model(name_trained(config), result.num_steps_done, {"valid_loss": result.valid_loss_after})
     return build_summary(
@@ -190,6 +189,8 @@ def _run_loop(
             keep_best=keeper.keep_best,
             valid_loss_before=keeper.valid_loss_before,
         )
+        if result.num_steps_done >= config.loop.total_steps:
+            engine.zero.check_outcome(result.valid_loss_after)  # while the observers can still tell of a failure
     return result, first_step
 
 

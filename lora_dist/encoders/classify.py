@@ -77,11 +77,12 @@ def train(job: Job, memory: PeakMemoryMeter, given: ClassifyConfig) -> dict[str,
             keep_best=lambda step, validation: keep_best(job, step, validation),
             valid_loss_before=valid_loss_before,
         )
+        if result.num_steps_done >= config.loop.total_steps:
+            job.engine.zero.check_outcome(result.valid_loss_after)  # while the observers can still tell of a failure
     if result.num_steps_done < config.loop.total_steps:
         message = f"stopped after step {result.num_steps_done} of {config.loop.total_steps}, as asked, and saved"
         run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
         raise_stopped(message)
-    job.engine.zero.check_outcome(result.valid_loss_after)
     write(job, name_trained(config), result.num_steps_done, {"valid_loss": result.valid_loss_after})
     throughput = meter.summarize()
     return {

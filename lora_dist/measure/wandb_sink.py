@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from lora_dist.config import TrackConfig
+from lora_dist.stopping import Stopped
 
 RUN_ID_FILE = "wandb_run_id.txt"
 _FINISH_TIMEOUT_S = 60
@@ -65,9 +66,9 @@ class WandbSink:
 
         self._attempt("logging a table", log)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Write everything out; an upload that does not end within a minute is left for `wandb sync`."""
-        self._attempt("finishing", lambda run: run.finish())
+        self._attempt("finishing", lambda run: run.finish(exit_code=int(failed)))
         self._run = None
 
     def _attempt(self, what: str, action: Callable[[Any], object]) -> None:
@@ -87,14 +88,16 @@ def open_wandb(
     """The sink of this process; only global rank 0 of a run with track.backend=wandb writes anything.
 
     `config` is the resolved configuration as plain values. Continues the run of track.run_id, or the one named in
-    `run_dir`/wandb_run_id.txt.
+    `run_dir`/wandb_run_id.txt. W&B shows the run as failed where the block raises anything but Stopped.
     """
     tracks = track.backend == "wandb" and global_rank == 0
     sink = WandbSink(_start(track, run_dir, config, name) if tracks else None)
     try:
         yield sink
-    finally:
-        sink.close()
+    except BaseException as error:
+        sink.close(failed=not isinstance(error, Stopped))
+        raise
+    sink.close()
 
 
 def name_metric(name: str) -> str:

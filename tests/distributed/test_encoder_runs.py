@@ -15,6 +15,7 @@ from encoder_toy import (
 )
 from processes import run_distributed
 from transformers import AutoModelForSequenceClassification
+from wandb_files import read_exit_codes
 
 from lora_dist.checkpoint.listing import list_adapters
 from lora_dist.classify_config import EncoderConfig
@@ -86,6 +87,17 @@ def test_a_run_trains_resumes_and_is_scored(tmp_path: Path, capfd: pytest.Captur
     scored = describe_command(tmp_path, "scored", f"adapter={tmp_path / 'whole'}")
     assert run_distributed(call, 1, scored) == [0]
     assert json.loads((tmp_path / "scored" / "summary.json").read_text())["scores"] == summary["scores"]
+
+
+def test_a_run_that_diverged_is_refused_and_failed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    words = [f"train={tmp_path / 'train.tsv'}", "loop.num_steps=2", "optim.lr=1e38", "track=wandb"]
+    assert run_distributed(call, 1, describe_command(tmp_path, "run", *words)) == [2]
+    assert "is not written; lower optim.lr" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert read_exit_codes(tmp_path / "run") == [1]
 
 
 def test_a_whole_model_is_a_checkpoint_that_transformers_loads(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from demo_runs import call, read_losses
 from hf_toy import build_hf_model, write_toy_checkpoint
 from processes import run_distributed
+from wandb_files import read_exit_codes
 
 RUN = [
     *("train", "data=fake", "data.seq_len=16", "data.num_fake_examples=8", "track=none", "loop.micro_batch_size=2"),
@@ -29,14 +30,19 @@ def test_a_run_that_diverged_writes_no_model(method: str, tmp_path: Path, capfd:
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_run_whose_losses_overflow_writes_no_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its weights are finite all the same."""
-    train(["model=tiny", "method=lora", "optim.lr=1e30", "loop.eval_every=4", f"run_dir={tmp_path / 'run'}"], code=2)
+def test_a_run_whose_losses_overflow_writes_no_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are finite all the same. W&B is told that it failed."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    words = ["model=tiny", "method=lora", "optim.lr=1e30", "loop.eval_every=4", "track=wandb"]
+    train([*words, f"run_dir={tmp_path / 'run'}"], code=2)
     assert (
         "what has been trained has a validation loss of nan; it is not written; lower optim.lr"
         in capfd.readouterr().err
     )
     assert not (tmp_path / "run" / "adapter").exists()
+    assert read_exit_codes(tmp_path / "run") == [1]
 
 
 def test_a_base_that_is_not_finite_trains_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
 """The W&B sink with the real wandb: an offline run read back from its file, and failures that do not stop a run."""
 
-import struct
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,39 +10,17 @@ from typing import Any
 import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
+from wandb_files import read_exit_codes, read_offline_run
 
 from lora_dist.config import TrackConfig
 from lora_dist.measure import wandb_sink
 from lora_dist.measure.plots import save_bars
 from lora_dist.measure.wandb_sink import RUN_ID_FILE, WandbSink, open_wandb
+from lora_dist.stopping import Stopped
 
 FAKE_KEY = "0123456789abcdef" * 2 + "01234567"
 CONFIG = {"lora": {"rank": 4}, "method": "lora"}
 STEP = {"step": 1, "loss": 2.5, "lr": None, "valid_loss": 2.25, "step_time_ms": 10.0, "peak_memory_gib": 0.5}
-BLOCK_SIZE, HEADER_SIZE = 32768, 7
-
-
-def read_records(path: Path) -> list[Record]:
-    """The records of a .wandb file: LevelDB's log format, fragments over blocks of 32 KiB."""
-    data, position, fragments, records = path.read_bytes(), HEADER_SIZE, b"", []
-    while position + HEADER_SIZE <= len(data):
-        left = BLOCK_SIZE - position % BLOCK_SIZE
-        if left < HEADER_SIZE:
-            position += left
-            continue
-        _, size, kind = struct.unpack("<IHB", data[position : position + HEADER_SIZE])
-        fragments += data[position + HEADER_SIZE : position + HEADER_SIZE + size]
-        position += HEADER_SIZE + size
-        if kind in (1, 4):  # whole, or the last fragment
-            records.append(Record.FromString(fragments))
-            fragments = b""
-    return records
-
-
-def read_offline_run(run_dir: Path) -> list[Record]:
-    wandb.teardown()  # until here its service may still be writing
-    [file] = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    return read_records(file)
 
 
 def collect_history(records: list[Record]) -> dict[str, str]:
@@ -108,6 +86,19 @@ def test_a_given_id_wins(run_dir: Path) -> None:
     (run_dir / RUN_ID_FILE).write_text("other")
     run_once(run_dir, TrackConfig(run_id="mine1234"))
     assert (run_dir / RUN_ID_FILE).read_text().strip() == "mine1234"
+
+
+@pytest.mark.parametrize(
+    ("end", "exit_code"), [(None, 0), (ValueError("diverged"), 1), (KeyboardInterrupt(), 1), (Stopped("as asked"), 0)]
+)
+def test_a_run_that_failed_is_not_finished(end: BaseException | None, exit_code: int, run_dir: Path) -> None:
+    with (
+        nullcontext() if end is None else pytest.raises(type(end)),
+        open_wandb(TrackConfig(), run_dir, CONFIG, name="lora", global_rank=0),
+    ):
+        if end is not None:
+            raise end
+    assert read_exit_codes(run_dir) == [exit_code]
 
 
 @pytest.mark.parametrize(
