@@ -1,6 +1,7 @@
 """Adapters of the store into other tools' files and back; one process, no model."""
 
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
     weights_name, settings_name = _FILES[format]
     with open_new_directory(output) as temporary:
         if weights_name == LORALIB_WEIGHTS:  # what loralib's users torch.load
-            torch.save(
-                {key: tensor.to(stored.dtype, copy=True) for key, tensor in tensors.items()}, temporary / weights_name
-            )
+            buffer = BytesIO()  # torch.save to a full disk is a RuntimeError, whatever the system said
+            torch.save({key: tensor.to(stored.dtype, copy=True) for key, tensor in tensors.items()}, buffer)
+            (temporary / weights_name).write_bytes(buffer.getbuffer())
         else:
             write_tensors(temporary / weights_name, tensors, stored.dtype)
         write_json(temporary / settings_name, settings)

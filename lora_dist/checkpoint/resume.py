@@ -20,6 +20,7 @@ from lora_dist.checkpoint.store import describe_versions
 from lora_dist.files.directories import (
     MANIFEST,
     commit_directory,
+    name_when_full,
     prepare_temporary,
     read_json,
     read_manifest,
@@ -68,8 +69,8 @@ def save_checkpoint(
     temporary = target.parent / f".{target.name}.partial"
     is_first = topology.global_rank == 0
     try:
-        raise_together(_attempt(lambda: prepare_temporary(target)) if is_first else None)
-        hashes = _write_stages(temporary, engine, trainable, topology)
+        raise_together(_attempt(target, lambda: prepare_temporary(target)) if is_first else None)
+        hashes = _write_stages(temporary, target, engine, trainable, topology)
         content = {
             "step": step,
             "num_adam_steps": engine.num_steps,
@@ -77,7 +78,7 @@ def save_checkpoint(
             "identity": dict(identity),
             "state": dict(state),
         }
-        raise_together(_attempt(lambda: _commit(temporary, target, hashes, content)) if is_first else None)
+        raise_together(_attempt(target, lambda: _commit(temporary, target, hashes, content)) if is_first else None)
     except OSError:
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -87,16 +88,21 @@ def save_checkpoint(
     return target
 
 
-def _attempt(action: Callable[[], object]) -> OSError | None:
+def _attempt(target: Path, action: Callable[[], object]) -> OSError | None:
     try:
-        action()
+        with name_when_full(target):
+            action()
     except OSError as error:
         return error
     return None
 
 
 def _write_stages(
-    directory: Path, engine: TrainingState, trainable: Sequence[TrainableParameter], topology: Topology
+    temporary: Path,
+    target: Path,
+    engine: TrainingState,
+    trainable: Sequence[TrainableParameter],
+    topology: Topology,
 ) -> dict[str, str]:
     """Every stage's file; their hashes by name, on every process."""
     stream = iterate_stage(trainable, topology, engine.read_state, torch.float32)
@@ -106,7 +112,7 @@ def _write_stages(
         name = f"stage-{topology.pp_rank:02d}.safetensors"
         owned = [one for one in trainable if one.owned]
         shapes = {f"{key}/{one.name}": one.full_shape for one in owned for key in STATE_KEYS}
-        with open_writer(directory / name, shapes, torch.float32) as writer:
+        with name_when_full(target), open_writer(temporary / name, shapes, torch.float32) as writer:
             for one, whole in stream:
                 for key in STATE_KEYS:
                     writer.write(f"{key}/{one.name}", whole[key])

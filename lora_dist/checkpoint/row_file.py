@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.checkpoint.identity import check_same
-from lora_dist.files.directories import read_json, write_lines
+from lora_dist.files.directories import name_when_full, read_json, write_lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ class RowFile:
 
     def append(self, texts: Mapping[int, str]) -> None:
         """Rows that stay known whatever happens to this process afterwards."""
-        with self.rows_path.open("a", encoding="utf-8") as file:
+        with name_when_full(self.rows_path), self.rows_path.open("a", encoding="utf-8") as file:
             for row, text in texts.items():
                 file.write(json.dumps({"row": row, "text": text}, ensure_ascii=False) + "\n")
             file.flush()

@@ -1,5 +1,6 @@
 """Directories and files that appear whole or not at all, and the manifest that says what whole means."""
 
+import errno
 import hashlib
 import json
 import math
@@ -11,18 +12,39 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+_REMEDIES = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there or have the quota raised",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+}
+"""For a file that has no room. The system's error names it only where it was being opened."""
+
+
+@contextmanager
+def name_when_full(target: Path) -> Iterator[None]:
+    """Around writing `target`: OSError naming it and the remedy where there is no room for it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        raise OSError(
+            f"{target} cannot be written: [Errno {error.errno}] {error.strerror}; {_REMEDIES[error.errno]},"
+            " then give the command again (with resume=auto where it trains)"
+        ) from error
 
 
 @contextmanager
 def open_new_directory(target: Path) -> Iterator[Path]:
     """A temporary directory that takes `target`'s place when the block ends well, and vanishes when it does not."""
-    temporary = prepare_temporary(target)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    commit_directory(temporary, target)
+    with name_when_full(target):
+        temporary = prepare_temporary(target)
+        try:
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        commit_directory(temporary, target)
 
 
 def prepare_temporary(target: Path) -> Path:
@@ -75,16 +97,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> str:
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """JSON lines that appear under `path` whole or not at all."""
     unfinished = path.parent / f".{path.name}.partial"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    fsync_directory(path.parent)
+    with name_when_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with unfinished.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        fsync_directory(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:

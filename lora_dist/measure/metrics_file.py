@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lora_dist.files.directories import name_when_full
+
 METRICS_FILE = "metrics.jsonl"
 
 Metrics = Mapping[str, float | int | bool | None]
@@ -19,17 +21,22 @@ class MetricsFile:
         """Lines of steps after `num_steps_done` are cut: those steps run again. 0 with a fresh run: an empty file."""
         kept = _read_kept_lines(path, num_steps_done)
         temporary = path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        with name_when_full(path):
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def write(self, metrics: Metrics) -> None:
         """One line. What is not a finite number becomes null: NaN is not JSON."""
-        self._file.write(json.dumps({name: _to_json(value) for name, value in metrics.items()}) + "\n")
-        self._file.flush()
+        line = json.dumps({name: _to_json(value) for name, value in metrics.items()})
+        with name_when_full(self._path):
+            self._file.write(line + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with name_when_full(self._path):  # closing tries again to write what could not be written
+            self._file.close()
 
     def __enter__(self) -> "MetricsFile":
         return self

@@ -1,6 +1,7 @@
 """Adapters of PEFT and loralib in and out: the same logits, and the same tensors and settings after a round trip."""
 
 import json
+import resource
 from pathlib import Path
 
 import peft
@@ -198,6 +199,21 @@ def test_loralibs_state_dicts_mean_the_same_and_come_back(
     settings = json.loads((tmp_path / "out/lora_settings.json").read_text())["transformer.h.1.attn.c_attn"]
     assert settings == {"r": 3, "lora_alpha": 16, "enable_lora": [t in targets for t in ("q_proj", "k_proj", "v_proj")]}
     assert compute_peft_logits(base[0], tmp_path / "stored").isfinite().all()
+
+
+def test_loralibs_file_that_has_no_room_is_named(base: tuple[Path, ModelConfig], tmp_path: Path) -> None:
+    state = build_loralib_state(["q_proj"], base[1], wrapped=False)
+    save_file(state, tmp_path / "lora.safetensors")
+    words = {"format": "loralib", "alpha": 16, "fused_targets": ["q_proj"]}
+    stored = read_in(tmp_path / "lora.safetensors", tmp_path / "stored", base[1], **words)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # SIGXFSZ is ignored by Python
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"out cannot be written: .*; raise the limit on a file's size"):
+            export_adapter(stored, tmp_path / "out", "loralib")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_authors_own_adapter_comes_back(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Generations of checkpoints: the newest whole one wins, damage is named, what a save leaves behind does not matter."""
 
+import errno
 import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from hf_toy import build_run_config
 from lora_dist.checkpoint.identity import check_same, describe_run
 from lora_dist.checkpoint.resume import _commit, _prune, find_newest_checkpoint, read_resume_state
 from lora_dist.config import DataConfig, LoopConfig, LoraConfig, ModelConfig
-from lora_dist.files.directories import open_new_directory, prepare_temporary, write_json
+from lora_dist.files.directories import open_new_directory, prepare_temporary, write_json, write_lines
 from lora_dist.files.safetensors_stream import open_writer
 from lora_dist.lora.targets import build_adapter_specs
 
@@ -133,6 +136,35 @@ def test_an_interrupted_directory_leaves_the_old_one(tmp_path: Path) -> None:
         interrupt(target)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert (target / "old").read_text() == "old"
+
+
+def fill_disk(target: Path, error: OSError) -> None:
+    with open_new_directory(target):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, "free space there, then"), (errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit -f")],
+)
+def test_no_room_is_said_with_the_target_and_a_remedy(number: int, remedy: str, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with pytest.raises(OSError, match=rf"model cannot be written: \[Errno {number}\] .*; .*{remedy}.* command again"):
+        fill_disk(target, OSError(number, os.strerror(number)))
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: 'tokenizer\.json'$"):
+        fill_disk(target, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "tokenizer.json"))
+    assert not any(tmp_path.iterdir())
+
+
+def list_lines_to_a_full_disk() -> Iterator[dict]:
+    yield {"row": 0}
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_no_room_for_lines_names_their_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"answers\.jsonl cannot be written: .*; free space there"):
+        write_lines(tmp_path / "answers.jsonl", list_lines_to_a_full_disk())
+    assert not any(tmp_path.iterdir())
 
 
 def describe(lora: LoraConfig, *, seq_len: int = 8, sha256: str = "aa", **loop: int) -> dict:

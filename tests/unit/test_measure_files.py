@@ -48,6 +48,18 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(6))
 
 
+def write_step_to_a_full_disk(path: Path) -> None:
+    with MetricsFile(path, num_steps_done=0) as file:
+        file._file.close()
+        file._file = Path("/dev/full").open("a")  # noqa: SIM115
+        file.write({"step": 0})
+
+
+def test_a_line_that_has_no_room_names_its_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: .*; free space there"):
+        write_step_to_a_full_disk(tmp_path / "metrics.jsonl")
+
+
 @pytest.mark.parametrize("broken", [b"5", b"[]", b'{"a": 1}', b'{"step": "x"}', b"\xff\xfe", b"\0\0", b""])
 def test_a_line_that_is_no_steps_is_dropped(tmp_path: Path, broken: bytes) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -37,6 +37,14 @@ def test_a_half_written_row_is_cut_off_and_the_next_one_follows(tmp_path: Path) 
     assert file.begin() == {0: "a", 1: "b"}
 
 
+def test_a_row_that_has_no_room_names_its_file(tmp_path: Path) -> None:
+    file = open_rows(tmp_path)
+    file.begin()
+    file.rows_path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"out\.jsonl\.rows cannot be written: .*; free space there"):
+        file.append({0: "a"})
+
+
 def test_rows_of_another_job_are_refused_with_both_values(tmp_path: Path) -> None:
     open_rows(tmp_path).begin()
     with pytest.raises(ValueError, match=r"out.jsonl.about.json: seed is 1 there and 2 in this run"):
