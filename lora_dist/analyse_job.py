@@ -21,7 +21,6 @@ from lora_dist.lora.function import read_weight
 from lora_dist.lora.layer import compute_fused_rows, find_shared_ranges
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import LINEAR_OF_TARGET, parse_layers
-from lora_dist.mcore.layers import LoraColumnParallelLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.measure.environment import describe_environment
 from lora_dist.measure.plots import save_heat_map
@@ -151,7 +150,7 @@ def cut_weight(gpt: ShardedGpt, spec: AdapterSpec) -> WeightShard:
     topology = gpt.topology
     return WeightShard(
         weight_oh=weight.float(),
-        column_parallel=isinstance(linear, LoraColumnParallelLinear),
+        column_parallel=linear.column_parallel,
         tp_rank=topology.tp_rank,
         group=topology.tp_group if topology.tp_size > 1 else None,
     )

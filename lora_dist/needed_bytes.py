@@ -70,14 +70,11 @@ def _read_planned_bytes(config: RunConfig, file: str, pp_rank: int, dp_size: int
     if config.loop.recompute != "auto":
         wanted["recompute"] = config.loop.recomputation
     jobs = [job for job in _read_jobs(Path(file)) if all(job.get(key) == value for key, value in wanted.items())]
-    if jobs:
-        return min(_read_peak(job, pp_rank) for job in jobs)
+    processes = [process for job in jobs for process in job["processes"] if pp_rank in process.get("pp_ranks", ())]
+    if processes:
+        return min(int(process["peak_bytes"]) for process in processes)
     described = ", ".join(f"{key}={value}" for key, value in wanted.items())
     raise ValueError(f"plan.file={file} plans no job with {described}; write it with `lora-dist plan` of this very job")
-
-
-def _read_peak(job: dict[str, Any], pp_rank: int) -> int:
-    return next(int(process["peak_bytes"]) for process in job["processes"] if pp_rank in process["pp_ranks"])
 
 
 def _read_jobs(file: Path) -> list[dict[str, Any]]:

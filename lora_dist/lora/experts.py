@@ -42,7 +42,7 @@ class ExpertShard(LoraShard):
             for (_, b), spec in zip(pairs, self.specs, strict=True)
         ]
         if self.stacked_rows is None:
-            return a_EKX, bs[0].contiguous()
+            return a_EKX, bs[0].contiguous()  # lies as experts' weights do
         b_EYK = bs[0].new_zeros(self.num_experts, self.local_out_features, a_EKX.shape[1])
         first = 0
         for b, (_, rows) in zip(bs, self.list_rows(), strict=True):

@@ -23,7 +23,7 @@ def can_group(dtype: torch.dtype, *features: int, on_gpu: bool) -> bool:
     return on_gpu and dtype == torch.bfloat16 and all(size % GROUPED_MULTIPLE == 0 for size in features)
 
 
-def list_experts(weights: ExpertWeights) -> list[BaseWeight]:
+def split_weights(weights: ExpertWeights) -> list[BaseWeight]:
     """Each expert's [O, H]."""
     return cast(list[BaseWeight], list(weights))
 
@@ -57,7 +57,7 @@ class RowGroups:
             assert isinstance(weights, torch.Tensor), "quantised weights are dequantised one by one"
             product_RY = F.grouped_mm(rows_RX, weights.mT if transposed else weights, offs=self.ends_E)
             return product_RY if add_to is None else add_to.add_(product_RY)
-        of_experts, sum_RY = list_experts(weights), add_to
+        of_experts, sum_RY = split_weights(weights), add_to
         if sum_RY is None:
             sum_RY = rows_RX.new_empty(len(rows_RX), of_experts[0].shape[0 if transposed else 1])
         for rows, product, weight in zip(*self._split(rows_RX, sum_RY), of_experts, strict=True):

@@ -73,18 +73,17 @@ def _build_shard(
 ) -> LoraShard:
     topology = gpt.topology
     if isinstance(linear, ExpertLinears):  # what enters them is the whole sequence already
-        kind, column_parallel, sequence_parallel = ExpertShard, linear.column_parallel, False
+        kind, sequence_parallel = ExpertShard, False
         local_out_features = linear.local_out_features
     else:
-        kind, column_parallel = LoraShard, isinstance(linear, LoraColumnParallelLinear)
-        sequence_parallel = column_parallel and topology.sequence_parallel
+        kind, sequence_parallel = LoraShard, linear.column_parallel and topology.sequence_parallel
         local_out_features = linear.weight.shape[0]
     place = ShardPlace(
-        column_parallel=column_parallel,
+        column_parallel=linear.column_parallel,
         tp_size=topology.tp_size,
         tp_rank=topology.tp_rank,
         sequence_parallel=sequence_parallel,
-        row_group=None if column_parallel or topology.tp_size == 1 else topology.tp_group,
+        row_group=None if linear.column_parallel or topology.tp_size == 1 else topology.tp_group,
         tp_ranges=find_shared_ranges(gpt.model, topology.tp_size),
     )
     shard = kind(

@@ -24,7 +24,7 @@ from lora_dist.base_format import LinearShape
 from lora_dist.lora.experts import ExpertAdapter, ExpertShard, Factors
 from lora_dist.lora.function import BaseWeight
 from lora_dist.lora.layer import LoraShard
-from lora_dist.lora.row_groups import GROUPED_MULTIPLE, ExpertWeights, can_group, list_experts
+from lora_dist.lora.row_groups import GROUPED_MULTIPLE, ExpertWeights, can_group, split_weights
 from lora_dist.mcore.mixing import mix_experts
 from lora_dist.quant.weight import QuantizedWeight
 
@@ -35,7 +35,7 @@ class ExpertMlp(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        # DeepSpeed's ZeRO 3 gathers what is below this module with it: the experts' own forward is never called.
+        # DeepSpeed's ZeRO 3 gathers what is below this module with it: the linears' own forward is never called.
         self._z3_leaf = True
         self.router = _Router(config)
         size = config.ffn_hidden_size // config.tensor_model_parallel_size
@@ -147,7 +147,7 @@ def split_by_expert(shards: Mapping[str, LoraShard]) -> dict[WeightPlace, LoraSh
 def list_weights(linear: nn.Module) -> Iterator[tuple[int | None, BaseWeight]]:
     """The weight of a linear, or each expert's, with the expert's number."""
     if isinstance(linear, ExpertLinears):
-        yield from enumerate(list_experts(linear.weight))
+        yield from enumerate(split_weights(linear.weight))
     else:
         yield None, cast(BaseWeight, linear.weight)
 

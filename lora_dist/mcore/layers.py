@@ -19,18 +19,19 @@ from lora_dist.mcore.norm import UnitRmsNorm
 from lora_dist.quant.weight import build_quantized_weight
 
 
-def _replace_weight(linear: ColumnParallelLinear | RowParallelLinear) -> None:
+def _replace_weight(linear: "LoraColumnParallelLinear | LoraRowParallelLinear") -> None:
     """A quantised weight in place of the one just allocated, where the model's base_format says so."""
     base_format = linear.config.model.base_format
     if base_format != "native":
-        by_rows = isinstance(linear, ColumnParallelLinear)
-        quantized = build_quantized_weight(base_format, linear.weight, column_parallel=by_rows)
+        quantized = build_quantized_weight(base_format, linear.weight, column_parallel=linear.column_parallel)
         del linear.weight
         linear.weight = quantized
 
 
 class LoraColumnParallelLinear(ColumnParallelLinear):
     """Megatron's column-parallel linear, whose shard product takes in its adapters where it has some."""
+
+    column_parallel = True
 
     def __init__(self, *args: Any, **options: Any) -> None:
         # The bias goes into the GEMM here; Megatron would add it in a pass of its own.
@@ -65,6 +66,8 @@ class LoraRowParallelLinear(RowParallelLinear):
 
     Alone (tp_size 1) it takes its bias into the product, where Megatron leaves it to the residual's addition.
     """
+
+    column_parallel = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

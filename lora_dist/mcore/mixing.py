@@ -60,7 +60,8 @@ class _MixedExperts(torch.autograd.Function):
         second_a: torch.Tensor | None,
         second_b: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.first, ctx.second, ctx.are_trained = first, second, ctx.needs_input_grad[4]
+        ctx.first, ctx.second = first, second
+        ctx.are_trained = isinstance(first, torch.Tensor) and first.requires_grad
         sorted_R, order_R = choices_TC.flatten().sort(stable=True)
         groups = ctx.groups = RowGroups.find(sorted_R, len(first), grouped=grouped)
         weights_R = weights_TC.flatten()[order_R]

@@ -44,12 +44,9 @@ def apply_rounding(gpt: ShardedGpt, base_format: str, shards: Mapping[str, LoraS
     for name, linear in gpt.named_modules():
         if not isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear | ExpertLinears):
             continue
-        is_column = isinstance(linear, LoraColumnParallelLinear)
-        if isinstance(linear, ExpertLinears):
-            is_column = linear.column_parallel
         for expert, weight in list_weights(linear):
             assert isinstance(weight, torch.Tensor), "only a native base is rounded"
-            quantized = build_quantized_weight(base_format, weight, column_parallel=is_column)
+            quantized = build_quantized_weight(base_format, weight, column_parallel=linear.column_parallel)
             quantized.fill(weight)
             weight_OH = quantized.dequantize(torch.float32)
             if (shard := adapters.get((name, expert))) is not None:

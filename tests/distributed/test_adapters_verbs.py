@@ -32,12 +32,22 @@ def on_base(place: Path) -> list[str]:
     return ["model=hf", f"model.checkpoint={place / 'base'}"]
 
 
-@pytest.mark.parametrize(("verb", "tp_size"), [("merge", 2), ("export", 1)])
-def test_merging_writes_a_checkpoint_in_the_bases_dtype(verb: str, tp_size: int, place: Path) -> None:
-    more = [f"topology.tp_size={tp_size}"] + (["format=hf_merged"] if verb == "export" else [])
+@pytest.mark.parametrize(
+    ("verb", "tp_size", "given", "dtype"),
+    [
+        ("merge", 2, [], torch.bfloat16),
+        ("export", 1, ["format=hf_merged"], torch.bfloat16),
+        ("merge", 1, ["dtype=fp32"], torch.float32),
+    ],
+)
+def test_merging_writes_a_checkpoint_in_the_bases_dtype_or_another(
+    verb: str, tp_size: int, given: list[str], dtype: torch.dtype, place: Path
+) -> None:
+    more = [f"topology.tp_size={tp_size}", *given]
     words = [verb, *on_base(place), f"adapter={place / 'two'}", f"output={place / 'merged'}", *more]
     assert run_distributed(call, tp_size, words) == [0] * tp_size
-    assert {tensor.dtype for tensor in load_file(place / "merged/model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(place / "merged/model.safetensors").values()} == {dtype}
+    assert json.loads((place / "merged/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
     expected = compute_peft_logits(place / "base", place / "two")
     assert (compute_hf_logits(place / "merged") - expected).abs().max() < 0.05 * expected.abs().max()
     assert run_distributed(call, 1, [*words, "topology.tp_size=1"]) == [2]

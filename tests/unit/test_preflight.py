@@ -65,6 +65,10 @@ def test_a_plan_of_the_job_says_it_better(tmp_path: Path) -> None:
         compute_needed_bytes(config, 0, 128)
     auto = compose_175b(f"plan.file={tmp_path}/plan.json", "loop.recompute=auto")
     assert [compute_needed_bytes(auto, 16 * pp_rank, 64) for pp_rank in range(4)] == [7, 6, 6, 8]
+    older = [{"pp_rank": pp_rank, "peak_bytes": 7} for pp_rank in (0, 1, 3)]
+    (tmp_path / "older.json").write_text(json.dumps({"jobs": [{**job, "processes": older}]}))
+    with pytest.raises(ValueError, match=r"older.json plans no job with .*; write it with `lora-dist plan`"):
+        compute_needed_bytes(compose_175b(f"plan.file={tmp_path}/older.json", "loop.recompute=full"), 0, 64)
     with pytest.raises(ValueError, match=r"plan.file=/nowhere cannot be read as a plan.json"):
         compute_needed_bytes(compose_175b("plan.file=/nowhere"), 0, 32)
 
