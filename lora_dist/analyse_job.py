@@ -139,7 +139,7 @@ def cut_weight(gpt: ShardedGpt, spec: AdapterSpec) -> WeightShard:
     """The target's rows of the linear that holds it, on this rank, in fp32."""
     linear = gpt.get_submodule(f"decoder.layers.{spec.layer - gpt.first_layer}.{LINEAR_OF_TARGET[spec.target]}")
     tp_size = gpt.topology.tp_size
-    rows = compute_fused_rows(spec.target, gpt.model, tp_size)
+    rows = compute_fused_rows(spec.target, gpt.model, spec.layer, tp_size)
     if spec.target in find_shared_ranges(gpt.model, tp_size):
         raise ValueError(
             f"{spec.name}: topology.tp_size={tp_size} keeps each key-value head on several ranks, which analyse would"

@@ -17,6 +17,8 @@ class Architecture:
     """Norms divide by the root mean square and have no bias (arXiv:1910.07467); otherwise LayerNorm."""
     qk_norm: bool = False
     """Each head's queries and keys are normalised before they are turned."""
+    optional_qk_norm: bool = False
+    """A model may have that or not, whatever is usual."""
     unit_norms: bool = False
     """Norms multiply by one more than their weight."""
     output_norms: bool = False
@@ -29,6 +31,11 @@ class Architecture:
     """f: silu or gelu_tanh."""
     experts: bool = False
     """Each layer has several MLPs, of which a router picks some for each token (arXiv:2101.03961, arXiv:2401.04088)."""
+    shared_expert: bool = False
+    """Beside them a model may have one that every token passes (arXiv:2401.06066, section 3.2), and layers without
+    experts before those with them."""
+    sigmoid_router: bool = False
+    """Its scores are sigmoids, to which offsets are added for the choice alone (arXiv:2412.19437, section 2.1.2)."""
     activations: tuple[str, ...] = ("gelu_tanh",)
     """That an MLP without gate may have, the usual one first: gelu_tanh, gelu (exact), relu."""
     partial_rotary: bool = False
@@ -59,6 +66,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": replace(_LLAMA, qk_norm=True, windows=True),
     "mixtral": replace(_LLAMA, windows=True, experts=True),
     "qwen3_moe": replace(_LLAMA, qk_norm=True, experts=True),
+    "glm4_moe": replace(
+        _LLAMA,
+        qkv_biases=True,
+        optional_qk_norm=True,
+        partial_rotary=True,
+        experts=True,
+        shared_expert=True,
+        sigmoid_router=True,
+    ),
     "phi3": replace(_LLAMA, windows=True, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
     "gemma3_text": replace(
         _LLAMA,

@@ -1,50 +1,76 @@
 """Every parameter of a base model by canonical name, with its whole shape; pure."""
 
+from collections.abc import Mapping
+from math import prod
+
 from lora_dist.model_config import ModelConfig
+
+CHOICE_OFFSETS = "mlp.router.choice_offsets"
+"""Of a layer, by canonical name: a tensor that is kept with the parameters and is none, since nothing trains it."""
 
 
 def compute_canonical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the whole model by canonical name; a tied output layer is none of its own."""
+    """Every tensor of the whole model by canonical name; a tied output layer is none of its own."""
     kind, h = model.architecture, model.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (model.vocab_size, h)}
     if not kind.rotary:
         num_positions = model.max_position_embeddings + kind.position_offset
         shapes["embedding.position_embeddings.weight"] = (num_positions, h)
-    layer = _compute_layer_shapes(model)
-    for number in range(model.num_layers):
-        shapes |= {f"decoder.layers.{number}.{name}": shape for name, shape in layer.items()}
+    for layer in range(model.num_layers):
+        own = compute_layer_shapes(model, layer)
+        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in own.items()}
     shapes |= _norm("decoder.final_layernorm", h, model)
     return shapes if model.tied_output else {**shapes, "output_layer.weight": (model.vocab_size, h)}
 
 
-def _compute_layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    kind, h, f, q = model.architecture, model.hidden_size, model.ffn_hidden_size, model.query_size
+def count_parameters(model: ModelConfig) -> int:
+    """Of the whole model; an output layer that is the embedding counts once."""
+    return count_elements(compute_canonical_shapes(model))
+
+
+def list_stage_layers(model: ModelConfig, pp_rank: int, pp_size: int) -> range:
+    """Zero-based over the whole model."""
+    size = model.num_layers // pp_size
+    return range(pp_rank * size, (pp_rank + 1) * size)
+
+
+def count_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Of the parameters among these tensors."""
+    return sum(prod(shape) for name, shape in shapes.items() if not name.endswith(CHOICE_OFFSETS))
+
+
+def compute_layer_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor of one layer by its name within the layer."""
+    kind, h, q = model.architecture, model.hidden_size, model.query_size
     linears = {
         "self_attention.linear_proj": (h, q, kind.linear_biases),
         "self_attention.linear_qkv": (q + 2 * model.kv_size, h, kind.linear_biases or kind.qkv_biases),
     }
-    for mlp in _list_mlps(model):
-        linears[f"{mlp}.linear_fc1"] = ((2 if kind.gated else 1) * f, h, kind.linear_biases)
-        linears[f"{mlp}.linear_fc2"] = (h, f, kind.linear_biases)
-    if model.num_experts is not None:
-        linears["mlp.router"] = (model.num_experts, h, False)
+    for mlp, size in _list_mlps(model, layer):
+        linears[f"{mlp}.linear_fc1"] = ((2 if kind.gated else 1) * size, h, kind.linear_biases)
+        linears[f"{mlp}.linear_fc2"] = (h, size, kind.linear_biases)
     shapes = _norm("input_layernorm", h, model) | _norm("pre_mlp_layernorm", h, model)
+    if model.has_experts(layer):
+        linears["mlp.router"] = (model.num_experts or 0, h, False)
+        shapes |= {CHOICE_OFFSETS: (model.num_experts or 0,)} if kind.sigmoid_router else {}
     for name, (num_out, num_in, has_bias) in linears.items():
         shapes[f"{name}.weight"] = (num_out, num_in)
         shapes |= {f"{name}.bias": (num_out,)} if has_bias else {}
     if kind.output_norms:
         shapes |= _norm("self_attention.output_layernorm", h, model) | _norm("mlp.output_layernorm", h, model)
-    if kind.qk_norm:
+    if model.has_qk_norm:
         for name in ("q_layernorm", "k_layernorm"):
             shapes |= _norm(f"self_attention.{name}", model.head_dim, model)
     return shapes
 
 
-def _list_mlps(model: ModelConfig) -> list[str]:
-    """The layer's MLP, or each of its experts."""
-    if model.num_experts is None:
-        return ["mlp"]
-    return [f"mlp.experts.{expert}" for expert in range(model.num_experts)]
+def _list_mlps(model: ModelConfig, layer: int) -> list[tuple[str, int]]:
+    """The layer's MLP, or each of its experts and the one that every token passes; with the features inside."""
+    size = model.find_mlp_size(layer)
+    if not model.has_experts(layer):
+        return [("mlp", size)]
+    experts = [(f"mlp.experts.{expert}", size) for expert in range(model.num_experts or 0)]
+    return experts if model.shared_ffn_size is None else [*experts, ("mlp.shared_experts", model.shared_ffn_size)]
 
 
 def _norm(name: str, size: int, model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -236,9 +236,11 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
 
 def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None:
     tp_size, pp_size = topology.tp_size, topology.pp_size
-    for key, size in {"num_heads": model.num_heads, "ffn_hidden_size": model.ffn_hidden_size}.items():
+    for key in ("num_heads", "ffn_hidden_size", "dense_ffn_size", "shared_ffn_size"):
+        size = getattr(model, key)
         require(
-            size % tp_size == 0, f"tp {tp_size} does not divide {key} {size}; choose a divisor for topology.tp_size"
+            size is None or size % tp_size == 0,
+            f"tp {tp_size} does not divide {key} {size}; choose a divisor for topology.tp_size",
         )
     num_groups = model.num_query_groups
     require(
@@ -251,7 +253,7 @@ def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None
         f"pp {pp_size} does not divide num_layers {model.num_layers}; choose a divisor for topology.pp_size",
     )
     check_blocks(model.base_format, model.hidden_size)
-    check_blocks(model.base_format, model.query_size, model.ffn_hidden_size, tp_size=tp_size)
+    check_blocks(model.base_format, model.query_size, *model.mlp_sizes, tp_size=tp_size)
 
 
 def compute_num_microbatches(loop: LoopConfig, dp_size: int) -> int:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.base_format import LinearShape, compute_weight_bytes
+from lora_dist.base_shapes import compute_layer_shapes, count_elements, list_stage_layers
 from lora_dist.config import ModelConfig, RunConfig, compute_dp_size
-from lora_dist.lora.targets import compute_linear_shapes, compute_mlp_shapes
+from lora_dist.lora.targets import compute_linear_shapes, find_num_experts
 from lora_dist.topology import compute_coordinates
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -23,10 +24,11 @@ def compute_needed_bytes(config: RunConfig, global_rank: int, world_size: int) -
 
 def compute_state_bytes(config: RunConfig, pp_rank: int, dp_size: int) -> int:
     """This process's weights, and where they train, their gradients and optimizer state."""
-    num_parameters = _count_stage(config.model, pp_rank, config.topology.pp_size) // config.topology.tp_size
+    layers = list_stage_layers(config.model, pp_rank, config.topology.pp_size)
+    num_parameters = _count_stage(config.model, layers) // config.topology.tp_size
     stage, element = config.zero.stage, _BYTES[config.dtype]
     needed = num_parameters * element // (dp_size if stage == 3 else 1)
-    needed -= compute_format_savings(config.model, element, config.topology.tp_size, config.topology.pp_size)
+    needed -= compute_format_savings(config.model, element, config.topology.tp_size, layers)
     if config.method == "full":
         needed += num_parameters * element // (dp_size if stage >= 2 else 1)
         if not config.zero.offload_optimizer:
@@ -35,29 +37,31 @@ def compute_state_bytes(config: RunConfig, pp_rank: int, dp_size: int) -> int:
     return needed
 
 
-def compute_format_savings(model: ModelConfig, native_itemsize: int, tp_size: int, pp_size: int) -> int:
-    """Bytes by which one stage's shard is smaller for model.base_format; exact."""
-    saved, mlp = 0, compute_mlp_shapes(model)
-    for target, (in_features, out_features) in (compute_linear_shapes(model) | mlp).items():
-        whole = LinearShape(
-            out_features=out_features,
-            in_features=in_features,
-            column_parallel=target not in ("o_proj", "down_proj"),
-        )
-        shard = whole.cut(tp_size)
-        smaller = shard.num_elements * native_itemsize - compute_weight_bytes(model.base_format, shard, native_itemsize)
-        saved += smaller * ((model.num_experts or 1) if target in mlp else 1)
-    return model.num_layers // pp_size * saved
+def compute_format_savings(model: ModelConfig, native_itemsize: int, tp_size: int, layers: range) -> int:
+    """Bytes by which the shard of these layers is smaller for model.base_format; exact."""
+    saved = 0
+    for layer in layers:
+        for target, (in_features, out_features) in compute_linear_shapes(model, layer).items():
+            column_parallel = not target.endswith(("o_proj", "down_proj"))
+            whole = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
+            shard = whole.cut(tp_size)
+            stored = compute_weight_bytes(model.base_format, shard, native_itemsize)
+            smaller = shard.num_elements * native_itemsize - stored
+            saved += smaller * (find_num_experts(target, model, layer) or 1)
+    return saved
 
 
-def _count_stage(model: ModelConfig, pp_rank: int, pp_size: int) -> int:
+def _count_stage(model: ModelConfig, layers: range) -> int:
     """Parameters of one pipeline stage; the first holds the embedding, the last the output layer or its tied copy."""
-    embedding = model.vocab_size * model.hidden_size
-    num_own = 1 if model.tied_output else 2
-    layers = (model.num_parameters - num_own * embedding) // pp_size
-    if pp_size == 1:
-        return layers + num_own * embedding
-    return layers + (embedding if pp_rank in (0, pp_size - 1) else 0)
+    vocabulary, kind = model.vocab_size * model.hidden_size, model.architecture
+    counted = sum(count_elements(compute_layer_shapes(model, layer)) for layer in layers)
+    is_first, is_last = layers.start == 0, layers.stop == model.num_layers
+    if is_first and not kind.rotary:
+        counted += (model.max_position_embeddings + kind.position_offset) * model.hidden_size
+    if is_last:
+        counted += (1 if kind.rms_norm else 2) * model.hidden_size
+    is_whole = is_first and is_last
+    return counted + vocabulary * (is_first + is_last - (is_whole and model.tied_output))
 
 
 def _read_planned_bytes(config: RunConfig, file: str, pp_rank: int, dp_size: int) -> int:

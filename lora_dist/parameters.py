@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from lora_dist.quant.weight import QuantizedWeight
@@ -39,6 +40,8 @@ class TrainableParameter:
     """False for the last stage's copy of the tied embedding: left out of the norm, of counts and of files."""
     quantized: QuantizedWeight | None = None
     """A frozen linear's weight under model.base_format nf4, nf4_double or fp8; it never trains."""
+    kept_dtype: torch.dtype | None = None
+    """Of its values in files, where that is not the others'."""
     stack: "tuple[TrainableParameter, int] | None" = None
     """Of one expert's weight: the parameter that holds those of all, and the expert's number."""
     local_shape: tuple[int, ...] = field(init=False)

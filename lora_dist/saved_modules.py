@@ -28,7 +28,7 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
         "ln_f": (_FINAL_NORM,),
     },
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "phi3"), _LLAMA),
-    **dict.fromkeys(("qwen3", "qwen3_moe"), _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)}),
+    **dict.fromkeys(("qwen3", "qwen3_moe", "glm4_moe"), _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)}),
     "gemma3_text": _LLAMA
     | {
         "post_attention_layernorm": ("decoder.layers.*.self_attention.output_layernorm",),
@@ -57,7 +57,9 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
 
 def list_saved_modules(model: ModelConfig) -> list[str]:
     """What lora.modules_to_save can name. A tied output layer is the embedding, so it has no name of its own."""
-    return [name for name, modules in _MODULES[model.family].items() if not (model.tied_output and _HEAD in modules)]
+    absent = {_HEAD} if model.tied_output else set()
+    absent |= set() if model.has_qk_norm else {_Q_NORM, _K_NORM}
+    return [name for name, modules in _MODULES[model.family].items() if not absent & set(modules)]
 
 
 def find_embedding_name(model: ModelConfig) -> str:

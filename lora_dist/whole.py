@@ -21,6 +21,8 @@ class WholeName:
     full_shape: tuple[int, ...]
     pp_rank: int
     """Stage that holds it."""
+    kept_dtype: torch.dtype | None = None
+    """As the parameter's."""
 
 
 def read_value(one: TrainableParameter) -> dict[str, torch.Tensor]:
@@ -48,11 +50,11 @@ def read_by_expert(read: ReadState) -> ReadState:
 
 def list_whole(trainable: Sequence[TrainableParameter], topology: Topology) -> list[WholeName]:
     """Every owned parameter of the whole model, stage by stage, the same on every process. Collective over PP."""
-    mine = [(one.name, one.full_shape) for one in trainable if one.owned]
-    stages: list[list[tuple[str, tuple[int, ...]]]] = [mine] * topology.pp_size
+    mine = [WholeName(one.name, one.full_shape, topology.pp_rank, one.kept_dtype) for one in trainable if one.owned]
+    stages: list[list[WholeName]] = [mine] * topology.pp_size
     if topology.pp_size > 1:
         dist.all_gather_object(stages, mine, group=topology.pp_group)
-    return [WholeName(name, shape, pp_rank) for pp_rank, stage in enumerate(stages) for name, shape in stage]
+    return [name for stage in stages for name in stage]
 
 
 def iterate_stage(
@@ -67,7 +69,8 @@ def iterate_stage(
             state = read(one)
             gathered = {}
             if topology.dp_rank == 0:
-                gathered = {key: _gather_over_tp(local.to(dtype), one, topology) for key, local in state.items()}
+                kept = one.kept_dtype or dtype
+                gathered = {key: _gather_over_tp(local.to(kept), one, topology) for key, local in state.items()}
             yield one, {key: whole.cpu() for key, whole in gathered.items() if whole is not None}
 
 
@@ -89,7 +92,7 @@ def iterate_model(
             one, state = next(stage)
             assert one.name == entry.name
             whole = state.get("value")
-        yield entry.name, _bring_to_first_stage(whole, entry, topology, dtype)
+        yield entry.name, _bring_to_first_stage(whole, entry, topology, entry.kept_dtype or dtype)
     assert next(stage, None) is None
 
 

@@ -7,6 +7,8 @@ import torch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -51,6 +53,7 @@ _LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings": 32}
 _LOCAL = {"rope_type": "default", "rope_theta": 9.0}
 _LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+_GLM = {"head_dim": 8, "attention_bias": True, "rope_parameters": _NEOX_ROPE}
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(
@@ -90,6 +93,33 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             tie_word_embeddings=True,
         )
     ),
+    "glm4_moe": lambda: Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            **_SIZES,
+            **_GLM,
+            moe_intermediate_size=16,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_shared_experts=2,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            routed_scaling_factor=1.7,
+            use_qk_norm=True,
+        )
+    ),
+    "glm4_moe_flat": lambda: Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            **_SIZES,
+            **_GLM,
+            moe_intermediate_size=24,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            first_k_dense_replace=0,
+            norm_topk_prob=False,
+            tie_word_embeddings=True,
+        )
+    ),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES, partial_rotary_factor=0.5, sliding_window=9)),
     "phi3_long": lambda: Phi3ForCausalLM(
         Phi3Config(**_SIZES, tie_word_embeddings=True, original_max_position_embeddings=48, rope_parameters=_LONG)
@@ -124,7 +154,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 """Name -> a model of that family; where there are two, they differ in what a checkpoint may choose."""
-_SECOND = ("llama_tied", "qwen2_windows", "qwen3_moe_shares", "phi3_long", "gpt_neox_serial")
+_SECOND = ("llama_tied", "qwen2_windows", "qwen3_moe_shares", "glm4_moe_flat", "phi3_long", "gpt_neox_serial")
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
 
 
@@ -139,6 +169,9 @@ def build_family_model(name: str, seed: int = 0) -> PreTrainedModel:
         drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
         is_factor = "norm" in parameter_name and parameter_name.endswith("weight") and name != "gemma3_text"
         parameter.copy_(1 + drawn if is_factor else drawn)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
 
 

@@ -17,6 +17,7 @@ import torch
 from latency_record import build_shape, draw_adapter, open_single_process
 from tqdm import tqdm
 
+from lora_dist.base_shapes import count_parameters
 from lora_dist.batch import Batch
 from lora_dist.cli.compose import compose_config
 from lora_dist.config import LoraConfig, ModelConfig
@@ -84,7 +85,7 @@ def make_record(model: ModelConfig, case: Case, *, device: torch.device, num_thr
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "clock": "cpu_seconds" if device.type == "cpu" else "seconds",
         "num_threads": num_threads if device.type == "cpu" else None,
-        "model": {**asdict(model), "num_parameters": model.num_parameters},
+        "model": {**asdict(model), "num_parameters": count_parameters(model)},
         "environment": environment,
         "case": asdict(case),
         "batches": measured,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lora_dist.base_shapes import count_parameters
 from lora_dist.bench.record import compute_ratios
 from lora_dist.bottleneck.spec import build_bottleneck_specs
 from lora_dist.bottleneck_config import BottleneckConfig
@@ -136,7 +137,7 @@ def make_record(
         "device": device.type,
         "dtype": dtype,
         "num_threads": num_threads if device.type == "cpu" else None,
-        "model": {**asdict(model), "num_parameters": model.num_parameters},
+        "model": {**asdict(model), "num_parameters": count_parameters(model)},
         "environment": environment,
         "cases": measured,
     }

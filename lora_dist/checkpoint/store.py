@@ -192,14 +192,16 @@ def open_adapter(directory: Path, *, model: ModelConfig, base_fingerprint: str) 
 
 def parse_specs(directory: Path, manifest: Mapping[str, Any], model: ModelConfig) -> list[AdapterSpec]:
     """The adapters that a manifest lists, in `model`. ValueError for a layer or linear that the model has not."""
-    shapes, specs = compute_linear_shapes(model), []
+    specs = []
     adapters = manifest.get("adapters")
     if not isinstance(adapters, dict) or not adapters:
         raise ValueError(f"{directory / MANIFEST} lists no adapters")
     shared = _list_shared(manifest)
     for name, entry in adapters.items():
         found = re.fullmatch(r"layers\.(\d+)\.(\w+)", name)
-        if found is None or found[2] not in shapes or int(found[1]) >= model.num_layers:
+        layer = model.num_layers if found is None else int(found[1])
+        shapes = compute_linear_shapes(model, layer) if layer < model.num_layers else {}
+        if found is None or found[2] not in shapes:
             raise ValueError(f"{directory / MANIFEST}: {model.name} has no {name}; it has {model.num_layers} layers")
         lora_rank, alpha = (entry.get(key) if isinstance(entry, dict) else None for key in ("lora_rank", "alpha"))
         if not (isinstance(lora_rank, int) and lora_rank >= 1 and isinstance(alpha, int | float)):
@@ -207,7 +209,7 @@ def parse_specs(directory: Path, manifest: Mapping[str, Any], model: ModelConfig
         in_features, out_features = shapes[found[2]]
         specs.append(
             AdapterSpec(
-                layer=int(found[1]),
+                layer=layer,
                 target=found[2],
                 lora_rank=lora_rank,
                 alpha=alpha,
@@ -216,7 +218,7 @@ def parse_specs(directory: Path, manifest: Mapping[str, Any], model: ModelConfig
                 rank_stabilized=bool(manifest.get("use_rslora")),
                 use_dora=bool(manifest.get("use_dora")),
                 shares_a=name in shared,
-                num_experts=find_num_experts(found[2], model),
+                num_experts=find_num_experts(found[2], model, layer),
             )
         )
     return specs

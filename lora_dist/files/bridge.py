@@ -47,7 +47,7 @@ def _stack(
     a_RH = torch.cat([values[f"{spec.name}.lora_A"] for spec in group])
     bs = [values[f"{spec.name}.lora_B"] for spec in group]
     bs = [b if spec.scaling == scaling else b * (spec.scaling / scaling) for b, spec in zip(bs, group, strict=True)]
-    rows = compute_fused_rows(group[0].target, model)
+    rows = compute_fused_rows(group[0].target, model, group[0].layer)
     if rows is None:
         return a_RH, bs[0]
     b_OR = a_RH.new_zeros(sum(map(len, rows.values())), a_RH.shape[0])

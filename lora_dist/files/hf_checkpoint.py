@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,17 @@ CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetens
 _ROWS_AT_ONCE = 4096
 _SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "max_position_embeddings")
 
+_EXPERT_SETTINGS = (
+    *("normalize_expert_weights", "expert_weight_scale", "num_expert_groups", "groups_per_token"),
+    *("shared_ffn_size", "num_dense_layers", "dense_ffn_size"),
+)
 _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
     **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
     **{key: key for key in ("sliding_window", "full_attention_layers")},
-    **{key: key for key in ("num_experts", "experts_per_token", "normalize_expert_weights")},
+    **{key: key for key in ("num_experts", "experts_per_token", *_EXPERT_SETTINGS)},
     **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
-    "activation": "mlp_activation",
+    **{"activation": "mlp_activation", "qk_norm": "has_qk_norm"},
 }
 """Key of the configuration -> what of the model must be as config.json has it."""
 
@@ -104,7 +107,7 @@ def check_hf_checkpoint(model: ModelConfig, directory: str | Path) -> None:
     for key, attribute in _COMPARED.items():
         _check_field(key, getattr(model, attribute), getattr(found, attribute), directory)
     family, reader = HF_FAMILIES[model.family], HfReader(directory)
-    _check_tensors(reader, family, family.compute_shapes(model))
+    _check_tensors(reader, family, model)
     if model.tied_output:
         _check_tied_head(reader, family.embedding)
 
@@ -117,8 +120,9 @@ def _check_field(key: str, wanted: object, found: object, directory: Path) -> No
         )
 
 
-def _check_tensors(reader: HfReader, family: HfFamily, expected: Mapping[str, tuple[int, ...]]) -> None:
-    found = {name for name in reader.shapes if not family.ignored.fullmatch(name)}
+def _check_tensors(reader: HfReader, family: HfFamily, model: ModelConfig) -> None:
+    expected = family.compute_shapes(model)
+    found = {name for name in reader.shapes if not family.is_ignored(name, model.num_layers)}
     stacked = next((name for name in sorted(found - expected.keys()) if ".experts.gate_up_proj" in name), None)
     if stacked is not None:
         raise ValueError(
@@ -155,13 +159,16 @@ def _check_tied_head(reader: HfReader, embedding_name: str) -> None:
 
 
 def read_dtype(directory: str | Path) -> torch.dtype:
-    """The one that holds every tensor of the checkpoint."""
+    """The one that holds every tensor of the checkpoint but those that are wider by rule."""
     by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-    reader = HfReader(Path(directory))
-    ignored = [family.ignored for family in HF_FAMILIES.values()]
-    names = {name for key, name in reader.dtypes.items() if not any(one.fullmatch(key) for one in ignored)}
-    dtypes = {by_name[name] for name in names}
-    return functools.reduce(torch.promote_types, dtypes)
+    model, reader = ModelConfig(**read_model_fields(directory)), HfReader(Path(directory))
+    family = HF_FAMILIES[model.family]
+    names = {
+        reader.dtypes[name]
+        for name in family.compute_shapes(model)
+        if family.wider is None or not family.wider.fullmatch(name)
+    }
+    return functools.reduce(torch.promote_types, (by_name[name] for name in sorted(names)))
 
 
 def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
@@ -179,6 +186,8 @@ def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
             shape += [model.sliding_window, model.full_attention_layers, model.local_rope_theta]
         if model.num_experts is not None:
             shape += [model.num_experts, model.experts_per_token, model.normalize_expert_weights]
+        if model.architecture.shared_expert:
+            shape += [model.has_qk_norm, *(getattr(model, key) for key in _EXPERT_SETTINGS)]
         if model.attention_scale is not None:
             shape += [model.attention_scale]
         if model.architecture.partial_rotary:

@@ -78,16 +78,21 @@ def _read_qwen3(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _read_common(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    if config.get("output_router_logits", False):
-        raise ValueError(
-            f"{path}: output_router_logits={config['output_router_logits']} asks for a loss that spreads tokens over"
-            " the experts, which is not computed here; set it to false there, which changes no weight and no logit"
-        )
+    refuse_balancing_loss(config, path)
     return {
         **read_sizes(config, path),
         **read_positions(config, path),
         "experts_per_token": get_size(config, "num_experts_per_tok", path),
     }
+
+
+def refuse_balancing_loss(config: Mapping[str, Any], path: Path) -> None:
+    """ValueError where config.json asks for it."""
+    if config.get("output_router_logits", False):
+        raise ValueError(
+            f"{path}: output_router_logits={config['output_router_logits']} asks for a loss that spreads tokens over"
+            " the experts, which is not computed here; set it to false there, which changes no weight and no logit"
+        )
 
 
 def _describe_mixtral(model: ModelConfig) -> dict[str, Any]:

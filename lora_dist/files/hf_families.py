@@ -2,6 +2,7 @@
 
 from lora_dist.files.hf_experts import EXPERT_FAMILIES
 from lora_dist.files.hf_gemma3 import GEMMA3_FAMILY
+from lora_dist.files.hf_glm4_moe import GLM4_MOE_FAMILY
 from lora_dist.files.hf_gpt2 import GPT2_FAMILY
 from lora_dist.files.hf_layout import HfFamily
 from lora_dist.files.hf_llama import LLAMA_FAMILIES
@@ -13,6 +14,7 @@ HF_FAMILIES: dict[str, HfFamily] = {
     "gpt2": GPT2_FAMILY,
     **LLAMA_FAMILIES,
     **EXPERT_FAMILIES,
+    "glm4_moe": GLM4_MOE_FAMILY,
     "phi3": PHI3_FAMILY,
     "gemma3_text": GEMMA3_FAMILY,
     "opt": OPT_FAMILY,

@@ -14,7 +14,7 @@ import torch
 
 from lora_dist.base_shapes import compute_canonical_shapes
 from lora_dist.lora.layer import compute_fused_rows
-from lora_dist.lora.targets import compute_linear_shapes, compute_mlp_shapes
+from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.model_config import ModelConfig
 
 TIED_HEAD = "lm_head.weight"
@@ -23,6 +23,7 @@ _TARGETS = {
     "self_attention.linear_proj": ("o_proj",),
     "mlp.linear_fc1": ("up_proj",),
     "mlp.linear_fc2": ("down_proj",),
+    "mlp.shared_experts.linear_fc2": ("shared_down_proj",),
 }
 """Of a module that is stored as one linear."""
 
@@ -38,6 +39,8 @@ class HfPart:
     first: int = 0
     """Output feature of the stored tensor where they begin."""
     transposed: bool = False
+    layer: int = 0
+    """That the target is of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +65,20 @@ class HfFamily:
     """Buffers of old checkpoints, which every implementation makes for itself."""
     embedding: str
     """The tensor that a stored output layer must equal where it is tied."""
+    wider: re.Pattern[str] | None = None
+    """Tensors that transformers keeps in fp32 whatever the others have."""
+    extra_layers: re.Pattern[str] | None = None
+    """Tensors, with their layer's number, of which a checkpoint may have more after the model's last layer, to predict
+    several tokens at once. As by transformers they are left out."""
+    without_extra: Mapping[str, Any] = field(default_factory=dict)
+    """What config.json says where there are none of these."""
     module_names: Mapping[str, str] = field(default_factory=dict)
     """What transformers 5 calls modules in memory that have another name in the files."""
+
+    def is_ignored(self, stored_name: str, num_layers: int) -> bool:
+        """Whether a checkpoint may hold a tensor that is not the model's."""
+        extra = self.extra_layers and self.extra_layers.fullmatch(stored_name)
+        return bool(self.ignored.fullmatch(stored_name) or (extra and int(extra[1]) >= num_layers))
 
     def find_module(self, stored_name: str) -> str:
         """Full name, in transformers' model, of the module that has a stored tensor."""
@@ -80,16 +95,20 @@ class LayerNames:
     modules: Mapping[str, str | Mapping[str, str]]
     """Canonical module of a layer -> the stored one with the same rows, or one for each target that it fuses; targets
     with the same one lie in it one after the other. {expert} stands for the number of an expert."""
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    """Canonical tensor of a layer that is neither a weight nor a bias -> the stored one."""
     others: Mapping[str, str]
     """Canonical parameters outside the layers -> stored names; the output layer's where it is not tied."""
 
     def find_parts(self, canonical_name: str, model: ModelConfig) -> list[HfPart]:
         """`decoder.layers.3.mlp.linear_fc1.weight` -> gate_proj's weight and up_proj's."""
-        found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)", canonical_name)
+        found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.(\w+)", canonical_name)
         if found is None:
             is_tied_copy = model.tied_output and canonical_name == "output_layer.weight"
             return [HfPart(name=self.others["embedding.word_embeddings.weight" if is_tied_copy else canonical_name])]
         layer, module, kind = found.groups()
+        if f"{module}.{kind}" in self.tensors:
+            return [HfPart(name=self.layers.format(layer=layer) + self.tensors[f"{module}.{kind}"])]
         expert = re.search(r"\.experts\.(\d+)\.", module)
         if expert is not None:
             module = module.replace(expert[0], ".experts.{expert}.")
@@ -100,18 +119,19 @@ class LayerNames:
         stored = self.modules[module]
         if isinstance(stored, str):
             return [HfPart(name=name_tensor(stored))]
-        linears, parts, filled = _compute_all_shapes(model), [], dict.fromkeys(stored.values(), 0)
+        linears, parts = compute_linear_shapes(model, int(layer)), list[HfPart]()
+        filled = dict.fromkeys(stored.values(), 0)
         for target, name in stored.items():
-            parts.append(HfPart(name=name_tensor(name), target=target, first=filled[name]))
+            parts.append(HfPart(name=name_tensor(name), target=target, first=filled[name], layer=int(layer)))
             filled[name] += linears[target][1]
         return parts
 
     def compute_shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every stored tensor."""
-        linears, shapes = _compute_all_shapes(model), {}
+        shapes, linears = {}, [compute_linear_shapes(model, layer) for layer in range(model.num_layers)]
         for canonical_name, shape in compute_canonical_shapes(model).items():
             for part in self.find_parts(canonical_name, model):  # the last part of a tensor ends where it does
-                own_rows = shape[:1] if part.target is None else (part.first + linears[part.target][1],)
+                own_rows = shape[:1] if part.target is None else (part.first + linears[part.layer][part.target][1],)
                 shapes[part.name] = own_rows + shape[1:]
         return shapes
 
@@ -128,15 +148,11 @@ class LayerNames:
         return {target: self.layers + name for target, name in names.items()}
 
 
-def _compute_all_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    return compute_linear_shapes(model) | compute_mlp_shapes(model)
-
-
 def split_to_hf(whole: torch.Tensor, parts: Sequence[HfPart], model: ModelConfig) -> dict[str, torch.Tensor]:
     """A whole canonical tensor as Hugging Face stores it, by stored name."""
     blocks: dict[str, list[torch.Tensor]] = {}
     for part in sorted(parts, key=lambda part: part.first):
-        rows = None if part.target is None else compute_fused_rows(part.target, model)
+        rows = None if part.target is None else compute_fused_rows(part.target, model, part.layer)
         block = whole if rows is None or part.target is None else whole[rows[part.target]]
         blocks.setdefault(part.name, []).append(block)
     joined = {name: block[0] if len(block) == 1 else torch.cat(block) for name, block in blocks.items()}
@@ -151,7 +167,7 @@ def join_from_hf(
     whole = stored[parts[0].name].new_empty(canonical_shape)
     for part in parts:
         tensor = stored[part.name].t() if part.transposed else stored[part.name]
-        rows = None if part.target is None else compute_fused_rows(part.target, model)
+        rows = None if part.target is None else compute_fused_rows(part.target, model, part.layer)
         if rows is None or part.target is None:
             return tensor
         own_rows = rows[part.target]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.files.hf_layout import get_number, get_size
-from lora_dist.model_config import ROPE_SCALINGS, ModelConfig
+from lora_dist.model_checks import ROPE_SCALINGS
+from lora_dist.model_config import ModelConfig
 
 _ORIGINAL = "original_max_position_embeddings"
 

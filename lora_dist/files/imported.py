@@ -17,7 +17,7 @@ from lora_dist.files.base_values import compute_stored_shapes, from_stored
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.modules import FAMILY_NAMES, ModuleName, find_stored_rows, parse_module_name
 from lora_dist.lora.spec import CANONICAL_TARGETS, AdapterSpec
-from lora_dist.lora.targets import compute_linear_shapes
+from lora_dist.lora.targets import compute_linear_shapes, find_num_experts
 from lora_dist.lora.trained_base import list_trained_base
 
 
@@ -132,9 +132,11 @@ def _build_adapters(
     path: Path, factors: Sequence[Factors], model: ModelConfig, *, rank_stabilized: bool
 ) -> tuple[list[AdapterSpec], dict[str, torch.Tensor]]:
     """Canonical adapters by layer and target. ValueError for shapes or layers that the model has not."""
-    shapes, found = compute_linear_shapes(model), []
+    found = []
     for one in factors:
-        if one.module.targets[0] not in FAMILY_NAMES[model.family] or not _fuses_as(one.module, model):
+        layer = min(one.module.layer, model.num_layers - 1)  # one that is not there is named below
+        shapes = compute_linear_shapes(model, layer)
+        if not _is_linear(one.module.targets[0], model, layer) or not _fuses_as(one.module, model):
             raise ValueError(f"{path}: {one.key}: {model.name} is {model.family}, which has no such linear")
         in_features = shapes[one.module.targets[0]][0]
         out_features = sum(shapes[target][1] for target in one.module.targets)
@@ -164,6 +166,12 @@ def _build_adapters(
     return _collect(path, found)
 
 
+def _is_linear(target: str, model: ModelConfig, layer: int) -> bool:
+    """Whether transformers has a linear of the layer for it, which it has not for experts' ones."""
+    is_there = target in FAMILY_NAMES[model.family] and target in compute_linear_shapes(model, layer)
+    return is_there and find_num_experts(target, model, layer) is None
+
+
 def _collect(
     path: Path, found: list[tuple[AdapterSpec, _Projection]]
 ) -> tuple[list[AdapterSpec], dict[str, torch.Tensor]]:
@@ -191,7 +199,7 @@ def _split(one: Factors, model: ModelConfig) -> list[_Projection]:
     """
     if len(one.module.targets) == 1:
         return [_Projection(target=one.module.targets[0], a_RH=one.a_RH, b_OR=one.b_OR, magnitude_O=one.magnitude_O)]
-    rows, lengths_O = find_stored_rows(one.module.targets[0], model), one.magnitude_O
+    rows, lengths_O = find_stored_rows(one.module.targets[0], model, one.module.layer), one.magnitude_O
     blocks = {target: one.b_OR[own_rows] for target, own_rows in rows.items()}
     owners = find_block_owners(list(blocks.values()))
     if owners is None or lengths_O is not None:

@@ -9,6 +9,7 @@ from lora_dist.config import ModelConfig
 from lora_dist.files.hf_experts import MIXTRAL_NAMES, QWEN3_MOE_NAMES
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_gemma3 import GEMMA3_NAMES
+from lora_dist.files.hf_glm4_moe import GLM4_MOE_NAMES
 from lora_dist.files.hf_llama import LLAMA_FAMILIES, LLAMA_NAMES
 from lora_dist.files.hf_neox import NEOX_NAMES
 from lora_dist.files.hf_opt import OPT_NAMES
@@ -27,6 +28,7 @@ FAMILY_NAMES: dict[str, dict[str, str]] = {
     **dict.fromkeys(LLAMA_FAMILIES, LLAMA_NAMES.list_target_names()),
     "mixtral": MIXTRAL_NAMES.list_target_names(),
     "qwen3_moe": QWEN3_MOE_NAMES.list_target_names(),
+    "glm4_moe": GLM4_MOE_NAMES.list_target_names(),
     "gemma3_text": GEMMA3_NAMES.list_target_names(),
     "phi3": PHI3_NAMES.list_target_names(),
     "opt": OPT_NAMES.list_target_names(),
@@ -65,16 +67,16 @@ def is_fused(name: str) -> bool:
     return name.rpartition(".")[2] in ("c_attn", "query_key_value", "qkv_proj", "gate_up_proj")
 
 
-def find_stored_rows(target: str, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Rows of each target in the linear of transformers that has `target`, alone or fused with others.
+def find_stored_rows(target: str, model: ModelConfig, layer: int) -> dict[str, torch.Tensor]:
+    """Rows of each target in the linear of transformers that has a layer's `target`, alone or fused with others.
 
     One target after the other in GPT-2 and Phi-3; in GPT-NeoX q, k and v head by head, as in Megatron.
     """
     if not any(target in fused for fused in model.architecture.fused_targets):
-        return {target: torch.arange(compute_linear_shapes(model)[target][1])}
-    rows = compute_fused_rows(target, model)
+        return {target: torch.arange(compute_linear_shapes(model, layer)[target][1])}
+    rows = compute_fused_rows(target, model, layer)
     assert rows is not None
-    name = f"decoder.layers.0.{LINEAR_OF_TARGET[target]}.weight"
+    name = f"decoder.layers.{layer}.{LINEAR_OF_TARGET[target]}.weight"
     for part in HF_FAMILIES[model.family].find_parts(name, model):
         if part.target is not None:
             rows[part.target] = torch.arange(part.first, part.first + len(rows[part.target]))

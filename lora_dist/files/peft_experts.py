@@ -57,14 +57,14 @@ def _group(specs: Sequence[AdapterSpec], model: ModelConfig) -> Iterator[tuple[E
     for layer, group in layers.items():
         own = {name: [spec for spec in group if spec.target in TARGETS[name]] for name in TARGETS}
         for parameter in list_parameters(layer, [name for name, found in own.items() if found]):
-            rows = find_rows(parameter.name, model)
+            rows = find_rows(parameter, model)
             yield parameter, PeftModule(parameter.full_name, tuple(own[parameter.name]), rows)
 
 
-def find_rows(name: str, model: ModelConfig) -> dict[str, torch.Tensor]:
+def find_rows(parameter: ExpertParameter, model: ModelConfig) -> dict[str, torch.Tensor]:
     """Of each target, in an expert's matrix of the parameter."""
-    shapes, first, rows = compute_mlp_shapes(model), 0, {}
-    for target in TARGETS[name]:
+    shapes, first, rows = compute_mlp_shapes(model, parameter.layer), 0, {}
+    for target in TARGETS[parameter.name]:
         rows[target] = torch.arange(first, first + shapes[target][1])
         first += shapes[target][1]
     return rows
@@ -146,7 +146,8 @@ def split_targets(
 
     gate and up have their own columns where B is made of blocks, else the same A.
     """
-    num_experts, shapes, rows = model.num_experts or 1, compute_mlp_shapes(model), find_rows(parameter.name, model)
+    num_experts, rows = model.num_experts or 1, find_rows(parameter, model)
+    shapes = compute_mlp_shapes(model, parameter.layer)
     a_ERX, b_YRE = _part_rows(a, num_experts), b.unflatten(1, (-1, num_experts))
     blocks = {target: b_YRE[own] for target, own in rows.items()}
     owners = find_block_owners([block.mT.flatten(0, 1) for block in blocks.values()])

@@ -74,8 +74,10 @@ def group_specs(specs: Sequence[AdapterSpec], model: ModelConfig) -> list[PeftMo
     groups: dict[str, list[AdapterSpec]] = defaultdict(list)
     for spec in specs:
         groups[FAMILY_NAMES[model.family][spec.target].format(layer=spec.layer)].append(spec)
-    rows = {target: find_stored_rows(target, model) for target in {spec.target for spec in specs}}
-    return [PeftModule(name, tuple(group), rows[group[0].target]) for name, group in groups.items()]
+    return [
+        PeftModule(name, tuple(group), find_stored_rows(group[0].target, model, group[0].layer))
+        for name, group in groups.items()
+    ]
 
 
 def compute_fused_shapes(specs: Sequence[AdapterSpec], model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -100,7 +100,7 @@ def _take_experts(
 ) -> list[tuple[AdapterSpec, dict[str, torch.Tensor]]]:
     """Take the adapters that target_parameters names out of `tensors`, for every layer that one matches."""
     settings, named, found, matched = path.with_name(_CONFIG), config.get("target_parameters") or [], [], set[str]()
-    for layer in range(model.num_layers if model.num_experts is not None else 0):
+    for layer in filter(model.has_experts, range(model.num_layers)):
         adapted = []
         for name in TARGETS:
             full_name = f".{ExpertParameter(layer, name).full_name}"
@@ -137,7 +137,8 @@ def _take_parameter(
     settings = path.with_name(_CONFIG)
     lora_rank = _find_setting(settings, config, parameter.full_name, "rank_pattern", "r")
     alpha = _find_setting(settings, config, parameter.full_name, "alpha_pattern", "lora_alpha")
-    rows, in_features = find_rows(parameter.name, model), compute_mlp_shapes(model)[TARGETS[parameter.name][0]][0]
+    rows = find_rows(parameter, model)
+    in_features = compute_mlp_shapes(model, parameter.layer)[TARGETS[parameter.name][0]][0]
     stacked_rank = int(lora_rank) * (model.num_experts or 1)
     expected = {"lora_A": (stacked_rank, in_features), "lora_B": (sum(map(len, rows.values())), stacked_rank)}
     pair: dict[str, torch.Tensor] = {}

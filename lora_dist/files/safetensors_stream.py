@@ -78,19 +78,23 @@ class SafetensorsWriter:
     """Writes tensors of known shapes in the announced order, and hashes the file on the way."""
 
     def __init__(
-        self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str]
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, torch.dtype],
+        metadata: Mapping[str, str],
     ) -> None:
-        self._dtype, self._shapes, self._waiting = dtype, dict(shapes), list(shapes)
+        self._dtypes, self._shapes, self._waiting = dtypes, dict(shapes), list(shapes)
         self._sha256 = hashlib.sha256()
         self._file = path.open("xb")
-        self._append(_build_header(shapes, dtype, metadata))
+        self._append(_build_header(shapes, dtypes, metadata))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor, converted to the file's dtype."""
+        """Append the next tensor, converted to its dtype in the file."""
         expected = self._waiting.pop(0)
         assert name == expected, f"{name} is written where {expected} is due"
         assert tuple(tensor.shape) == self._shapes[name], f"{name} is {tuple(tensor.shape)}, not {self._shapes[name]}"
-        flat = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous().flatten()
+        flat = tensor.detach().to(device="cpu", dtype=self._dtypes[name]).contiguous().flatten()
         self._append(flat.view(torch.uint8).numpy().data)
 
     def close(self) -> str:
@@ -111,22 +115,30 @@ class SafetensorsWriter:
 
 @contextmanager
 def open_writer(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str] | None = None
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    metadata: Mapping[str, str] | None = None,
 ) -> Iterator[SafetensorsWriter]:
-    """A writer that is not left open on an error; the caller closes it for its sha256."""
-    writer = SafetensorsWriter(path, shapes, dtype, metadata or {"format": "pt"})
+    """A writer that is not left open on an error; the caller closes it for its sha256. `dtype` is that of all tensors,
+    or each one's.
+    """
+    dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dtype
+    writer = SafetensorsWriter(path, shapes, dtypes, metadata or {"format": "pt"})
     try:
         yield writer
     finally:
         writer.abandon()
 
 
-def _build_header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str]) -> bytes:
+def _build_header(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str]
+) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

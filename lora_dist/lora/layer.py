@@ -199,18 +199,24 @@ def compute_qkv_rows(num_groups: int, num_query_heads_per_group: int, head_dim: 
     }
 
 
-def compute_fused_rows(target: str, model: ModelConfig, tp_size: int = 1) -> dict[str, torch.Tensor] | None:
+def compute_fused_rows(target: str, model: ModelConfig, layer: int, tp_size: int = 1) -> dict[str, torch.Tensor] | None:
     """Rows of each target in a TP rank's shard of the linear that fuses `target` with others; None where none does.
 
     Megatron lays out a gated MLP's shard as all of its gate, then all of its up.
     """
     if target in ("gate_proj", "up_proj") and model.architecture.gated:
-        size = model.ffn_hidden_size // tp_size
-        return {"gate_proj": torch.arange(size), "up_proj": torch.arange(size, 2 * size)}
+        return _split_gated(("gate_proj", "up_proj"), model.find_mlp_size(layer) // tp_size)
+    if target in ("shared_gate_proj", "shared_up_proj"):
+        assert model.shared_ffn_size is not None
+        return _split_gated(("shared_gate_proj", "shared_up_proj"), model.shared_ffn_size // tp_size)
     if target not in ("q_proj", "k_proj", "v_proj"):
         return None
     num_groups = max(model.num_query_groups, tp_size)
     return compute_qkv_rows(num_groups // tp_size, model.num_heads // num_groups, model.head_dim)
+
+
+def _split_gated(targets: tuple[str, str], size: int) -> dict[str, torch.Tensor]:
+    return {target: torch.arange(first, first + size) for target, first in zip(targets, (0, size), strict=True)}
 
 
 @functools.cache

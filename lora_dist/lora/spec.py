@@ -3,7 +3,11 @@
 import math
 from dataclasses import dataclass
 
-CANONICAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CANONICAL_TARGETS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("shared_gate_proj", "shared_up_proj", "shared_down_proj"),
+)
+"""Those with `shared` are of the MLP that every token passes beside the experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +20,7 @@ class AdapterSpec:
     layer: int
     """Zero-based over the whole model."""
     target: str
-    """Canonical name: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj."""
+    """Canonical name, one of CANONICAL_TARGETS."""
     lora_rank: int
     alpha: float
     in_features: int

@@ -19,6 +19,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("linear_fc1", "gate_up_proj"), ("gate_proj", "up_proj")),
     **dict.fromkeys(("mlp.c_proj", "fc2", "w2", "linear_fc2", "dense_4h_to_h"), ("down_proj",)),
     "c_proj": ("o_proj", "down_proj"),
+    **{f"shared_experts.{name}": (f"shared_{name}",) for name in ("gate_proj", "up_proj", "down_proj")},
     **dict.fromkeys(("all-linear", "all"), CANONICAL_TARGETS),
 }
 _ALL = ("all-linear", "all")
@@ -28,28 +29,33 @@ LINEAR_OF_TARGET = {
     "o_proj": "self_attention.linear_proj",
     **dict.fromkeys(("gate_proj", "up_proj"), "mlp.linear_fc1"),
     "down_proj": "mlp.linear_fc2",
+    **dict.fromkeys(("shared_gate_proj", "shared_up_proj"), "mlp.shared_experts.linear_fc1"),
+    "shared_down_proj": "mlp.shared_experts.linear_fc2",
 }
 """Megatron's linear that holds a target, by its name within a layer."""
 _Value = TypeVar("_Value")
 
 
-def compute_linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+def compute_linear_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """(in_features, out_features) of each adaptable linear of a layer; of experts', which are alike, of one."""
     h, q, kv = model.hidden_size, model.query_size, model.kv_size
-    attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
-    return attention | compute_mlp_shapes(model)
+    shapes = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
+    shapes |= compute_mlp_shapes(model, layer)
+    if model.has_experts(layer) and (f := model.shared_ffn_size) is not None:
+        shapes |= {"shared_gate_proj": (h, f), "shared_up_proj": (h, f), "shared_down_proj": (f, h)}
+    return shapes
 
 
-def compute_mlp_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+def compute_mlp_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """(in_features, out_features) of each linear of a layer's MLP, or of each of its experts."""
-    h, f = model.hidden_size, model.ffn_hidden_size
+    h, f = model.hidden_size, model.find_mlp_size(layer)
     gate = {"gate_proj": (h, f)} if model.architecture.gated else {}
     return {**gate, "up_proj": (h, f), "down_proj": (f, h)}
 
 
-def find_num_experts(target: str, model: ModelConfig) -> int | None:
+def find_num_experts(target: str, model: ModelConfig, layer: int) -> int | None:
     """How many experts of a layer have a linear of that name; None where every token passes the one there is."""
-    return model.num_experts if target in compute_mlp_shapes(model) else None
+    return model.num_experts if model.has_experts(layer) and target in compute_mlp_shapes(model, layer) else None
 
 
 def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpec]:
@@ -57,13 +63,15 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
 
     ValueError for a pattern that matches nothing (with what exists) or a layer the model has not.
     """
-    shapes = compute_linear_shapes(model)
+    shapes = [compute_linear_shapes(model, layer) for layer in range(model.num_layers)]
     layers = parse_layers("lora.layers", lora.layers, model.num_layers)
-    sites = [(layer, target) for layer in range(model.num_layers) for target in shapes]
+    sites = [(layer, target) for layer, own in enumerate(shapes) for target in own]
     _check_router(lora, model)
     chosen: set[tuple[int, str]] = set()
     for pattern in lora.target_modules:
-        meant = [site for site in sites if pattern.lower() not in _ALL or find_num_experts(site[1], model) is None]
+        meant = sites
+        if pattern.lower() in _ALL:
+            meant = [(layer, target) for layer, target in sites if find_num_experts(target, model, layer) is None]
         chosen.update(_match("lora.target_modules", pattern, meant))
     adapted = [site for site in sites if site in chosen and site[0] in layers]
     if not adapted:
@@ -76,12 +84,12 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
             target=target,
             lora_rank=lora_ranks.get((layer, target), lora.rank),
             alpha=alphas.get((layer, target), lora.alpha),
-            in_features=shapes[target][0],
-            out_features=shapes[target][1],
+            in_features=shapes[layer][target][0],
+            out_features=shapes[layer][target][1],
             dropout=lora.dropout,
             rank_stabilized=lora.use_rslora,
             use_dora=lora.use_dora,
-            num_experts=find_num_experts(target, model),
+            num_experts=find_num_experts(target, model, layer),
         )
         for layer, target in adapted
     ]

@@ -14,11 +14,14 @@ from lora_dist.lora.targets import LINEAR_OF_TARGET, compute_linear_shapes
 from lora_dist.lora.trained_base import list_trained_base
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.experts import ExpertLinears
-from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
+from lora_dist.mcore.layers import LoraLinear, LoraLocalLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter, find_source
 
-_NORM_BEFORE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
+_NORM_BEFORE = {
+    "self_attention.linear_qkv": "input_layernorm",
+    **dict.fromkeys(("mlp.linear_fc1", "mlp.shared_experts.linear_fc1"), "pre_mlp_layernorm"),
+}
 
 
 def apply_lora(
@@ -33,9 +36,9 @@ def apply_lora(
     trainable: list[TrainableParameter] = []
     for local_name, shard in build_shards(gpt, specs, seed=seed).items():
         gpt.get_submodule(local_name).lora = shard
-        layer_name, part, linear_name = local_name.rsplit(".", 2)
-        if (norm := _NORM_BEFORE.get(f"{part}.{linear_name}")) is not None:
-            gpt.get_submodule(f"{layer_name}.{norm}").keeps_output = True
+        *layer, linear_name = local_name.split(".", 3)  # decoder.layers.N and the rest
+        if (norm := _NORM_BEFORE.get(linear_name)) is not None:
+            gpt.get_submodule(".".join([*layer, norm])).keeps_output = True
         trainable += describe_factors(shard)
     return trainable + enable_base(gpt, list_trained_base(specs, gpt.model, bias, modules))
 
@@ -46,7 +49,7 @@ def build_shards(gpt: ShardedGpt, specs: Sequence[AdapterSpec], *, seed: int) ->
     for (layer, linear_name), group in _group_by_linear(gpt, specs).items():
         local_name = f"decoder.layers.{layer - gpt.first_layer}.{linear_name}"
         linear = gpt.get_submodule(local_name)
-        assert isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear | ExpertLinears)
+        assert isinstance(linear, LoraLinear | ExpertLinears)
         shards[local_name] = _build_shard(gpt, linear, group, seed)
     return shards
 
@@ -67,22 +70,20 @@ def _group_by_linear(gpt: ShardedGpt, specs: Sequence[AdapterSpec]) -> dict[tupl
 
 def _build_shard(
     gpt: ShardedGpt,
-    linear: LoraColumnParallelLinear | LoraRowParallelLinear | ExpertLinears,
+    linear: LoraLinear | ExpertLinears,
     specs: Sequence[AdapterSpec],
     seed: int,
 ) -> LoraShard:
     topology = gpt.topology
-    if isinstance(linear, ExpertLinears):  # what enters them is the whole sequence already
-        kind, sequence_parallel = ExpertShard, False
-        local_out_features = linear.local_out_features
-    else:
-        kind, sequence_parallel = LoraShard, linear.column_parallel and topology.sequence_parallel
-        local_out_features = linear.weight.shape[0]
+    # What enters experts, the shared one too, is the whole sequence already.
+    has_whole_input = isinstance(linear, ExpertLinears | LoraLocalLinear)
+    kind = ExpertShard if isinstance(linear, ExpertLinears) else LoraShard
+    local_out_features = linear.local_out_features if isinstance(linear, ExpertLinears) else linear.weight.shape[0]
     place = ShardPlace(
         column_parallel=linear.column_parallel,
         tp_size=topology.tp_size,
         tp_rank=topology.tp_rank,
-        sequence_parallel=sequence_parallel,
+        sequence_parallel=linear.column_parallel and topology.sequence_parallel and not has_whole_input,
         row_group=None if linear.column_parallel or topology.tp_size == 1 else topology.tp_group,
         tp_ranges=find_shared_ranges(gpt.model, topology.tp_size),
     )
@@ -92,7 +93,7 @@ def _build_shard(
         seed=seed,
         clock=gpt.clock,
         local_out_features=local_out_features,
-        rows=compute_fused_rows(specs[0].target, gpt.model, topology.tp_size),
+        rows=compute_fused_rows(specs[0].target, gpt.model, specs[0].layer, topology.tp_size),
         device=topology.device,
     )
     if shard.use_dora:
@@ -140,14 +141,15 @@ def describe_untrained_lengths(gpt: ShardedGpt) -> list[TrainableParameter]:
         if not shard.use_dora or shard.stacked_rows is None:
             continue
         lengths_O, adapted = shard.compute_base_lengths().cpu(), {spec.target for spec in shard.specs}
-        all_rows = compute_fused_rows(shard.specs[0].target, gpt.model, gpt.topology.tp_size) or {}
+        first, tp_size = shard.specs[0], gpt.topology.tp_size
+        all_rows = compute_fused_rows(first.target, gpt.model, first.layer, tp_size) or {}
         for target, rows in all_rows.items():
             if target not in adapted:
                 described.append(
                     TrainableParameter(
-                        name=f"layers.{shard.specs[0].layer}.{target}.magnitude",
+                        name=f"layers.{first.layer}.{target}.magnitude",
                         parameter=nn.Parameter(lengths_O[rows], requires_grad=False),
-                        full_shape=(compute_linear_shapes(gpt.model)[target][1],),
+                        full_shape=(compute_linear_shapes(gpt.model, first.layer)[target][1],),
                         shard_dim=0,
                         tp_ranges=shard.place.tp_ranges.get(target),
                         tp_partial_grad=False,

@@ -11,10 +11,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lora_dist.base_shapes import CHOICE_OFFSETS
 from lora_dist.config import ModelConfig
 from lora_dist.lora.factors import derive_seed
 from lora_dist.lora.layer import find_shared_ranges
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.mcore.router import Router
 from lora_dist.parameters import TrainableParameter, find_shape
 from lora_dist.quant.weight import QuantizedWeight
 from lora_dist.whole import cut_shard
@@ -40,11 +42,29 @@ _ADDED = ("lora_", "_bottleneck.", "prefix_vectors.")
 
 
 def describe_weights(gpt: ShardedGpt) -> list[TrainableParameter]:
-    """As `describe_base_parameters`, but experts' weights one by one: how files and the seeded start have them.
+    """As `describe_base_parameters`, but experts' weights one by one and with what no method trains: how files and the
+    seeded start have them.
 
     To be filled and read, not to be trained: an expert's parameter is a part of its layer's.
     """
-    return [weight for one in describe_base_parameters(gpt) for weight in _split_experts(one)]
+    weights = [weight for one in describe_base_parameters(gpt) for weight in _split_experts(one)]
+    return weights + _describe_offsets(gpt)
+
+
+def _describe_offsets(gpt: ShardedGpt) -> list[TrainableParameter]:
+    return [
+        TrainableParameter(
+            name=canonical_name(gpt, f"{local_name}.{CHOICE_OFFSETS.rpartition('.')[2]}"),
+            parameter=nn.Parameter(module.choice_offsets_E, requires_grad=False),
+            full_shape=tuple(module.choice_offsets_E.shape),
+            shard_dim=None,
+            tp_partial_grad=False,
+            kind="constant",
+            kept_dtype=torch.float32,
+        )
+        for local_name, module in gpt.named_modules()
+        if isinstance(module, Router) and module.choice_offsets_E is not None
+    ]
 
 
 def _split_experts(one: TrainableParameter) -> list[TrainableParameter]:
@@ -178,7 +198,7 @@ def _initialize(
     value: torch.Tensor, described: TrainableParameter, gpt: ShardedGpt, model: ModelConfig, seed: int
 ) -> None:
     name = described.name
-    if name.endswith("bias"):
+    if name.endswith(("bias", CHOICE_OFFSETS)):
         value.zero_()
     elif "layernorm" in name:
         value.fill_(0.0 if model.architecture.unit_norms else 1.0)

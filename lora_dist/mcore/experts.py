@@ -1,4 +1,4 @@
-"""The MLP of a layer as several experts, of which a router picks some for each token: frozen or trained, TP-sharded.
+"""The MLP of a layer as several experts, each token's own and one for all of them: frozen or trained, TP-sharded.
 
 Every TP rank holds a slice of every expert, so that the ranks' work is the same whatever the router picks, and what
 they communicate is what a dense MLP's would be. Shapes: S sequence, B rows, H hidden, E experts, C experts of a token,
@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -25,7 +24,10 @@ from lora_dist.lora.experts import ExpertAdapter, ExpertShard, Factors
 from lora_dist.lora.function import BaseWeight
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.row_groups import GROUPED_MULTIPLE, ExpertWeights, can_group, split_weights
+from lora_dist.mcore.layers import allocate
 from lora_dist.mcore.mixing import mix_experts
+from lora_dist.mcore.router import Router
+from lora_dist.mcore.shared_expert import SharedExpert
 from lora_dist.quant.weight import QuantizedWeight
 
 
@@ -37,10 +39,11 @@ class ExpertMlp(nn.Module):
         self.config = config
         # DeepSpeed's ZeRO 3 gathers what is below this module with it: the linears' own forward is never called.
         self._z3_leaf = True
-        self.router = _Router(config)
-        size = config.ffn_hidden_size // config.tensor_model_parallel_size
+        self.router = Router(config)
+        size = config.model.ffn_hidden_size // config.tensor_model_parallel_size
         self.linear_fc1 = ExpertLinears(config, 2 * size, config.hidden_size, column_parallel=True)
         self.linear_fc2 = ExpertLinears(config, config.hidden_size, size, column_parallel=False)
+        self.shared_experts = None if config.model.shared_ffn_size is None else SharedExpert(config)
         self.choose_products(on_gpu=self.router.weight.device.type == "cuda")
 
     def choose_products(self, *, on_gpu: bool) -> None:
@@ -63,7 +66,10 @@ class ExpertMlp(nn.Module):
             *(one.stack_factors(tokens_TH.dtype, multiple_of) for one in linears),
             grouped=self.grouped,
         )
-        return self._leave(output_TH.view_as(hidden_SBH)), None
+        partial_SBH = output_TH.view_as(hidden_SBH)
+        if self.shared_experts is not None:
+            partial_SBH = partial_SBH + self.shared_experts(hidden_SBH)
+        return self._leave(partial_SBH), None
 
     def _enter(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """The whole sequence; backward sums what the ranks' slices of the experts make of its gradient."""
@@ -77,24 +83,6 @@ class ExpertMlp(nn.Module):
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(partial_SBH, group=group)
         return reduce_from_tensor_model_parallel_region(partial_SBH, group=group)
-
-
-class _Router(nn.Module):
-    """Whole on every TP rank, which all pick the same; the gradient of its weight is one rank's summand."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.model = config.model
-        self.weight = nn.Parameter(_allocate(self.model.num_experts, config.hidden_size, config=config))
-
-    def forward(self, tokens_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """How much of each picked expert's output counts, and which ones they are: both [T, C]."""
-        logits_TE = F.linear(tokens_TH, self.weight)
-        shares_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
-        weights_TC, choices_TC = shares_TE.topk(self.model.experts_per_token, dim=-1)
-        if self.model.normalize_expert_weights:
-            weights_TC = weights_TC / weights_TC.sum(-1, keepdim=True)
-        return weights_TC.to(tokens_TH.dtype), choices_TC
 
 
 class ExpertLinears(nn.Module):
@@ -111,7 +99,7 @@ class ExpertLinears(nn.Module):
         num_experts, base_format = config.model.num_experts, config.model.base_format
         self.weight: ExpertWeights
         if base_format == "native":
-            self.weight = nn.Parameter(_allocate(num_experts, out_features, in_features, config=config))
+            self.weight = nn.Parameter(allocate(num_experts, out_features, in_features, config=config))
         else:
             shape = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
             device = torch.cuda.current_device()
@@ -150,8 +138,3 @@ def list_weights(linear: nn.Module) -> Iterator[tuple[int | None, BaseWeight]]:
         yield from enumerate(split_weights(linear.weight))
     else:
         yield None, cast(BaseWeight, linear.weight)
-
-
-def _allocate(*sizes: int, config: TransformerConfig) -> torch.Tensor:
-    """Where Megatron puts its own linears' weights."""
-    return torch.empty(*sizes, dtype=config.params_dtype, device=torch.cuda.current_device())

@@ -1,7 +1,7 @@
 """Hugging Face weights into Megatron shards and back, one tensor at a time."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter
 from lora_dist.whole import (
     ReadState,
+    WholeName,
     iterate_model,
     list_whole,
     read_by_expert,
@@ -68,7 +69,7 @@ def load_hf_checkpoint(gpt: ShardedGpt, directory: str | Path) -> None:
 def _load_rows(gpt: ShardedGpt, value: torch.Tensor, part: HfPart, reader: HfReader) -> None:
     """This rank's share of one target, to its rows of the fused parameter."""
     assert part.target is not None
-    rows = compute_fused_rows(part.target, gpt.model, gpt.topology.tp_size)
+    rows = compute_fused_rows(part.target, gpt.model, part.layer, gpt.topology.tp_size)
     assert rows is not None
     local_rows, tp_rank = rows[part.target], gpt.topology.tp_rank
     size = len(local_rows)
@@ -117,14 +118,26 @@ def write_hf_checkpoint(
     shapes = family.compute_shapes(model)
     names = dict.fromkeys(part.name for entry in entries for part in family.find_parts(entry.name, model))
     files = plan_files({name: shapes[name] for name in names}, max_shard_bytes, dtype.itemsize)
-    stream = iterate_model(entries, trainable, topology, read_by_expert(read), dtype)
+    dtypes = dict.fromkeys(names, dtype) | _find_kept_dtypes(entries, model)
+
+    def read_all(one: TrainableParameter) -> Mapping[str, torch.Tensor]:
+        return read_value(one) if one.kind == "constant" else read(one)
+
+    stream = iterate_model(entries, trainable, topology, read_by_expert(read_all), dtype)
 
     def write() -> None:
         with open_new_directory(Path(directory)) as temporary:
-            _write_weights(temporary, files, stream, dtype, model)
+            _write_weights(temporary, files, stream, dtypes, model)
             _write_config(temporary, model, dtype)
 
     write_together(write if topology.global_rank == 0 else None, stream)
+
+
+def _find_kept_dtypes(entries: Sequence[WholeName], model: ModelConfig) -> dict[str, torch.dtype]:
+    """By stored name, of what is written in a dtype of its own."""
+    find_parts = HF_FAMILIES[model.family].find_parts
+    kept = [(entry.name, entry.kept_dtype) for entry in entries if entry.kept_dtype is not None]
+    return {part.name: dtype for name, dtype in kept for part in find_parts(name, model)}
 
 
 def plan_files(
@@ -149,23 +162,22 @@ def _write_weights(
     directory: Path,
     files: Mapping[str, Mapping[str, tuple[int, ...]]],
     stream: Iterator[tuple[str, torch.Tensor | None]],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     model: ModelConfig,
 ) -> None:
     prefix, tensors = HF_FAMILIES[model.family].prefix, _split_stream(stream, model)
     for file_name, shapes in files.items():
         stored = {prefix + name: shape for name, shape in shapes.items()}
-        with open_writer(directory / file_name, stored, dtype) as writer:
+        own_dtypes = {prefix + name: dtypes[name] for name in shapes}
+        with open_writer(directory / file_name, stored, own_dtypes) as writer:
             for _ in shapes:
                 name, tensor = next(tensors)
                 writer.write(prefix + name, tensor)
             writer.close()
     if len(files) > 1:
         weight_map = {prefix + name: file_name for file_name, shapes in files.items() for name in shapes}
-        num_elements = sum(prod(shape) for shapes in files.values() for shape in shapes.values())
-        write_json(
-            directory / INDEX, {"metadata": {"total_size": num_elements * dtype.itemsize}, "weight_map": weight_map}
-        )
+        sizes = [prod(shape) * dtypes[name].itemsize for shapes in files.values() for name, shape in shapes.items()]
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
 
 
 def _split_stream(
@@ -184,7 +196,7 @@ def _write_config(directory: Path, model: ModelConfig, dtype: torch.dtype) -> No
     config = family.describe(model) if source is None else read_json(source / CONFIG)
     config.pop("torch_dtype", None)  # an older name of dtype
     decided = {"architectures": [family.architecture], "dtype": str(dtype).removeprefix("torch.")}
-    write_json(directory / CONFIG, config | decided)
+    write_json(directory / CONFIG, config | decided | dict(family.without_extra))
     tokenizer = source if model.tokenizer is None else Path(model.tokenizer)
     for name in TOKENIZER_FILES:
         if tokenizer is not None and (tokenizer / name).is_file():

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
 
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.function import NO_COMMUNICATION, BaseWeight, ShardCommunication, frozen_linear
@@ -19,7 +20,12 @@ from lora_dist.mcore.norm import UnitRmsNorm
 from lora_dist.quant.weight import build_quantized_weight
 
 
-def _replace_weight(linear: "LoraColumnParallelLinear | LoraRowParallelLinear") -> None:
+def allocate(*sizes: int, config: TransformerConfig) -> torch.Tensor:
+    """Where Megatron puts its own linears' weights."""
+    return torch.empty(*sizes, dtype=config.params_dtype, device=torch.cuda.current_device())
+
+
+def _replace_weight(linear: "LoraColumnParallelLinear | LoraRowParallelLinear | LoraLocalLinear") -> None:
     """A quantised weight in place of the one just allocated, where the model's base_format says so."""
     base_format = linear.config.model.base_format
     if base_format != "native":
@@ -88,6 +94,27 @@ class LoraRowParallelLinear(RowParallelLinear):
         if self.lora is None and isinstance(weight, torch.Tensor):
             return F.linear(input, weight, bias)
         return (self.lora or frozen_linear)(input, weight, bias, NO_COMMUNICATION)
+
+
+class LoraLocalLinear(nn.Module):
+    """A shard of a linear without bias whose input and output others bring from and to the ranks."""
+
+    def __init__(
+        self, config: TransformerConfig, out_features: int, in_features: int, *, column_parallel: bool
+    ) -> None:
+        super().__init__()
+        self.config, self.column_parallel = config, column_parallel
+        self.weight = nn.Parameter(allocate(out_features, in_features, config=config))
+        _replace_weight(self)
+        self.lora: LoraShard | MixedLoraShard | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.lora is None and isinstance(self.weight, torch.Tensor):
+            return F.linear(input, self.weight)
+        return (self.lora or frozen_linear)(input, self.weight, None, NO_COMMUNICATION)
+
+
+LoraLinear = LoraColumnParallelLinear | LoraRowParallelLinear | LoraLocalLinear
 
 
 class Layer(TransformerLayer):

@@ -13,7 +13,7 @@ from lora_dist.lora.spec import AdapterSpec
 from lora_dist.mcore.adapters import build_shards, describe_factors
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.experts import WeightPlace, split_by_expert
-from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
+from lora_dist.mcore.layers import LoraLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter, find_source
 from lora_dist.quant.weight import find_quantized
@@ -75,7 +75,7 @@ def attach_adapters(gpt: ShardedGpt, adapters: Sequence[LoadedAdapter]) -> None:
             )
     adapted = {name for adapter in adapters for name in adapter.shards}
     for name, linear in gpt.named_modules():
-        if isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear):
+        if isinstance(linear, LoraLinear):
             shards = [adapter.shards.get(name) for adapter in adapters]
             linear.lora = MixedLoraShard(shards, gpt.clock) if name in adapted else None
 

@@ -15,9 +15,12 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
+from lora_dist.base_shapes import list_stage_layers
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention, compute_attention_bias
@@ -149,7 +152,7 @@ def build_model(
     config.model = model  # Megatron hands its configuration to each module it makes
     gpt = ShardedGpt(
         config=config,
-        transformer_layer_spec=_build_block_spec(model, model.num_layers // topology.pp_size),
+        transformer_layer_spec=_build_block_spec(model, topology),
         vocab_size=compute_padded_vocab_size(model.vocab_size, topology.tp_size),
         max_sequence_length=model.max_position_embeddings + model.architecture.position_offset,
         pre_process=topology.is_first_stage,
@@ -200,13 +203,13 @@ def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: tor
         num_attention_heads=model.num_heads,
         num_query_groups=max(model.num_query_groups, topology.tp_size),  # each rank a head, if one that others have too
         kv_channels=model.head_dim,
-        ffn_hidden_size=model.ffn_hidden_size,
+        ffn_hidden_size=model.find_mlp_size(0),  # of Megatron's own MLP, which layers without experts have
         layernorm_epsilon=model.layernorm_epsilon,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         softmax_scale=model.attention_scale,
         normalization="RMSNorm" if architecture.rms_norm else "LayerNorm",
-        qk_layernorm=architecture.qk_norm,
+        qk_layernorm=model.has_qk_norm,
         add_bias_linear=architecture.linear_biases,
         add_qkv_bias=architecture.qkv_biases,
         gated_linear_unit=architecture.gated,
@@ -227,7 +230,19 @@ def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: tor
     )
 
 
-def _build_block_spec(model: ModelConfig, num_stage_layers: int) -> TransformerBlockSubmodules:
+def _build_block_spec(model: ModelConfig, topology: Topology) -> TransformerBlockSubmodules:
+    layers = list_stage_layers(model, topology.pp_rank, topology.pp_size)
+    specs = [_build_layer_spec(model, layer) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_find_norm(model))
+
+
+def _find_norm(model: ModelConfig) -> type[nn.Module]:
+    if model.architecture.unit_norms:
+        return UnitRmsNorm
+    return RmsNorm if model.architecture.rms_norm else Norm
+
+
+def _build_layer_spec(model: ModelConfig, number: int) -> ModuleSpec:
     spec, architecture = get_gpt_layer_local_spec(), model.architecture
     spec.module = Layer
     if model.has_parallel_residual:
@@ -236,17 +251,17 @@ def _build_block_spec(model: ModelConfig, num_stage_layers: int) -> TransformerB
         spec.module = NormedLayer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     mlp = layer.mlp.submodules
-    norm = UnitRmsNorm if architecture.unit_norms else RmsNorm if architecture.rms_norm else Norm
+    norm = _find_norm(model)
     layer.input_layernorm = layer.pre_mlp_layernorm = norm
     attention.core_attention = SdpaAttention
     attention.linear_qkv = mlp.linear_fc1 = LoraColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = LoraRowParallelLinear
-    if architecture.experts:
+    if model.has_experts(number):
         layer.mlp = ExpertMlp
     elif architecture.gated:
         mlp.activation_func = GeGlu if architecture.gate_activation == "gelu_tanh" else SwiGlu
     if architecture.rotary:
         layer.self_attention.module = NormedSelfAttention if architecture.output_norms else RotarySelfAttention
-    if architecture.qk_norm:
+    if model.has_qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_stage_layers, layer_norm=norm)
+    return spec

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lora_dist.lora.experts import ExpertAdapter
 from lora_dist.lora.layer import LoraShard
 from lora_dist.mcore.experts import ExpertLinears, list_weights, split_by_expert
-from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear
+from lora_dist.mcore.layers import LoraLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.quant.weight import build_quantized_weight
 
@@ -42,7 +42,7 @@ def apply_rounding(gpt: ShardedGpt, base_format: str, shards: Mapping[str, LoraS
     """
     error, adapters = RoundingError(), split_by_expert(shards or {})
     for name, linear in gpt.named_modules():
-        if not isinstance(linear, LoraColumnParallelLinear | LoraRowParallelLinear | ExpertLinears):
+        if not isinstance(linear, LoraLinear | ExpertLinears):
             continue
         for expert, weight in list_weights(linear):
             assert isinstance(weight, torch.Tensor), "only a native base is rounded"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lora_dist.base_shapes import count_parameters
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import LORA_METHODS, RunConfig, compute_num_microbatches
 from lora_dist.files.directories import drop_infinite
@@ -204,7 +205,7 @@ def _combine(config: RunConfig, topology: Topology, records: Sequence[_ProcessRe
         "method": config.method,
         "model": config.model.name,
         "setup": setup,
-        "num_base_parameters": config.model.num_parameters,
+        "num_base_parameters": count_parameters(config.model),
         "num_trainable_parameters": sum(whole_parameters.values()),
         "optimizer_state_bytes": sum(record.optimizer_state.state_bytes for record in records),
         "optimizer_state_bytes_per_process": max(record.optimizer_state.state_bytes for record in records),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from lora_dist.base_shapes import compute_canonical_shapes
+from lora_dist.base_shapes import compute_canonical_shapes, count_parameters
 from lora_dist.bottleneck.spec import build_bottleneck_specs
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import ModelConfig, RunConfig
@@ -17,7 +17,7 @@ from lora_dist.prefix_config import LORA_PREFIX_METHODS, PREFIX_METHODS
 def count_trainable(config: RunConfig) -> int:
     """Of the whole model, each parameter once."""
     if config.method == "full":
-        return config.model.num_parameters
+        return count_parameters(config.model)
     if config.method == "bitfit":
         return count_biases(config.model)
     if config.method in BOTTLENECK_METHODS:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lora_dist.base_shapes import count_parameters
 from lora_dist.config import LoopConfig, RunConfig, compute_num_microbatches
 from lora_dist.files.peft_layout import compute_peft_shapes
 from lora_dist.lora.pissa import double_ranks
@@ -150,9 +151,9 @@ def compute_step_seconds(processes: Sequence[ProcessPlan], pp_size: int) -> floa
 
 def compute_checkpoint_bytes(config: RunConfig, specs: Sequence[AdapterSpec]) -> dict[str, int]:
     """What a run of the job writes. The factors alone are the paper's measure of a checkpoint."""
-    model_bytes = config.model.num_parameters * ITEM_BYTES[config.dtype]
+    model_bytes = count_parameters(config.model) * ITEM_BYTES[config.dtype]
     if config.method == "full":
-        return {"model": model_bytes, "resume state": 12 * config.model.num_parameters}
+        return {"model": model_bytes, "resume state": 12 * count_parameters(config.model)}
     if config.method != "lora":
         num_trainable = count_trainable(config)
         return {"adapter fp32": 4 * num_trainable, "resume state": 12 * num_trainable, "base model": model_bytes}

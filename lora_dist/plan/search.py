@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import gcd, prod
+from math import gcd
 
 from lora_dist.base_format import check_blocks
-from lora_dist.base_shapes import compute_canonical_shapes
+from lora_dist.base_shapes import compute_layer_shapes, count_elements, list_stage_layers
 from lora_dist.config import ModelConfig, RunConfig
 from lora_dist.mcore.base_parameters import find_shard_dim
 from lora_dist.mcore.model import compute_padded_vocab_size
@@ -69,7 +69,7 @@ def list_candidates(config: RunConfig) -> list[Candidate]:
     num_gpus, model = config.plan.num_gpus, config.model
     found = []
     num_groups = model.num_query_groups
-    for tp_size in _list_divisors(gcd(model.num_heads, model.ffn_hidden_size), num_gpus):
+    for tp_size in _list_divisors(gcd(model.num_heads, *model.mlp_sizes), num_gpus):
         if num_groups % tp_size and tp_size % num_groups:
             continue
         for pp_size in _list_divisors(model.num_layers, num_gpus // tp_size):
@@ -100,7 +100,7 @@ def _refuse_unexecuted(config: RunConfig, one: Candidate) -> Candidate:
         return replace(one, reason=reason)
     try:
         model = config.model
-        check_blocks(model.base_format, model.query_size, model.ffn_hidden_size, tp_size=one.tp_size)
+        check_blocks(model.base_format, model.query_size, *model.mlp_sizes, tp_size=one.tp_size)
     except ValueError as refusal:
         return replace(one, reason=str(refusal))
     weight_bytes = compute_weight_bytes(config.model, config.dtype, tp_size=one.tp_size, pp_size=one.pp_size)
@@ -112,18 +112,27 @@ def _refuse_unexecuted(config: RunConfig, one: Candidate) -> Candidate:
 
 def compute_weight_bytes(model: ModelConfig, dtype: str, *, tp_size: int, pp_size: int) -> int:
     """Of the fullest stage's base shard; exact."""
-    shapes = compute_canonical_shapes(model)
-    vocab = compute_padded_vocab_size(model.vocab_size, tp_size) // tp_size * model.hidden_size
+    h, kind = model.hidden_size, model.architecture
+    vocab = compute_padded_vocab_size(model.vocab_size, tp_size) // tp_size * h
+    num_positions = 0 if kind.rotary else model.max_position_embeddings + kind.position_offset
+    first, last = vocab + num_positions * h, vocab + h * (1 if kind.rms_norm else 2)
+    if pp_size == 1:
+        first += last - (vocab if model.tied_output else 0)
+    stage_bytes = []
+    for pp_rank in range(pp_size):
+        layers = list_stage_layers(model, pp_rank, pp_size)
+        ends = first if pp_rank == 0 else last if pp_rank == pp_size - 1 else 0
+        native = ITEM_BYTES[dtype] * (sum(_count_shard(model, layer, tp_size) for layer in layers) + ends)
+        stage_bytes.append(native - compute_format_savings(model, ITEM_BYTES[dtype], tp_size, layers))
+    return max(stage_bytes)
 
-    def count(prefix: str) -> int:
-        names = [name for name in shapes if name.startswith(prefix)]
-        return sum(prod(shapes[name]) // (1 if find_shard_dim(name) is None else tp_size) for name in names)
 
-    layers = model.num_layers // pp_size * count("decoder.layers.0.")
-    first, last = vocab + count("embedding.position_embeddings."), vocab + count("decoder.final_layernorm.")
-    whole = first + last - (vocab if model.tied_output else 0)
-    native = ITEM_BYTES[dtype] * (layers + (whole if pp_size == 1 else max(first, last)))
-    return native - compute_format_savings(model, ITEM_BYTES[dtype], tp_size, pp_size)
+def _count_shard(model: ModelConfig, layer: int, tp_size: int) -> int:
+    """Parameters of a layer that a TP rank has."""
+    shapes = compute_layer_shapes(model, layer)
+    whole = {name: shape for name, shape in shapes.items() if find_shard_dim(name) is None}
+    split = {name: shape for name, shape in shapes.items() if name not in whole}
+    return count_elements(whole) + count_elements(split) // tp_size
 
 
 def _try_all(config: RunConfig, candidates: Sequence[Candidate], recompute: str) -> list[Candidate]:

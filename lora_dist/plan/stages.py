@@ -10,7 +10,7 @@ from lora_dist.lora.targets import build_adapter_specs
 def group_stages(config: RunConfig, *, with_first: bool = False) -> list[tuple[int, ...]]:
     """pp_ranks of each kind, in order; the first of them holds the most microbatches.
 
-    Alike are stages between the first and the last one whose layers have the same adapters and attention. `with_first`
+    Alike are stages between the first and the last one whose layers have the same parts and adapters. `with_first`
     takes the first one for one of them, though it has the embedding as well.
     """
     pp_size = config.topology.pp_size
@@ -28,4 +28,7 @@ def _describe_layers(config: RunConfig) -> tuple[Hashable, ...]:
     model, adapters = config.model, defaultdict(list)
     for spec in build_adapter_specs(config.lora, model) if config.method in LORA_METHODS else []:
         adapters[spec.layer].append((spec.target, spec.lora_rank))
-    return tuple((tuple(adapters[layer]), model.sees_window(layer)) for layer in range(model.num_layers))
+    return tuple(
+        (tuple(adapters[layer]), model.sees_window(layer), model.has_experts(layer))
+        for layer in range(model.num_layers)
+    )

@@ -7,12 +7,13 @@ import torch
 from family_toy import FAMILIES, build_family_model, name_as_stored, read_family_config, write_family_checkpoint
 from hf_toy import build_shard, draw_tokens
 from processes import run_distributed
-from toy import SEVEN_TARGETS, Case, compute_gradients, merge_results, reduce_gradients
+from toy import Case, compute_gradients, merge_results, reduce_gradients
 
 from lora_dist.batch import Batch
 from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import split_to_hf
+from lora_dist.lora.spec import CANONICAL_TARGETS
 from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.hf_weights import load_hf_checkpoint
@@ -56,6 +57,21 @@ MODELS = {
         normalize_expert_weights=False,
         tied_output=True,
     ),
+    "glm4_moe": build_toy(
+        "glm4_moe",
+        num_kv_heads=4,
+        rotary_fraction=0.5,
+        qk_norm=True,
+        ffn_hidden_size=12,
+        num_experts=8,
+        experts_per_token=3,
+        num_expert_groups=4,
+        groups_per_token=2,
+        expert_weight_scale=1.7,
+        shared_ffn_size=24,
+        num_dense_layers=1,
+        dense_ffn_size=40,
+    ),
     "phi3": build_toy("phi3", num_kv_heads=4, rotary_fraction=0.5, sliding_window=12),
     "opt": build_toy("opt"),
     "gpt_neox": build_toy("gpt_neox", tied_output=False, rotary_fraction=0.5),
@@ -67,7 +83,8 @@ def run_case(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def build_case_of(name: str, method: str, **options: object) -> Case:
-    targets = [target for target in SEVEN_TARGETS if target in compute_linear_shapes(MODELS[name])]
+    there = {target for layer in range(4) for target in compute_linear_shapes(MODELS[name], layer)}
+    targets = [target for target in CANONICAL_TARGETS if target in there]
     lora = LoraConfig(rank=3, target_modules=targets)
     return Case(model=MODELS[name], method=method, lora=lora, **options)  # type: ignore[arg-type]
 
@@ -78,7 +95,7 @@ CASES = [
     ("qwen2", "full", TOPOLOGIES[1:4:2]),
     *(("gemma3_text", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
     *(("mixtral", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
-    *(("qwen3_moe", method, TOPOLOGIES) for method in ("lora", "full")),
+    *((name, method, TOPOLOGIES) for name in ("qwen3_moe", "glm4_moe") for method in ("lora", "full")),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
     *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),

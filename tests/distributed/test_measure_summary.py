@@ -9,6 +9,7 @@ from hf_toy import build_run_config
 from processes import run_distributed
 from toy import ALL_TARGETS, MODEL, Case, build_batches, build_case
 
+from lora_dist.base_shapes import count_parameters
 from lora_dist.config import LoopConfig, LoraConfig, RunConfig, TopologyConfig
 from lora_dist.engine import Engine
 from lora_dist.lora.targets import build_adapter_specs
@@ -101,7 +102,7 @@ def test_summary_of_a_run(case: Case, run_dir: Path) -> None:
     assert all(other == summary for other, _ in results)
     assert Summary.read(run_dir / SUMMARY_FILE) == summary
     adapters = sum(spec.num_parameters for spec in build_adapter_specs(LORA, MODEL))
-    assert summary.num_trainable_parameters == (adapters if case.method == "lora" else MODEL.num_parameters)
+    assert summary.num_trainable_parameters == (adapters if case.method == "lora" else count_parameters(MODEL))
     assert summary.checkpoint_bytes == 1000
     assert 12 * summary.num_trainable_parameters <= summary.optimizer_state_bytes
     assert summary.throughput.step_time_ms.median > 50 * (case.world_size - 1)

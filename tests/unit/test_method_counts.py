@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lora_dist.base_shapes import count_parameters
 from lora_dist.bottleneck.layer import Bottleneck
 from lora_dist.bottleneck.spec import build_bottleneck_specs
 from lora_dist.bottleneck_config import BottleneckConfig
@@ -28,7 +29,7 @@ def test_bitfit() -> None:
 
 def test_lora_and_full() -> None:
     assert count("model=gpt3_175b", "method=lora") == 18_874_368
-    assert count("model=gpt3_175b", "method=full") == compose_config(["model=gpt3_175b"]).model.num_parameters
+    assert count("model=gpt3_175b", "method=full") == count_parameters(compose_config(["model=gpt3_175b"]).model)
 
 
 def compute_formula(num_bottlenecks: int, h: int, r: int, num_norms: int) -> int:
