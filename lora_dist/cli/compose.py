@@ -61,7 +61,9 @@ def _shrink(composed: DictConfig) -> None:
     for node, keys, most in (
         (composed.topology, ("tp_size", "pp_size", "dp_size"), 2),
         (composed.model, ("num_experts",), 4),
-        (composed.model, ("experts_per_token",), 2),
+        (composed.model, ("experts_per_token", "num_expert_groups"), 2),
+        (composed.model, ("groups_per_token", "num_dense_layers"), 1),
+        (composed.model, ("shared_ffn_size", "dense_ffn_size"), 256),
     ):
         for key in keys:
             node[key] = node[key] and min(node[key], most)

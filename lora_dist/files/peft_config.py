@@ -17,7 +17,8 @@ def describe_peft_config(
     modules_to_save: Sequence[str] = (),
     parameters: Mapping[str, tuple[int, float]] | None = None,
 ) -> dict[str, Any]:
-    """`modules` are the adapted linears' ranks and alphas by full name, `parameters` those of experts.
+    """`modules` are the adapted linears' ranks and alphas by full name, `parameters` those of what PEFT adapts as
+    parameters, without dropout.
 
     The commonest of the ranks and alphas are the defaults, the others are patterns on full names.
     """
@@ -31,7 +32,7 @@ def describe_peft_config(
         "fan_in_fan_out": fan_in_fan_out,
         "r": lora_rank,
         "lora_alpha": alpha,
-        "lora_dropout": first.dropout,
+        "lora_dropout": 0.0 if parameters else first.dropout,
         "use_rslora": first.rank_stabilized,
         "bias": bias,
         **({"use_dora": True} if first.use_dora else {}),

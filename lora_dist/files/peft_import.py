@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import read_json
 from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, build_imported, drop_keys
+from lora_dist.files.modules import FAMILY_NAMES
 from lora_dist.files.peft_experts import TARGETS, ExpertParameter, find_rows, list_parameters, split_targets
 from lora_dist.files.peft_modules import read_peft_modules, take_modules
 from lora_dist.files.safetensors_stream import read_header
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import compute_mlp_shapes
+from lora_dist.lora.targets import compute_linear_shapes, compute_mlp_shapes, find_num_experts
 
 _CONFIG, _WEIGHTS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _UNSUPPORTED = (
@@ -112,9 +113,19 @@ def _take_experts(
     for one in sorted(set(named) - matched):
         if f".{one}".endswith(_ROUTER) and model.num_experts is not None:
             _check_router(path, tensors)
-        else:
+        elif not any(f".{name}.weight".endswith(f".{one}") for name in _list_linears(model)):
             raise ValueError(f"{settings}: target_parameters: {model.name} has no {one} to adapt")
     return found
+
+
+def _list_linears(model: ModelConfig) -> list[str]:
+    """Full names in transformers of those that can be adapted, experts' ones left out."""
+    return [
+        FAMILY_NAMES[model.family][target].format(layer=layer)
+        for layer in range(model.num_layers)
+        for target in compute_linear_shapes(model, layer)
+        if find_num_experts(target, model, layer) is None
+    ]
 
 
 def _check_router(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -179,11 +190,13 @@ def _pair(path: Path, name: str, pair: Mapping[str, torch.Tensor], config: Mappi
         raise ValueError(f"{path}: {key}.{missing[0]}{suffix} is missing")
     if extra := sorted(pair.keys() - wanted):
         raise ValueError(f"{path}: {key}.{extra[0]} is there, but {_CONFIG} says use_dora={config.get('use_dora')}")
-    lora_rank = _find_setting(path.with_name(_CONFIG), config, name, "rank_pattern", "r")
+    named = config.get("target_parameters") or []
+    full_name = f"{name}.weight" if any(f".{name}.weight".endswith(f".{one}") for one in named) else name
+    lora_rank = _find_setting(path.with_name(_CONFIG), config, full_name, "rank_pattern", "r")
     if pair["lora_A"].shape[0] != lora_rank:
         found = tuple(pair["lora_A"].shape)
         raise ValueError(f"{path}: {key}.lora_A.weight has shape {found}, {_CONFIG} says rank {lora_rank}")
-    alpha = _find_setting(path.with_name(_CONFIG), config, name, "alpha_pattern", "lora_alpha")
+    alpha = _find_setting(path.with_name(_CONFIG), config, full_name, "alpha_pattern", "lora_alpha")
     factors = build_factors(path, name, f"{key}.lora_A.weight", pair["lora_A"], pair["lora_B"], alpha)
     return replace(factors, magnitude_O=pair.get("lora_magnitude_vector"))
 

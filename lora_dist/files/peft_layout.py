@@ -29,6 +29,7 @@ from lora_dist.files.peft_fused import (
 from lora_dist.files.peft_modules import name_peft_modules
 from lora_dist.files.peft_split import compute_split_keys, describe_split_modules
 from lora_dist.lora.spec import AdapterSpec
+from lora_dist.lora.targets import is_mlp_beside_experts
 
 
 def to_peft_files(
@@ -46,6 +47,13 @@ def to_peft_files(
         names = FAMILY_NAMES[model.family]
         tensors = {key: values[name] for name, key in compute_split_keys(plain, names).items()}
         adapted = describe_split_modules(plain, names)
+    # PEFT takes a linear of such a name for the experts' own, so it is given the name of its weight.
+    beside = {
+        FAMILY_NAMES[model.family][spec.target].format(layer=spec.layer)
+        for spec in plain
+        if is_mlp_beside_experts(spec, model)
+    }
+    parameters = {f"{name}.weight": adapted.pop(name) for name in list(adapted) if name in beside}
     tensors |= to_peft_experts(values, of_experts, model)
     tensors |= to_peft_base(values, specs, model, bias, modules)
     config = describe_peft_config(
@@ -55,7 +63,7 @@ def to_peft_files(
         base_name=model.checkpoint,
         fan_in_fan_out=model.family == "gpt2",
         modules_to_save=name_peft_modules(modules, model),
-        parameters=describe_parameters(of_experts, model),
+        parameters=parameters | describe_parameters(of_experts, model),
     )
     return {key: tensors[key] for key in sorted(tensors)}, config  # the order in which PEFT writes them
 

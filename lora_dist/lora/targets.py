@@ -94,6 +94,7 @@ def build_adapter_specs(lora: LoraConfig, model: ModelConfig) -> list[AdapterSpe
         for layer, target in adapted
     ]
     _check_experts(specs, lora)
+    _check_dora(specs, lora, model)
     if lora.init == "pissa":
         _check_has_principal_parts(specs)
     return specs
@@ -122,6 +123,20 @@ def _check_experts(specs: Iterable[AdapterSpec], lora: LoraConfig) -> None:
                 f"{key}={value}: {name} is a linear of experts, whose adapters want {key}={plain}; or leave the"
                 " experts' linears out of lora.target_modules"
             )
+
+
+def is_mlp_beside_experts(spec: AdapterSpec, model: ModelConfig) -> bool:
+    """Whether the linear is of a dense or shared MLP in a model of experts, whose linears have the same names."""
+    return model.architecture.experts and spec.num_experts is None and LINEAR_OF_TARGET[spec.target].startswith("mlp.")
+
+
+def _check_dora(specs: Iterable[AdapterSpec], lora: LoraConfig, model: ModelConfig) -> None:
+    name = next((spec.name for spec in specs if is_mlp_beside_experts(spec, model)), None)
+    if lora.use_dora and name is not None:
+        raise ValueError(
+            f"lora.use_dora=true: {name} has to be a parameter to PEFT, which has no DoRA on parameters; leave the"
+            " MLPs' linears out of lora.target_modules"
+        )
 
 
 def _check_has_principal_parts(specs: Iterable[AdapterSpec]) -> None:

@@ -12,7 +12,8 @@ For one linear from `i` to `o` features with adapters of total rank `r`:
 | other gradients    | -      | 2 r (i + o) + 2 r o  | 2 i o   |
 
 times T: a frozen linear costs 4 i o a token where a trained one costs 6 i o. An expert's linears see K T rows in all,
-where K of them serve each token, and the router is one more linear without adapters. The output layer is another over M
+where K of them serve each token, the router is one more linear without adapters, and what serves all tokens beside the
+experts stands apart: its input gradient does not hang on theirs. The output layer is another over M
 tokens, attention 4 S Q a token forward and 10 S Q backward (the kernel computes the scores again). Below the lowest
 adapted linear there is no backward at all, and it needs no d(input) itself. Recomputed regions add their forward.
 """
@@ -37,8 +38,12 @@ _LINEAR_OF_TARGET = {
     "gate_proj": "fc1",
     "up_proj": "fc1",
     "down_proj": "fc2",
+    "shared_gate_proj": "shared_fc1",
+    "shared_up_proj": "shared_fc1",
+    "shared_down_proj": "shared_fc2",
 }
-_FORWARD_ORDER = ("qkv", "attention", "proj", "router", "fc1", "fc2")
+_MLP = ("router", "fc1", "fc2", "shared_fc1", "shared_fc2")
+_FORWARD_ORDER = ("qkv", "attention", "proj", *_MLP)
 
 
 def _count_addmm_(accumulated: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
@@ -119,7 +124,7 @@ def compute_lora_flops(model: ModelConfig, specs: Sequence[AdapterSpec], shape: 
     for spec in specs:
         ranks[spec.layer, _LINEAR_OF_TARGET[spec.target]] += spec.lora_rank
     layers = [
-        _build_layer(model, shape, {n: ranks[layer, n] for n in _FORWARD_ORDER}, full=False)
+        _build_layer(model, layer, shape, {n: ranks[layer, n] for n in _FORWARD_ORDER}, full=False)
         for layer in range(model.num_layers)
     ]
     head = 2 * shape.num_loss_tokens * model.hidden_size * shape.num_vocab_rows
@@ -128,20 +133,31 @@ def compute_lora_flops(model: ModelConfig, specs: Sequence[AdapterSpec], shape: 
 
 def compute_full_flops(model: ModelConfig, shape: StepShape) -> int:
     """FLOPs of one step of full fine-tuning of the whole model."""
-    layers = [_build_layer(model, shape, {}, full=True)] * model.num_layers
+    layers = [_build_layer(model, layer, shape, {}, full=True) for layer in range(model.num_layers)]
     head = 2 * shape.num_loss_tokens * model.hidden_size * shape.num_vocab_rows
     return 3 * head + _sum_layers(layers, shape, full=True)
 
 
-def _build_layer(model: ModelConfig, shape: StepShape, ranks: dict[str, int], *, full: bool) -> list[_Part]:
-    h, f, q, tokens = model.hidden_size, model.ffn_hidden_size, model.query_size, shape.num_tokens
-    fc1 = 2 * f if model.architecture.gated else f
-    features = {"qkv": (h, q + 2 * model.kv_size), "proj": (q, h), "fc1": (h, fc1), "fc2": (f, h)}
-    features["router"] = (h, model.num_experts or 0)
-    mlp_tokens = tokens * (model.experts_per_token or 1)
-    score_flops = 2 * shape.num_scores * q
+def _list_features(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
+    """Into and out of each linear of a layer; of one expert's."""
+    h, f, q = model.hidden_size, model.find_mlp_size(layer), model.query_size
+    features = {"qkv": (h, q + 2 * model.kv_size), "proj": (q, h)}
+    features |= {"fc1": (h, 2 * f if model.architecture.gated else f), "fc2": (f, h)}
+    if model.has_experts(layer):
+        features["router"] = (h, model.num_experts or 0)
+        if (shared := model.shared_ffn_size) is not None:
+            features |= {"shared_fc1": (h, 2 * shared), "shared_fc2": (shared, h)}
+    return features
+
+
+def _build_layer(model: ModelConfig, layer: int, shape: StepShape, ranks: dict[str, int], *, full: bool) -> list[_Part]:
+    tokens, features = shape.num_tokens, _list_features(model, layer)
+    mlp_tokens = tokens * (model.experts_per_token or 1) if model.has_experts(layer) else tokens
+    score_flops = 2 * shape.num_scores * model.query_size
     parts = []
     for name in _FORWARD_ORDER:
+        if name != "attention" and name not in features:
+            continue
         if name == "attention":
             parts.append(_Part(name=name, forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0))
             continue
@@ -164,12 +180,18 @@ def _sum_layers(layers: Sequence[Sequence[_Part]], shape: StepShape, *, full: bo
     total, needs_input_grad = 0, full or shape.input_grad
     for layer in layers:
         recomputes = _list_recomputed(layer, shape.recompute, needs_input_grad)
+        before_mlp = after_experts = False
         for part in layer:
+            if part.name == "router":
+                before_mlp = needs_input_grad
+            elif part.name == "shared_fc1":
+                after_experts, needs_input_grad = needs_input_grad, before_mlp
             # A recomputed region's input is made to require grad, whatever lies below it.
             needs_input_grad = needs_input_grad or part.name in recomputes
             total += part.forward * (2 if part.name in recomputes else 1)
             total += part.other_grads + (part.input_grad if needs_input_grad else 0)
             needs_input_grad = needs_input_grad or part.trains
+        needs_input_grad = needs_input_grad or after_experts
     return total
 
 
@@ -177,4 +199,4 @@ def _list_recomputed(layer: Sequence[_Part], recompute: str, input_requires_grad
     """Names of the layer's parts that run twice."""
     if recompute == "none" or not (input_requires_grad or any(part.trains for part in layer)):
         return set()
-    return {part.name for part in layer} if recompute == "full" else {"router", "fc1", "fc2"}
+    return {part.name for part in layer} if recompute == "full" else set(_MLP)

@@ -23,7 +23,7 @@ from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.files.bridge import to_bridge
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.lora.targets import build_adapter_specs, compute_linear_shapes
 from lora_dist.mcore.adapters import apply_lora, find_shards
 from lora_dist.mcore.hf_weights import load_hf_checkpoint
 from lora_dist.mcore.model import ShardedGpt
@@ -40,8 +40,7 @@ def list_specs(model: ModelConfig) -> list[AdapterSpec]:
         more = ["gate_proj", "up_proj", "down_proj"]
         lora = replace(LORA, target_modules=["all-linear", *more], rank_pattern={"o": 5, "up_proj": 2, "w2": 4})
     specs = build_adapter_specs(lora, model)
-    num_targets = 7 if model.architecture.gated else 6
-    assert len(specs) == model.num_layers * num_targets
+    assert len(specs) == sum(len(compute_linear_shapes(model, layer)) for layer in range(model.num_layers))
     return specs
 
 
@@ -106,6 +105,7 @@ def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> Non
 TARGETS = {
     "mixtral": ["v_proj", "q_proj", "o_proj"],
     "qwen3_moe": ["k_proj", "o_proj"],
+    "glm4_moe": ["k_proj", "v_proj"],
     "opt": ["v_proj", "q_proj", "fc1"],
     "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"],
     "phi3": ["gate_up_proj", "qkv_proj", "down_proj"],
@@ -149,7 +149,7 @@ def call(words: list[str]) -> int:
     return main(words)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "glm4_moe"])
 def test_the_verbs_merge_and_export(name: str, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = write_family_checkpoint(name, base)

@@ -77,11 +77,24 @@ def test_a_gated_model_with_shared_heads(lora: LoraConfig) -> None:
     assert counted == compute_full_flops(LLAMA, build_shape(num_loss_tokens))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+EXPERTS = {"num_experts": 5, "experts_per_token": 3}
+SHARED = {**EXPERTS, "shared_ffn_size": 24, "num_dense_layers": 1, "dense_ffn_size": 56, "qk_norm": True}
+TARGETS = (["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"], ["down_proj"], ["up_proj"])
+SHARED_TARGETS = (
+    *(["all"], ["shared_up_proj"], ["shared_down_proj"], [r"layers\.1\.(shared_down|up)_proj"]),
+    *([r"layers\.[12]\.shared_up_proj", r"layers\.2\.down_proj"], [r"layers\.1\.down_proj", "shared_gate_proj"]),
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "all_targets"),
+    [("mixtral", EXPERTS, TARGETS), ("qwen3_moe", EXPERTS, TARGETS), ("glm4_moe", SHARED, TARGETS + SHARED_TARGETS)],
+    ids=["mixtral", "qwen3_moe", "glm4_moe"],
+)
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_experts_share_the_tokens(family: str, recompute: str) -> None:
-    model = replace(LLAMA, family=family, num_experts=5, experts_per_token=3)
-    for targets in (["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"], ["down_proj"], ["up_proj"]):
+def test_experts_share_the_tokens(family: str, sizes: dict, all_targets: tuple, recompute: str) -> None:
+    model = replace(LLAMA, family=family, **sizes)
+    for targets in all_targets:
         lora = LoraConfig(rank=2, target_modules=targets)
         case = Case(model=model, lora=lora, recompute=recompute, dtype=torch.float32)
         [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case)

@@ -127,6 +127,8 @@ HF_NAMES = [
     "qwen3_8b",
     "qwen3_30b_a3b",
     "qwen3_235b_a22b",
+    "glm4_5",
+    "glm4_5_air",
     "phi4",
     "gemma3_1b",
     "opt_125m",
