@@ -16,7 +16,7 @@ from lora_dist.config import ModelConfig, RunConfig
 from lora_dist.files.modules import FAMILY_NAMES
 from lora_dist.files.peft_experts import TARGETS
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.lora.targets import build_adapter_specs, is_mlp_beside_experts
 
 _GPT2_MODULES = {
     "q_proj": "c_attn",
@@ -105,17 +105,24 @@ def build_peft_config(config: RunConfig) -> LoraConfig:
         raise ValueError(
             "bench compares with PEFT at one rank, one alpha and all layers; drop lora.*_pattern and lora.layers"
         )
+    beside = {modules[spec.target] for spec in specs if is_mlp_beside_experts(spec, config.model)}
+    parameters = [*_list_of_experts(specs), *sorted(f"{module}.weight" for module in beside)]
+    if parameters and config.lora.dropout > 0:
+        raise ValueError(
+            f"bench: lora.dropout={config.lora.dropout}, but PEFT has to adapt {parameters[0]} as a parameter, which"
+            " takes no dropout; set 0"
+        )
     return LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=sorted({modules[spec.target] for spec in specs if spec.num_experts is None}),
-        target_parameters=list_target_parameters(specs) or None,
+        target_modules=sorted({modules[spec.target] for spec in specs if spec.num_experts is None} - beside),
+        target_parameters=parameters or None,
         fan_in_fan_out=config.model.family == "gpt2",
     )
 
 
-def list_target_parameters(specs: Sequence[AdapterSpec]) -> list[str]:
+def _list_of_experts(specs: Sequence[AdapterSpec]) -> list[str]:
     """Those of transformers' experts that have adapters."""
     adapted = {spec.target for spec in specs if spec.num_experts is not None}
     return [f"mlp.experts.{name}" for name, targets in TARGETS.items() if adapted & set(targets)]

@@ -24,6 +24,7 @@ from lora_dist.files.modules import FAMILY_NAMES
 from lora_dist.files.peft_import import import_peft
 from lora_dist.files.peft_layout import to_peft_files
 from lora_dist.files.peft_split import to_peft_split
+from lora_dist.lora.targets import is_mlp_beside_experts
 
 LORALIB_WEIGHTS = "lora.pt"
 _Files = tuple[dict[str, torch.Tensor], dict[str, Any]]
@@ -63,8 +64,7 @@ def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
         raise ValueError(f"format={format} has no place for the modules {', '.join(stored.modules)}; use format=peft")
     if stored.specs[0].use_dora and format in _WITHOUT_DORA:
         raise ValueError(f"format={format} has no place for DoRA's magnitudes; use format=peft")
-    if format != "peft" and (spec := next((spec for spec in stored.specs if spec.num_experts is not None), None)):
-        raise ValueError(f"format={format} has no place for adapters on experts ({spec.name}); use format=peft")
+    _check_experts(stored, format)
     tensors, settings = _CONVERT[format](stored.read(), stored)
     weights_name, settings_name = _FILES[format]
     with open_new_directory(output) as temporary:
@@ -75,6 +75,19 @@ def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
         else:
             write_tensors(temporary / weights_name, tensors, stored.dtype)
         write_json(temporary / settings_name, settings)
+
+
+def _check_experts(stored: StoredAdapter, format: str) -> None:
+    """ValueError where the format cannot say which linears of a layer with experts are meant."""
+    if format == "peft":
+        return
+    for spec in stored.specs:
+        if spec.num_experts is not None:
+            raise ValueError(f"format={format} has no place for adapters on experts ({spec.name}); use format=peft")
+        if format in _WITHOUT_PARAMETERS and is_mlp_beside_experts(spec, stored.model):
+            raise ValueError(
+                f"format={format} has no place for adapters on MLPs beside experts ({spec.name}); use format=peft"
+            )
 
 
 def _to_peft(adapter: Adapter, stored: StoredAdapter) -> _Files:
@@ -106,6 +119,7 @@ _CONVERT: dict[str, Callable[[Adapter, StoredAdapter], _Files]] = {
     "bridge": _to_bridge,
 }
 _WITHOUT_DORA = ("loralib", "bridge")
+_WITHOUT_PARAMETERS = ("loralib", "peft_split")
 _FILES = {
     "peft": (PEFT_WEIGHTS, PEFT_CONFIG),
     "peft_split": (PEFT_WEIGHTS, PEFT_CONFIG),

@@ -63,6 +63,29 @@ def test_what_peft_wrote_comes_in_and_goes_out_as_it_was(family: str, parameters
     assert torch.equal(*logits)
 
 
+def test_peft_adapts_a_shared_experts_linears_as_parameters(tmp_path: Path) -> None:
+    """PEFT would take one named in target_modules for the experts' own."""
+    model, source = write_family_checkpoint("glm4_moe", tmp_path / "base"), tmp_path / "source"
+    names = ["shared_experts.gate_proj.weight", "0.mlp.down_proj.weight", "mlp.experts.gate_up_proj"]
+    write_with_peft(
+        build_family_model("glm4_moe"),
+        source,
+        **{"target_modules": ["q_proj"], "target_parameters": names, "fan_in_fan_out": False, "r": 2},
+        **{"lora_alpha": 3, "rank_pattern": {r".*\.shared_experts\.gate_proj\.weight": 4}},
+    )
+    stored = read_in(source, tmp_path / "stored", model)
+    found = {(spec.target, spec.lora_rank, spec.num_experts) for spec in stored.specs}
+    assert {("q_proj", 2, None), ("shared_gate_proj", 4, None), ("down_proj", 2, None), ("up_proj", 2, 8)} <= found
+    export_adapter(stored, tmp_path / "out", "peft")
+    raw = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("source", "stored", "out")]
+    assert raw[0] == raw[1] == raw[2]
+    logits = [load_with_peft(tmp_path / "base", tmp_path / name)(draw_tokens()).logits for name in ("source", "out")]
+    assert torch.equal(*logits)
+    for format in ("peft_split", "loralib"):
+        with pytest.raises(ValueError, match=rf"format={format} has no place for adapters on (MLPs beside )?experts"):
+            export_adapter(stored, tmp_path / format, format)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_parameter_may_be_named_twice(reverse: bool, tmp_path: Path) -> None:
     """PEFT does so itself: it adds what target_modules meant before transformers 5 to what target_parameters names."""

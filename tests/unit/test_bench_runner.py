@@ -122,6 +122,11 @@ def test_peft_gets_the_same_adapters() -> None:
     experts = replace(LLAMA, family="mixtral", num_experts=4, experts_per_token=2)
     peft = build_peft_config(build_config(experts, lora=LoraConfig(target_modules=["q_proj", "up_proj"])))
     assert (peft.target_modules, peft.target_parameters) == ({"self_attn.q_proj"}, ["mlp.experts.gate_up_proj"])
+    shared = {"shared_ffn_size": 16, "num_dense_layers": 1, "dense_ffn_size": 32}
+    lora = LoraConfig(target_modules=["q_proj", "down_proj", "shared_up_proj"])
+    peft = build_peft_config(build_config(replace(experts, family="glm4_moe", **shared), lora=lora))
+    parameters = ["mlp.experts.down_proj", "mlp.down_proj.weight", "mlp.shared_experts.up_proj.weight"]
+    assert (peft.target_modules, peft.target_parameters) == ({"self_attn.q_proj"}, parameters)
 
 
 @pytest.mark.parametrize(
