@@ -167,15 +167,23 @@ def test_pipelines_send_activations_only() -> None:
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_experts_communicate_what_a_dense_layer_does(sequence_parallel: bool) -> None:
     """Bytes too; and adapters on the experts add nothing to it but what is summed once a step."""
-    mixtral = replace(MODEL, family="mixtral", num_experts=3, experts_per_token=2)
-    experts, dense = (
-        Case(model=model, tp_size=2, sequence_parallel=sequence_parallel)
-        for model in (mixtral, replace(MODEL, family="mistral"))
+    picked, shared = {"num_experts": 3, "experts_per_token": 2}, {"shared_ffn_size": 24}
+    mixtral, glm, dense = (
+        Case(model=replace(MODEL, **sizes), tp_size=2, sequence_parallel=sequence_parallel)
+        for sizes in (
+            {"family": "mixtral", **picked},
+            {"family": "glm4_moe", **picked, **shared, "num_dense_layers": 1, "dense_ffn_size": 40},
+            {"family": "mistral"},
+        )
     )
     attention = ["q_proj", "v_proj"]
-    frozen, alike = (run_distributed(count_step, 2, case, attention, True)[0][0] for case in (experts, dense))
-    adapted, after = run_distributed(count_step, 2, experts, ["v_proj", "gate_proj", "up_proj", "down_proj"], True)[0]
+    frozen, also, alike = (
+        run_distributed(count_step, 2, case, attention, True)[0][0] for case in (mixtral, glm, dense)
+    )
     assert frozen
-    assert frozen == alike
-    assert count_by_kind(adapted) == count_by_kind(frozen)
-    assert [(one.op, one.group, one.count) for one in after] == [("all_reduce", "tp", 1)]
+    assert frozen == also == alike
+    for case, targets in ((mixtral, ["v_proj"]), (glm, ["all"])):
+        targets = [*targets, "gate_proj", "up_proj", "down_proj"]
+        adapted, after = run_distributed(count_step, 2, case, targets, True)[0]
+        assert count_by_kind(adapted) == count_by_kind(frozen)
+        assert [(one.op, one.group, one.count) for one in after] == [("all_reduce", "tp", 1)]

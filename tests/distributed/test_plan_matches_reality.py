@@ -48,6 +48,10 @@ GEMMA = replace(
     local_rope_theta=10000.0, attention_scale=0.1,
 )  # fmt: skip
 EXPERTS = replace(LLAMA, name="experts", family="qwen3_moe", ffn_hidden_size=128, num_experts=8, experts_per_token=3)
+SHARED = replace(
+    EXPERTS, name="shared", family="glm4_moe", rotary_fraction=0.5, num_dense_layers=1, dense_ffn_size=384,
+    shared_ffn_size=256, num_expert_groups=4, groups_per_token=2,
+)  # fmt: skip
 HARDWARE = HardwareConfig(
     name="here", kind="cpu", memory_gib=16, reserved_gib=0.5, peak_tflops={"fp32": 0.09, "bf16": 0.02},
     achievable_fraction=0.8, memory_gb_s=12, memory_fraction=0.8, gpus_per_node=8, link_gb_s=1, network_gb_s=1,
@@ -190,7 +194,14 @@ CASES = {
     "experts-lora-nf4-tp2-recompute": {
         **{"model": replace(EXPERTS, base_format="nf4"), "topology": {"tp_size": 2}, "recompute": "full"},
     },
-    "experts-full-pp2": {**FULL, "model": EXPERTS, "topology": {"pp_size": 2}, "num_microbatches": 4},
+    "shared-full-pp2": {**FULL, "model": SHARED, "topology": {"pp_size": 2}, "num_microbatches": 4},
+    "shared-lora-tp2-pp2-sp": {
+        **{"model": SHARED, "lora": LoraConfig(rank=4, target_modules=["all", "gate_proj", "up_proj", "down_proj"])},
+        **{"topology": {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}, "num_microbatches": 2},
+    },
+    "shared-lora-nf4-tp2": {
+        **{"model": replace(SHARED, base_format="nf4"), "topology": {"tp_size": 2}, "lora": LoraConfig(rank=4)}
+    },
     "experts-full-dp2-stage3": {**FULL, "model": EXPERTS, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "full-dp2-stage3": {**FULL, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "llama-full-dp2-stage3": {**FULL, "model": LLAMA, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},

@@ -23,13 +23,13 @@ ADAPTERS = {
     "some": LoraConfig(rank=3, target_modules=["q_proj", "down_proj"], layers=["1"]),
     "dora": LoraConfig(rank=3, target_modules=["v_proj", "o_proj", "up_proj"], use_dora=True),
     "llama": LoraConfig(rank=3, target_modules=["k_proj", "gate_proj", "down_proj"], layers=["1"]),
-    "experts": LoraConfig(rank=3, target_modules=["q_proj", "gate_proj", "down_proj"]),
+    "experts": LoraConfig(rank=3, target_modules=["q_proj", "gate_proj", "down_proj", "shared_up_proj"]),
 }
 FAMILIES = {
     "llama": {"family": "llama", "num_kv_heads": 2},
     "experts": {
-        **{"family": "mixtral", "num_kv_heads": 2, "num_experts": 3, "experts_per_token": 2, "tied_output": False},
-        "ffn_hidden_size": 128,
+        **{"family": "glm4_moe", "num_kv_heads": 2, "num_experts": 3, "experts_per_token": 2, "tied_output": False},
+        **{"ffn_hidden_size": 128, "shared_ffn_size": 256, "num_dense_layers": 1, "dense_ffn_size": 384},
     },
 }
 FORMATS = ["nf4", "nf4_double", "fp8"]

@@ -17,10 +17,12 @@ NUM_STEPS = 3
 OPTIM = OptimConfig(lr=3e-3, clip_grad_norm=0.5, weight_decay=0.1, lora_plus_ratio=4.0, eps=1e-4)
 LORA = Case(dtype=torch.float32, lora=LoraConfig(rank=3, target_modules=["all"], dropout=0.2, bias="all"))
 FULL = Case(dtype=torch.float32, method="full")
-EXPERTS = replace(MODEL, family="qwen3_moe", ffn_hidden_size=40, num_experts=5, experts_per_token=2, init_std=0.1)
-EXPERT_LORA = replace(
-    LORA, model=EXPERTS, lora=LoraConfig(rank=3, target_modules=["v_proj", "gate_proj", "up_proj", "down_proj"])
-)
+EXPERTS = replace(
+    MODEL, family="glm4_moe", ffn_hidden_size=40, num_experts=5, experts_per_token=2, init_std=0.1, shared_ffn_size=24,
+    num_dense_layers=1, dense_ffn_size=48,
+)  # fmt: skip
+EXPERT_TARGETS = ["v_proj", "gate_proj", "up_proj", "down_proj", "shared_gate_proj", "shared_down_proj"]
+EXPERT_LORA = replace(LORA, model=EXPERTS, lora=LoraConfig(rank=3, target_modules=EXPERT_TARGETS))
 EXPERT_FULL = replace(FULL, model=EXPERTS)
 
 Trained = tuple[list[float], list[float], dict[str, torch.Tensor]]

@@ -117,6 +117,16 @@ def edit(directory: Path, **changes: object) -> None:
         ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True is not supported, only False"),
         ("qwen3_moe", {"num_local_experts": 5}, "model.num_experts=6 but"),
         ("qwen3_moe", {"norm_topk_prob": False}, "model.normalize_expert_weights=True but"),
+        ("glm4_moe", {"attention_bias": False}, "attention_bias=False is not supported, only True"),
+        ("glm4_moe", {"output_router_logits": True}, "output_router_logits=True asks for a loss that"),
+        ("glm4_moe", {"first_k_dense_replace": 4}, "model.num_dense_layers=4 leaves none of 4 layers to experts"),
+        ("glm4_moe", {"first_k_dense_replace": "x"}, "first_k_dense_replace='x' is not a positive integer"),
+        ("glm4_moe", {"n_group": 3}, "model.num_expert_groups=3: they must be groups of equal size of model.num_ex"),
+        ("glm4_moe", {"topk_group": 1}, "of 2 experts: a group needs two or more, and 1 groups model.experts_per_to"),
+        ("glm4_moe", {"routed_scaling_factor": 0}, "model.expert_weight_scale=0.0 must be positive"),
+        ("glm4_moe", {"routed_scaling_factor": 2}, "model.expert_weight_scale=1.7 but"),
+        ("glm4_moe", {"n_shared_experts": 1}, "model.shared_ffn_size=32 but"),
+        ("glm4_moe", {"use_qk_norm": False}, "model.qk_norm=True but"),
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16 differs from hidden_size=32"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
         ("opt", {"activation_function": "gelu"}, "activation_function='gelu'"),
@@ -225,6 +235,9 @@ def test_a_sliding_window_is_read(tmp_path: Path) -> None:
             "model.num_experts=4",
             "model.num_experts=4 and experts_per_token=None: a layer of llama has one MLP",
         ),
+        ("model.shared_ffn_size=4", "model.shared_ffn_size=4: llama has none of it; leave it null"),
+        ("model.expert_weight_scale=2", "model.expert_weight_scale=2.0: llama has none of it; leave it 1.0"),
+        ("model.qk_norm=true", "model.qk_norm=True: all models of llama are alike in that; leave it null"),
         ("model.family=mixtral", "model.family=mixtral needs model.num_experts and model.experts_per_token"),
         ("model.parallel_residual=true", "a layer of llama has the MLP after the attention; leave it null"),
         ("model.rope_scaling={factor:2,beta:3}", "model.rope_scaling has beta, factor; it takes {} or {factor} or {"),
@@ -249,6 +262,8 @@ def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
             ["model=mixtral_8x7b", "cuda_graphs=true"],
             "cuda_graphs=true: how many rows an expert of mixtral_8x7b",
         ),
+        (["model=glm4_5", "model.dense_ffn_size=null"], "num_dense_layers=3 and dense_ffn_size=None: give both or n"),
+        (["model=glm4_5", "model.shared_ffn_size=12", "topology=tp8"], "tp 8 does not divide shared_ffn_size 12"),
     ],
 )
 def test_what_a_family_has_not_is_refused(overrides: list[str], message: str) -> None:
@@ -271,6 +286,10 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
             ("mixtral", {"num_experts": 2, "experts_per_token": 2}),
             ("mixtral", {"num_experts": 3, "experts_per_token": 2}),
             ("mixtral", {"num_experts": 3, "experts_per_token": 2, "normalize_expert_weights": False}),
+            ("glm4_moe", {"num_experts": 2, "experts_per_token": 1}),
+            ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "shared_ffn_size": 8}),
+            ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "expert_weight_scale": 2.0}),
+            ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "qk_norm": True}),
         )
     ]
     assert len({compute_base_fingerprint(model, 0) for model in models}) == len(models)
