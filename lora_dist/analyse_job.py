@@ -106,11 +106,10 @@ def _check_trained(directory: str, adapter: Adapter) -> None:
 
 def amplify(gpt: ShardedGpt, directory: str, adapter: Adapter, layers: set[int], seed: int) -> list[Amplification]:
     """This stage's weights. Collective over TP."""
-    stage = range(gpt.first_layer, gpt.first_layer + gpt.num_stage_layers)
     return [
         _amplify_one(gpt, directory, adapter, spec, derive_seed(seed, spec.name, "analyse"))
         for spec in adapter.specs
-        if spec.layer in layers and spec.layer in stage
+        if spec.layer in layers and spec.layer in gpt.stage_layers
     ]
 
 

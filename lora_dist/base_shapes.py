@@ -28,10 +28,21 @@ def count_parameters(model: ModelConfig) -> int:
     return count_elements(compute_canonical_shapes(model))
 
 
+def count_stage_layers(num_layers: int, pp_size: int) -> list[int]:
+    """Layers of each pipeline stage. Where not all can have as many, some have one more: those between first, the last
+    of them first, then the last stage, whose output layer is work too, and the first, which holds most microbatches.
+    """
+    least, extra = divmod(num_layers, pp_size)
+    order = [*range(pp_size - 2, 0, -1), pp_size - 1, 0]
+    larger = order[:extra]
+    return [least + (pp_rank in larger) for pp_rank in range(pp_size)]
+
+
 def list_stage_layers(model: ModelConfig, pp_rank: int, pp_size: int) -> range:
-    """Zero-based over the whole model."""
-    size = model.num_layers // pp_size
-    return range(pp_rank * size, (pp_rank + 1) * size)
+    """Of a pipeline stage, zero-based over the whole model."""
+    sizes = count_stage_layers(model.num_layers, pp_size)
+    first = sum(sizes[:pp_rank])
+    return range(first, first + sizes[pp_rank])
 
 
 def count_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:

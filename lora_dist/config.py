@@ -6,6 +6,7 @@ The larger parts have files of their own beside this one, `NAME_config.py`; ever
 from dataclasses import dataclass, field
 
 from lora_dist.base_format import check_blocks, check_frozen
+from lora_dist.base_shapes import count_stage_layers
 from lora_dist.bench_config import CONTENDERS as CONTENDERS
 from lora_dist.bench_config import OUR_CONTENDERS as OUR_CONTENDERS
 from lora_dist.bench_config import BenchConfig as BenchConfig
@@ -133,7 +134,8 @@ class RunConfig:
         _validate_data(self)
         if self.cuda_graphs:
             _validate_graphs(self)
-        layers, stage_layers = self.loop.recompute_layers, self.model.num_layers // self.topology.pp_size
+        layers = self.loop.recompute_layers
+        stage_layers = max(count_stage_layers(self.model.num_layers, self.topology.pp_size))
         require(
             layers is None or 1 <= layers <= stage_layers,
             f"loop.recompute_layers={layers} must lie between 1 and the {stage_layers} layers of a pipeline stage",
@@ -249,8 +251,8 @@ def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None
         " topology.tp_size",
     )
     require(
-        model.num_layers % pp_size == 0,
-        f"pp {pp_size} does not divide num_layers {model.num_layers}; choose a divisor for topology.pp_size",
+        pp_size <= model.num_layers,
+        f"pp {pp_size} exceeds num_layers {model.num_layers}; give each stage a layer: lower topology.pp_size",
     )
     check_blocks(model.base_format, model.hidden_size)
     check_blocks(model.base_format, model.query_size, *model.mlp_sizes, tp_size=tp_size)

@@ -12,7 +12,7 @@ class TopologyConfig:
     tp_size: int = 1
     """Tensor-parallel processes: each weight matrix is split over them."""
     pp_size: int = 1
-    """Pipeline stages."""
+    """Pipeline stages. Where they cannot all have as many layers, some between the first and the last have one more."""
     dp_size: int | None = None
     """Data-parallel replicas; null takes what the number of processes leaves (1 when started bare)."""
     sequence_parallel: bool = False

@@ -61,9 +61,8 @@ def find_shards(gpt: ShardedGpt) -> list[LoraShard]:
 
 def _group_by_linear(gpt: ShardedGpt, specs: Sequence[AdapterSpec]) -> dict[tuple[int, str], list[AdapterSpec]]:
     groups: dict[tuple[int, str], list[AdapterSpec]] = defaultdict(list)
-    stage_layers = range(gpt.first_layer, gpt.first_layer + gpt.num_stage_layers)
     for spec in specs:
-        if spec.layer in stage_layers:
+        if spec.layer in gpt.stage_layers:
             groups[spec.layer, LINEAR_OF_TARGET[spec.target]].append(spec)
     return groups
 

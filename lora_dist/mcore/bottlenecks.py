@@ -28,7 +28,7 @@ def apply_bottlenecks(
     gpt.requires_grad_(False)
     trainable: list[TrainableParameter] = []
     for spec in specs:
-        if gpt.first_layer <= spec.layer < gpt.first_layer + gpt.num_stage_layers:
+        if spec.layer in gpt.stage_layers:
             bottleneck = Bottleneck(spec, init_std=init_std, seed=seed, device=gpt.topology.device)
             _put_into_layer(gpt.decoder.layers[spec.layer - gpt.first_layer], bottleneck)
             trainable += _describe(gpt, bottleneck)

@@ -57,8 +57,13 @@ class ShardedGpt(GPTModel):
         """As `Batch.slots_BS` of the microbatch whose forward pass runs."""
 
     @property
+    def stage_layers(self) -> range:
+        """Global indices of this stage's layers."""
+        return list_stage_layers(self.model, self.topology.pp_rank, self.topology.pp_size)
+
+    @property
     def num_stage_layers(self) -> int:
-        return self.config.num_layers // self.topology.pp_size
+        return len(self.stage_layers)
 
     @property
     def has_dropout(self) -> bool:
@@ -68,7 +73,7 @@ class ShardedGpt(GPTModel):
     @property
     def first_layer(self) -> int:
         """Global index of this stage's first layer."""
-        return self.topology.pp_rank * self.num_stage_layers
+        return self.stage_layers.start
 
     def forward(
         self,

@@ -43,8 +43,7 @@ def _find_module(gpt: ShardedGpt, spec: PrefixSpec) -> nn.Module | None:
     """The word embedding or the layer; None where another stage holds it."""
     if spec.layer is None:
         return gpt.embedding.word_embeddings if gpt.pre_process else None
-    is_here = gpt.first_layer <= spec.layer < gpt.first_layer + gpt.num_stage_layers
-    return gpt.decoder.layers[spec.layer - gpt.first_layer] if is_here else None
+    return gpt.decoder.layers[spec.layer - gpt.first_layer] if spec.layer in gpt.stage_layers else None
 
 
 def _write_output(gpt: ShardedGpt, embedding: nn.Module, vectors: PrefixVectors) -> None:

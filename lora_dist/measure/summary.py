@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lora_dist.base_shapes import count_parameters
+from lora_dist.base_shapes import count_parameters, list_stage_layers
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import LORA_METHODS, RunConfig, compute_num_microbatches
 from lora_dist.files.directories import drop_infinite
@@ -140,6 +140,7 @@ class _ProcessRecord:
 
     trainable: dict[str, int]
     """Elements of each whole parameter it holds a shard of."""
+    num_layers: int
     optimizer_state: OptimizerState
     static: StaticLedger
     first_step: FirstStep
@@ -168,6 +169,7 @@ def build_summary(
     """
     mine = _ProcessRecord(
         trainable={one.name: math.prod(one.full_shape) for one in trainable if one.owned},
+        num_layers=len(list_stage_layers(config.model, topology.pp_rank, topology.pp_size)),
         optimizer_state=optimizer_state,
         static=static,
         first_step=first_step,
@@ -220,7 +222,7 @@ def _combine(config: RunConfig, topology: Topology, records: Sequence[_ProcessRe
             compute_count_per_layer(
                 record.first_step.collectives,
                 group="tp",
-                num_layers=config.model.num_layers // topology.pp_size,
+                num_layers=record.num_layers,
                 num_microbatches=setup.num_microbatches,
             )
             for record in records

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from lora_dist.base_shapes import count_stage_layers
 from lora_dist.config import RunConfig
 from lora_dist.plan.job import GIB, JobPlan, plan_jobs
 
@@ -35,7 +36,7 @@ def _find_fewest_layers(config: RunConfig, kind: str, without: JobPlan) -> tuple
     Every layer saves about the same, so a straight line between two tries says where to try next.
     """
     low, below = 0, without
-    high = config.model.num_layers // config.topology.pp_size
+    high = _count_most_layers(config)
     above = _plan(_recompute(config, kind, high))
     while above.fits and high - low > 1:
         saved = (below.needed_bytes - above.needed_bytes) / (high - low)
@@ -56,6 +57,11 @@ def _plan(config: RunConfig) -> JobPlan:
 
 def _recompute(config: RunConfig, kind: str, num_layers: int | None) -> RunConfig:
     """All layers of a stage are what None says too."""
-    if num_layers == config.model.num_layers // config.topology.pp_size:
+    if num_layers == _count_most_layers(config):
         num_layers = None
     return replace(config, loop=replace(config.loop, recompute=kind, recompute_layers=num_layers))
+
+
+def _count_most_layers(config: RunConfig) -> int:
+    """Of a stage."""
+    return max(count_stage_layers(config.model.num_layers, config.topology.pp_size))

@@ -72,7 +72,7 @@ def list_candidates(config: RunConfig) -> list[Candidate]:
     for tp_size in _list_divisors(gcd(model.num_heads, *model.mlp_sizes), num_gpus):
         if num_groups % tp_size and tp_size % num_groups:
             continue
-        for pp_size in _list_divisors(model.num_layers, num_gpus // tp_size):
+        for pp_size in _list_pipelines(model.num_layers, num_gpus // tp_size):
             dp_size = _choose_dp_size(config, num_gpus // (tp_size * pp_size))
             idle = num_gpus - tp_size * pp_size * dp_size
             found.append(Candidate(tp_size=tp_size, pp_size=pp_size, dp_size=dp_size, num_idle=idle, recompute=""))
@@ -81,6 +81,12 @@ def list_candidates(config: RunConfig) -> list[Candidate]:
 
 def _list_divisors(number: int, limit: int) -> list[int]:
     return [size for size in range(1, limit + 1) if number % size == 0]
+
+
+def _list_pipelines(num_layers: int, limit: int) -> list[int]:
+    """Those whose stages have as many layers each, and the powers of two that clusters are made of."""
+    sizes = {size for size in range(1, limit + 1) if num_layers % size == 0 or size.bit_count() == 1}
+    return sorted(size for size in sizes if size <= num_layers)
 
 
 def _choose_dp_size(config: RunConfig, limit: int) -> int:

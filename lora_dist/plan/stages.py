@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Hashable
 
+from lora_dist.base_shapes import list_stage_layers
 from lora_dist.config import LORA_METHODS, RunConfig
 from lora_dist.lora.targets import build_adapter_specs
 
@@ -15,11 +16,11 @@ def group_stages(config: RunConfig, *, with_first: bool = False) -> list[tuple[i
     """
     pp_size = config.topology.pp_size
     layers = _describe_layers(config)
-    size = len(layers) // pp_size
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for pp_rank in range(pp_size):
         place = "last" if pp_rank == pp_size - 1 else "first" if pp_rank == 0 and not with_first else "middle"
-        groups[place, layers[pp_rank * size : (pp_rank + 1) * size]].append(pp_rank)
+        own = list_stage_layers(config.model, pp_rank, pp_size)
+        groups[place, layers[own.start : own.stop]].append(pp_rank)
     return sorted(map(tuple, groups.values()))
 
 

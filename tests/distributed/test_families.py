@@ -29,7 +29,9 @@ sys.path.append(str(Path(__file__).parents[2] / "tools"))
 from gemma3_text import write_text_model
 
 EVERY_SPLIT = {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}
-TOPOLOGIES = [{}, {"tp_size": 2}, {"tp_size": 4}, {"pp_size": 2}, {"tp_size": 2, "sequence_parallel": True}]
+TOPOLOGIES = [
+    *({}, {"tp_size": 2}, {"tp_size": 4}, {"pp_size": 2}, {"pp_size": 3}, {"tp_size": 2, "sequence_parallel": True})
+]
 CASES = [
     *(("llama", options) for options in TOPOLOGIES),
     *((name, {"tp_size": 4}) for name in FAMILIES if name != "llama"),
@@ -96,17 +98,18 @@ def weigh(options: dict, source: Path) -> int:
     return sum(parameter.nbytes for parameter in build_shard(options, read_family_config(source)).parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "glm4_moe"])
 def test_the_planned_weights_are_the_fullest_processs(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
-    for tp_size, pp_size in ((2, 2), (4, 1)):
+    for tp_size, pp_size in ((2, 2), (4, 1), (1, 3)):
         options = {"tp_size": tp_size, "pp_size": pp_size}
         weights = run_distributed(weigh, count_processes(options), options, tmp_path)
         assert max(weights) == compute_weight_bytes(model, "fp32", tp_size=tp_size, pp_size=pp_size)
-    config = build_run_config(model, topology=TopologyConfig(pp_size=2))
-    stages = [compute_state_bytes(config, pp_rank, dp_size=1) for pp_rank in (0, 1)]
-    copies = model.vocab_size * model.hidden_size if model.tied_output else 0
-    assert sum(stages) == 4 * (count_parameters(model) + copies)
+    for pp_size in (2, 3):
+        config = build_run_config(model, topology=TopologyConfig(pp_size=pp_size))
+        stages = [compute_state_bytes(config, pp_rank, dp_size=1) for pp_rank in range(pp_size)]
+        copies = model.vocab_size * model.hidden_size if model.tied_output else 0
+        assert sum(stages) == 4 * (count_parameters(model) + copies)
 
 
 def compute_ours(source: Path) -> torch.Tensor | None:

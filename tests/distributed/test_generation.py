@@ -48,6 +48,7 @@ TOPOLOGIES = [
     {"tp_size": 2},
     {"pp_size": 2},
     {"tp_size": 2, "pp_size": 2},
+    {"pp_size": 3},
     {"dp_size": 2},
     {"tp_size": 2, "dp_size": 2},
 ]

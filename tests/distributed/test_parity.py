@@ -22,6 +22,7 @@ TOPOLOGIES = [
     {"tp_size": 4, "sequence_parallel": True},
     {"pp_size": 2},
     {"pp_size": 4},
+    {"pp_size": 3},
     {"dp_size": 2},
     {"tp_size": 2, "pp_size": 2},
     {"tp_size": 2, "dp_size": 2},

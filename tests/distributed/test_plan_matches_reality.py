@@ -199,6 +199,7 @@ CASES = {
         **{"model": SHARED, "lora": LoraConfig(rank=4, target_modules=["all", "gate_proj", "up_proj", "down_proj"])},
         **{"topology": {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}, "num_microbatches": 2},
     },
+    "full-pp3": {**FULL, "topology": {"pp_size": 3}, "num_microbatches": 4},
     "shared-lora-nf4-tp2": {
         **{"model": replace(SHARED, base_format="nf4"), "topology": {"tp_size": 2}, "lora": LoraConfig(rank=4)}
     },

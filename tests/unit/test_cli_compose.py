@@ -200,7 +200,7 @@ def test_written_configuration_is_plain_yaml_of_the_whole_run() -> None:
         ("lora=null", "null is no value for it"),
         ("topology.sequence_parallel=maybe", "neither true nor false"),
         ("topology.tp_size=3", "tp 3 does not divide num_heads 8"),
-        ("topology.pp_size=3", "pp 3 does not divide num_layers 4"),
+        ("topology.pp_size=5", "pp 5 exceeds num_layers 4; give each stage a layer"),
         ("data.seq_len=512", "data.seq_len=512 exceeds model.max_position_embeddings=256"),
         ("experiment=gpt2_medium_e2e", "model.checkpoint: not set; give model.checkpoint=DIR"),
         ("data=jsonl", "data.train: not set; give data.train=FILE"),
