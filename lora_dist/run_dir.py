@@ -9,6 +9,7 @@ import yaml
 
 from lora_dist.classify_config import ClassifyConfig
 from lora_dist.config import RunConfig
+from lora_dist.writing import write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -60,11 +61,10 @@ def write_config(config: RunConfig | ClassifyConfig) -> None:
     """config.yaml, in its directory. Global rank 0 alone calls it."""
     run_dir = Path(config.run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = run_dir / f".{CONFIG_FILE}.tmp"
-        unfinished.write_text(format_config(config), encoding="utf-8")
-        unfinished.replace(run_dir / CONFIG_FILE)
+        write_text(run_dir / CONFIG_FILE, format_config(config))
     except OSError as error:
+        if error.errno is None:  # there is no room, and that is said with the remedy
+            raise
         raise ValueError(f"run_dir={run_dir} cannot be written: {error.strerror}; give another run_dir") from error
 
 

@@ -1,6 +1,5 @@
 """`lora-dist bench`: contenders in processes of their own, one step each in turn, and the record of it."""
 
-import json
 import multiprocessing
 import os
 import tempfile
@@ -22,6 +21,7 @@ from lora_dist.config import OUR_CONTENDERS, RunConfig
 from lora_dist.measure.environment import describe_environment
 from lora_dist.run_dir import prepare_run_dir
 from lora_dist.topology import DTYPES, check_cuda_graphs, choose_device
+from lora_dist.writing import format_json, write_text
 
 Context = SpawnContext | ForkContext
 RECORD_FILE = "bench.json"
@@ -51,7 +51,7 @@ def bench(config: RunConfig) -> Path:
         measurements = measure_contenders(started)
     record = build_record(config, environment, measurements)
     path = run_dir / RECORD_FILE
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(path, format_json(record))
     print(f"bench: wrote {path}")
     return path
 

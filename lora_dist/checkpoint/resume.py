@@ -20,7 +20,6 @@ from lora_dist.checkpoint.store import describe_versions
 from lora_dist.files.directories import (
     MANIFEST,
     commit_directory,
-    name_when_full,
     prepare_temporary,
     read_json,
     read_manifest,
@@ -31,6 +30,7 @@ from lora_dist.files.safetensors_stream import open_writer, read_header, read_pa
 from lora_dist.parameters import TrainableParameter, find_source
 from lora_dist.topology import Topology
 from lora_dist.whole import iterate_stage, list_whole, raise_together, read_shard, write_together
+from lora_dist.writing import name_when_full
 
 STATE_KEYS = ("value", "exp_avg", "exp_avg_sq")
 STATE_FILE = "state.json"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.checkpoint.identity import check_same
-from lora_dist.files.directories import name_when_full, read_json, write_lines
+from lora_dist.files.directories import read_json
+from lora_dist.writing import name_when_full, write_lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

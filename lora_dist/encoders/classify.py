@@ -15,7 +15,6 @@ from lora_dist.encoders.engine import compute_losses
 from lora_dist.encoders.job import Job, keep_best, load_data, open_job, read_best, resume, save, write
 from lora_dist.encoders.model import read_family
 from lora_dist.epochs import settle_epochs
-from lora_dist.files.directories import write_json, write_lines
 from lora_dist.loop import train_loop
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.measure.memory import PeakMemoryMeter
@@ -27,6 +26,7 @@ from lora_dist.tasks.scores import Scores
 from lora_dist.tasks.scoring import score, write_scores
 from lora_dist.topology import check_device, choose_device, run_on_first
 from lora_dist.validation import Validation
+from lora_dist.writing import format_json, write_lines, write_text
 
 
 def classify(config: ClassifyConfig) -> None:
@@ -121,7 +121,7 @@ def score_job(job: Job, summary: dict[str, Any]) -> None:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items() if value is not None)
         print(f"best validation: {shown}; in {name_trained(config, best=True)}", flush=True)
     summary = {"method": config.method, **summary, "data": job.data.describe(), "scores": _list_scores(scores)}
-    write_json(path.parent / "summary.json", summary)
+    write_text(path.parent / "summary.json", format_json(summary))
 
 
 def _list_scores(scores: Scores) -> dict[str, float | None]:

@@ -1,37 +1,17 @@
-"""Directories and files that appear whole or not at all, and the manifest that says what whole means."""
+"""Directories that appear whole or not at all, and the manifest that says what whole means."""
 
-import errno
 import hashlib
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_dist.writing import format_json, fsync_path, name_when_full
+
 MANIFEST = "manifest.json"
-_REMEDIES = {
-    errno.ENOSPC: "free space there",
-    errno.EDQUOT: "free space there or have the quota raised",
-    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
-}
-"""For a file that has no room. The system's error names it only where it was being opened."""
-
-
-@contextmanager
-def name_when_full(target: Path) -> Iterator[None]:
-    """Around writing `target`: OSError naming it and the remedy where there is no room for it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _REMEDIES:
-            raise
-        raise OSError(
-            f"{target} cannot be written: [Errno {error.errno}] {error.strerror}; {_REMEDIES[error.errno]},"
-            " then give the command again (with resume=auto where it trains)"
-        ) from error
 
 
 @contextmanager
@@ -57,57 +37,24 @@ def prepare_temporary(target: Path) -> Path:
 
 def commit_directory(temporary: Path, target: Path) -> None:
     """Rename to `target`, in place of what was there; both names and contents are on the disk afterwards."""
-    fsync_directory(temporary)
+    fsync_path(temporary)
     replaced = target.parent / f".{target.name}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)
     temporary.rename(target)
-    fsync_directory(target.parent)
+    fsync_path(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def drop_infinite(content: Any) -> Any:
-    """The same with None for every number that is not finite."""
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, Mapping):
-        return {key: drop_infinite(value) for key, value in content.items()}
-    return [drop_infinite(value) for value in content] if isinstance(content, list | tuple) else content
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> str:
-    """Write and fsync; the file's sha256. What is not a finite number becomes null: NaN is not JSON."""
-    raw = (json.dumps(drop_infinite(content), indent=1, allow_nan=False) + "\n").encode()
+    """Write and fsync; the file's sha256. For the files of a directory that is not whole yet."""
+    raw = format_json(content).encode()
     with path.open("wb") as file:
         file.write(raw)
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(raw).hexdigest()
-
-
-def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """JSON lines that appear under `path` whole or not at all."""
-    unfinished = path.parent / f".{path.name}.partial"
-    with name_when_full(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with unfinished.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        fsync_directory(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lora_dist.files.directories import name_when_full
+from lora_dist.writing import name_when_full, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -20,10 +20,8 @@ class MetricsFile:
     def __init__(self, path: Path, *, num_steps_done: int) -> None:
         """Lines of steps after `num_steps_done` are cut: those steps run again. 0 with a fresh run: an empty file."""
         kept = _read_kept_lines(path, num_steps_done)
-        temporary = path.with_suffix(".jsonl.tmp")
+        write_text(path, "".join(line + "\n" for line in kept))
         with name_when_full(path):
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(path)
             self._file = path.open("a", encoding="utf-8")
         self._path = path
 

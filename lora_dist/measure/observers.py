@@ -1,6 +1,5 @@
 """Where a run's numbers go while it runs: metrics.jsonl, W&B and the terminal, all from global rank 0."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from lora_dist.measure.metrics_file import MetricsFile
 from lora_dist.measure.progress import Progress
 from lora_dist.measure.wandb_sink import open_wandb
 from lora_dist.topology import Topology
+from lora_dist.writing import format_json, write_text
 
 Observe = Callable[[dict[str, float | int | bool | None]], None]
 
@@ -27,8 +27,7 @@ def open_observers(
         yield lambda metrics: None
         return
     run_dir = Path(config.run_dir)
-    environment = json.dumps(describe_environment(), indent=1)
-    (run_dir / "environment.json").write_text(environment + "\n", encoding="utf-8")
+    write_text(run_dir / "environment.json", format_json(describe_environment()))
     with (
         MetricsFile(run_dir / "metrics.jsonl", num_steps_done=num_steps_done) as file,
         open_wandb(config.track, run_dir, asdict(config), name=name, global_rank=0) as tracker,

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_dist.writing import open_new_file
+
 if TYPE_CHECKING:  # every run could draw, and few do: it takes half a second to load
     from matplotlib.figure import Figure
 
@@ -111,5 +113,6 @@ def _open_figure(title: str, ylabel: str):  # type: ignore[no-untyped-def]  # ma
 
 
 def _save(figure: "Figure", path: Path) -> Path:
-    figure.savefig(path, dpi=_DPI)
+    with open_new_file(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI, format="png")
     return path

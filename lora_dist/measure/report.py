@@ -1,13 +1,11 @@
 """The comparison of runs: report.json, report.md, three PNGs, and the table for the terminal."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_dist.config import RunConfig
-from lora_dist.files.directories import drop_infinite
 from lora_dist.measure.environment import describe_environment
 from lora_dist.measure.memory import LABELS
 from lora_dist.measure.metrics_file import METRICS_FILE, read_metrics
@@ -15,6 +13,7 @@ from lora_dist.measure.plots import Curve, save_bars, save_curves, save_spread_b
 from lora_dist.measure.report_table import BASELINE, Row, build_rows
 from lora_dist.measure.summary import Summary
 from lora_dist.measure.wandb_sink import open_wandb
+from lora_dist.writing import format_json, write_text
 
 _MAX_COLUMNS = 100
 _MAY_DIFFER = ("lr", "adapters", "recompute")
@@ -72,10 +71,8 @@ def write_report(
     _check_comparable(summaries)
     plots = _draw_plots(directory, summaries, metrics)
     comparison = Comparison(summaries=list(summaries), rows=build_rows(summaries), plots=plots)
-    (directory / "report.json").write_text(
-        json.dumps(drop_infinite(_to_json(comparison, environment)), indent=1) + "\n"
-    )
-    (directory / "report.md").write_text(_to_markdown(comparison, environment))
+    write_text(directory / "report.json", format_json(_to_json(comparison, environment)))
+    write_text(directory / "report.md", _to_markdown(comparison, environment))
     return comparison
 
 

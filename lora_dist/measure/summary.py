@@ -14,7 +14,6 @@ import torch.distributed as dist
 from lora_dist.base_shapes import count_parameters, list_stage_layers
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import LORA_METHODS, RunConfig, compute_num_microbatches
-from lora_dist.files.directories import drop_infinite
 from lora_dist.measure.collectives import Collective, compute_count_per_layer
 from lora_dist.measure.first_step import FirstStep
 from lora_dist.measure.ledger import StaticLedger, StepLedger
@@ -23,6 +22,7 @@ from lora_dist.measure.meter import ThroughputSummary
 from lora_dist.measure.optimizer_state import OptimizerState
 from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology, run_on_first
+from lora_dist.writing import format_json, write_text
 
 SUMMARY_FILE = "summary.json"
 
@@ -103,7 +103,7 @@ class Summary:
         }
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(drop_infinite(asdict(self)), indent=1) + "\n", encoding="utf-8")
+        write_text(path, format_json(asdict(self)))
 
     @staticmethod
     def read(path: Path) -> "Summary":

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 
 from lora_dist.config import TrackConfig
 from lora_dist.stopping import Stopped
+from lora_dist.writing import write_text
 
 RUN_ID_FILE = "wandb_run_id.txt"
 _FINISH_TIMEOUT_S = 60
@@ -165,7 +166,7 @@ def _init(track: TrackConfig, run_dir: Path, config: Mapping[str, Any], name: st
             silent=True,
         ),
     )
-    id_file.write_text(f"{run.id}\n")
+    write_text(id_file, f"{run.id}\n")
     return run
 
 

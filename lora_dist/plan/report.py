@@ -1,10 +1,8 @@
 """The plan as text, plan.json and stacked bars."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from lora_dist.config import RunConfig
 from lora_dist.measure.plots import save_bars
@@ -15,6 +13,7 @@ from lora_dist.plan.live_bytes import ADAPTERS, BASE, GRADIENTS, KINDS, OPTIMIZE
 from lora_dist.plan.paper import MODEL, PaperRow, compare_with_paper, describe_headroom
 from lora_dist.plan.process_plan import ProcessPlan
 from lora_dist.plan.search import Candidate
+from lora_dist.writing import format_json, write_text
 
 CONTEXT = "context"
 
@@ -28,7 +27,7 @@ def write_plan(config: RunConfig, jobs: Sequence[JobPlan]) -> str:
         "jobs": [job.describe() for job in jobs],
         "paper": [asdict(row) for row in paper],
     }
-    _write_json(run_dir / "plan.json", content)
+    write_text(run_dir / "plan.json", format_json(content))
     _draw(run_dir / "memory.png", config, jobs)
     return render_plan(config, jobs, paper)
 
@@ -39,12 +38,8 @@ def write_search(config: RunConfig, candidates: Sequence[Candidate]) -> str:
         {**asdict(one), "name": one.name, "job": None if one.job is None else one.job.describe()} for one in candidates
     ]
     content = {"hardware": asdict(require_hardware(config)), "candidates": rows}
-    _write_json(Path(config.run_dir) / "search.json", content)
+    write_text(Path(config.run_dir) / "search.json", format_json(content))
     return render_search(config, candidates)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def render_plan(config: RunConfig, jobs: Sequence[JobPlan], paper: Sequence[PaperRow]) -> str:

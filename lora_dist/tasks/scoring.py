@@ -8,6 +8,7 @@ from lora_dist.tasks import classification, generation, sql, summaries
 from lora_dist.tasks.items import Item
 from lora_dist.tasks.paper import ROWS
 from lora_dist.tasks.scores import Result, ScoreRow, Scores, format_scores, to_json
+from lora_dist.writing import name_when_full
 
 NEEDS_LABELS = ("sql", "accuracy", "accuracy_f1", "matthews", "correlation")
 """Metrics to which an empty output is a row that someone forgot, not a short text."""
@@ -27,7 +28,8 @@ def score(task: TaskConfig, predictions: Sequence[str], items: Sequence[Item]) -
 def write_scores(task: TaskConfig, scores: Scores, predictions: str, output: str | None) -> None:
     """In JSON to `output` (null: beside `predictions`, the file they are of), and as a table for the reader."""
     path = Path(output or f"{predictions}.scores.json")
-    path.write_text(to_json(scores, predictions=predictions, references=task.references), encoding="utf-8")
+    with name_when_full(path):
+        path.write_text(to_json(scores, predictions=predictions, references=task.references), encoding="utf-8")
     print(format_scores(scores, ROWS.get(task.name, [])))
     print(f"\nscores: {path}", flush=True)
 

@@ -14,9 +14,10 @@ from hf_toy import build_run_config
 from lora_dist.checkpoint.identity import check_same, describe_run
 from lora_dist.checkpoint.resume import _commit, _prune, find_newest_checkpoint, read_resume_state
 from lora_dist.config import DataConfig, LoopConfig, LoraConfig, ModelConfig
-from lora_dist.files.directories import open_new_directory, prepare_temporary, write_json, write_lines
+from lora_dist.files.directories import open_new_directory, prepare_temporary, write_json
 from lora_dist.files.safetensors_stream import open_writer
 from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.writing import write_lines
 
 MODEL = ModelConfig(
     name="toy", num_layers=2, hidden_size=8, num_heads=2, ffn_hidden_size=16, vocab_size=11, max_position_embeddings=16
