@@ -29,7 +29,7 @@ from lora_dist.measure.first_step import FirstStep, open_first_step_probe
 from lora_dist.measure.ledger import measure_static
 from lora_dist.measure.memory import PeakMemoryMeter
 from lora_dist.measure.meter import Meter
-from lora_dist.measure.observers import open_observers
+from lora_dist.measure.observers import Observe, open_observers
 from lora_dist.measure.optimizer_state import check_optimizer_state
 from lora_dist.measure.report import write_comparison
 from lora_dist.measure.summary import Summary, build_summary
@@ -114,25 +114,30 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
             topology, lambda: print(f"{done}; raise loop.num_steps or num_epochs to go on", file=sys.stderr, flush=True)
         )
     meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
-    result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter)
-    if result.num_steps_done < config.loop.total_steps:
-        _stop(config, topology, result.num_steps_done)
-    peak_memory = memory.read()
-    keeper.write_model(name_trained(config), result.num_steps_done, {"valid_loss": result.valid_loss_after})
-    return build_summary(
-        config,
-        topology,
-        trainable=engine.trainable,
-        optimizer_state=optimizer_state,
-        static=measure_static(engine.gpt, engine.trainable, engine.zero),
-        first_step=first_step,
-        peak_memory=peak_memory,
-        throughput=meter.summarize(),
-        data=asdict(loaders.report),
-        valid_loss_before=result.valid_loss_before,
-        valid_loss_after=result.valid_loss_after,
-        checkpoint_dir=name_trained(config),
-    )
+    name = f"{config.method}-{config.model.name}"
+    observers = open_observers(config, topology, meter, name=name, num_steps_done=keeper.num_steps_done)
+    # The observers tell of a failure until all is written, also while the launcher, whom it reaches first, ends us.
+    with note_terminations(), observers as observe:
+        result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter, observe)
+        if result.num_steps_done >= config.loop.total_steps:
+            engine.zero.check_outcome(result.valid_loss_after)
+            peak_memory = memory.read()
+            keeper.write_model(name_trained(config), result.num_steps_done, {"valid_loss": result.valid_loss_after})
+            return build_summary(
+                config,
+                topology,
+                trainable=engine.trainable,
+                optimizer_state=optimizer_state,
+                static=measure_static(engine.gpt, engine.trainable, engine.zero),
+                first_step=first_step,
+                peak_memory=peak_memory,
+                throughput=meter.summarize(),
+                data=asdict(loaders.report),
+                valid_loss_before=result.valid_loss_before,
+                valid_loss_after=result.valid_loss_after,
+                checkpoint_dir=name_trained(config),
+            )
+    _stop(config, topology, result.num_steps_done)
 
 
 def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) -> tuple[Engine, AppliedMethod]:
@@ -169,28 +174,29 @@ def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) ->
 
 
 def _run_loop(
-    config: RunConfig, topology: Topology, engine: Engine, loaders: Loaders, keeper: Keeper, meter: Meter
+    config: RunConfig,
+    topology: Topology,
+    engine: Engine,
+    loaders: Loaders,
+    keeper: Keeper,
+    meter: Meter,
+    observe: Observe,
 ) -> tuple[TrainResult, FirstStep]:
     first_step = FirstStep()
-    name = f"{config.method}-{config.model.name}"
-    observers = open_observers(config, topology, meter, name=name, num_steps_done=keeper.num_steps_done)
-    with observers as observe, note_terminations():
-        result = train_loop(
-            engine,
-            loaders.train,
-            validate=lambda: _validate(engine, loaders.valid),
-            loop=config.loop,
-            optim=config.optim,
-            first_step=keeper.num_steps_done,
-            meter=meter,
-            open_probe=lambda: open_first_step_probe(engine.gpt, engine.trainable, topology, first_step),
-            observe=observe,
-            save=keeper.save,
-            keep_best=keeper.keep_best,
-            valid_loss_before=keeper.valid_loss_before,
-        )
-        if result.num_steps_done >= config.loop.total_steps:
-            engine.zero.check_outcome(result.valid_loss_after)  # while the observers can still tell of a failure
+    result = train_loop(
+        engine,
+        loaders.train,
+        validate=lambda: _validate(engine, loaders.valid),
+        loop=config.loop,
+        optim=config.optim,
+        first_step=keeper.num_steps_done,
+        meter=meter,
+        open_probe=lambda: open_first_step_probe(engine.gpt, engine.trainable, topology, first_step),
+        observe=observe,
+        save=keeper.save,
+        keep_best=keeper.keep_best,
+        valid_loss_before=keeper.valid_loss_before,
+    )
     return result, first_step
 
 

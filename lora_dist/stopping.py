@@ -36,7 +36,10 @@ def end_on_stop_requests() -> None:
 
 @contextmanager
 def note_terminations() -> Iterator[None]:
-    """Around the steps: SIGTERM is noted too, a second one ends the process at once. Elsewhere the first one does."""
+    """Around the steps and the last writes: SIGTERM is noted too, a second one ends the process at once.
+
+    Elsewhere the first one does.
+    """
     previous = signal.signal(signal.SIGTERM, _note)
     try:
         yield

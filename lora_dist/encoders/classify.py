@@ -62,7 +62,7 @@ def train(job: Job, memory: PeakMemoryMeter, given: ClassifyConfig) -> dict[str,
     meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
     name = f"{config.method}-{config.encoder.name}"
     observers = open_observers(config, topology, meter, name=name, num_steps_done=num_steps_done)
-    with observers as observe, note_terminations():
+    with note_terminations(), observers as observe:  # until all is written, as in `run.train_method`
         result = train_loop(
             job.engine,
             job.loader(job.data.train),
@@ -78,12 +78,12 @@ def train(job: Job, memory: PeakMemoryMeter, given: ClassifyConfig) -> dict[str,
             valid_loss_before=valid_loss_before,
         )
         if result.num_steps_done >= config.loop.total_steps:
-            job.engine.zero.check_outcome(result.valid_loss_after)  # while the observers can still tell of a failure
+            job.engine.zero.check_outcome(result.valid_loss_after)
+            write(job, name_trained(config), result.num_steps_done, {"valid_loss": result.valid_loss_after})
     if result.num_steps_done < config.loop.total_steps:
         message = f"stopped after step {result.num_steps_done} of {config.loop.total_steps}, as asked, and saved"
         run_on_first(topology, lambda: print(f"{message}; resume=auto goes on", file=sys.stderr, flush=True))
         raise_stopped(message)
-    write(job, name_trained(config), result.num_steps_done, {"valid_loss": result.valid_loss_after})
     throughput = meter.summarize()
     return {
         **asdict(result),

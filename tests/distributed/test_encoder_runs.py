@@ -1,6 +1,8 @@
 """`lora-dist classify`: runs that train, resume, are scored and begun from; what their files hold; what is refused."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +99,17 @@ def test_a_run_that_diverged_is_refused_and_failed(
     assert run_distributed(call, 1, describe_command(tmp_path, "run", *words)) == [2]
     assert "is not written; lower optim.lr" in capfd.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
+    assert read_exit_codes(tmp_path / "run") == [1]
+
+
+def test_a_run_whose_adapter_has_no_room_is_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("lora_dist.encoders.job.write_trained", lack_room)
+    words = [f"train={tmp_path / 'train.tsv'}", "loop.num_steps=2", "track=wandb"]
+    assert run_distributed(call, 1, describe_command(tmp_path, "run", *words)) == [2]
     assert read_exit_codes(tmp_path / "run") == [1]
 
 

@@ -1,6 +1,9 @@
 """How runs end that have nothing to hand on, or nothing left to do: one line, and no files that look like a result."""
 
+import errno
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ from demo_runs import call, read_losses
 from hf_toy import build_hf_model, write_toy_checkpoint
 from processes import run_distributed
 from wandb_files import read_exit_codes
+
+from lora_dist.measure.wandb_sink import WandbSink
 
 RUN = [
     *("train", "data=fake", "data.seq_len=16", "data.num_fake_examples=8", "track=none", "loop.micro_batch_size=2"),
@@ -42,6 +47,28 @@ def test_a_run_whose_losses_overflow_writes_no_model(
         in capfd.readouterr().err
     )
     assert not (tmp_path / "run" / "adapter").exists()
+    assert read_exit_codes(tmp_path / "run") == [1]
+
+
+def lack_room(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["lora_dist.keeper.write_adapter", "lora_dist.measure.summary.Summary.write"])
+def test_a_run_whose_last_writes_fail_is_failed_also_where_its_launcher_ends_it(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher sends SIGTERM as soon as the first process has left, while this one still tells W&B."""
+    close = WandbSink.close
+
+    def close_while_ended(sink: WandbSink, *, failed: bool = False) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        close(sink, failed=failed)
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(place, lack_room)
+    monkeypatch.setattr(WandbSink, "close", close_while_ended)
+    train(["model=tiny", "method=lora", "track=wandb", f"run_dir={tmp_path / 'run'}"], code=2)
     assert read_exit_codes(tmp_path / "run") == [1]
 
 
