@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -42,7 +43,11 @@ def launch_local(verb: str, overrides: Sequence[str], num_processes: int) -> int
     _silence_elastic_log()
     os.environ[_LAUNCHER_PID] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-    with tempfile.TemporaryDirectory() as directory, _name_stop_file(Path(directory) / "stopped") as stop_file:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        _name_stop_file(Path(directory) / "stopped") as stop_file,
+        _hold_interrupts(),
+    ):
         launcher = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -81,10 +86,32 @@ def _name_stop_file(stop_file: Path) -> Iterator[Path]:
             os.environ[_STOP_FILE] = outer
 
 
+@contextmanager
+def _hold_interrupts() -> Iterator[None]:
+    """SIGINT waits in processes started meanwhile until `end_with_launcher`: Python, starting, would print a traceback.
+
+    Here another thread takes it, and this one runs the handler all the same.
+    """
+    over = threading.Event()
+    threading.Thread(target=over.wait, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        over.set()
+
+
 def end_with_launcher() -> None:
-    """In a process of `launch_local`: be ended when the launcher is killed, which could not tell us."""
+    """In a process of `launch_local`: be ended by its SIGINT, and when it is killed, which could not tell us.
+
+    KeyboardInterrupt where SIGINT has come while this process started.
+    """
     launcher_pid = os.environ.get(_LAUNCHER_PID)
-    if launcher_pid is None or sys.platform != "linux":
+    if launcher_pid is None:
+        return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if sys.platform != "linux":
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -37,6 +37,10 @@ def train(config, settle):
 def report(global_rank, config):
     pathlib.Path(f"{os.environ['STARTED']}/{global_rank}").write_text(f"{os.getpid()} {config.run_dir}")
 
+if os.environ["BEHAVIOUR"] == "start slowly" and "RANK" in os.environ:
+    report(int(os.environ["RANK"]), types.SimpleNamespace(run_dir="none"))
+    time.sleep(2)
+
 module = types.ModuleType("lora_dist.run")
 module.train = module.compare = train
 sys.modules["lora_dist.run"] = module
@@ -114,6 +118,14 @@ def test_a_signal_to_the_command_ends_every_process(stop: str, code: int, tmp_pa
     command.wait_until_started()
     command.process.send_signal(getattr(signal, stop))
     assert command.wait() == (code, "" if stop == "SIGKILL" else f"error: stopped by {stop}\n")
+    command.assert_nothing_left()
+
+
+def test_an_interrupt_while_the_processes_start_is_one_line(tmp_path: Path) -> None:
+    command = Command(tmp_path, "start slowly")
+    command.wait_until_started()
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait() == (130, "error: stopped by SIGINT\n")
     command.assert_nothing_left()
 
 
