@@ -10,7 +10,7 @@ from lora_dist.data.glue import SENTENCE_END, TASKS, read_sentences
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.rows import BadRows, Pair, read_file
 from lora_dist.task_config import TaskConfig
-from lora_dist.tasks.items import name_fields
+from lora_dist.tasks.items import name_fields, read_number
 
 _GLUE = "glue_"
 
@@ -20,7 +20,7 @@ class Labels:
     """What the head's outputs mean: a word each, or one number."""
 
     words: tuple[str, ...]
-    """Empty where the label is a number (STS-B)."""
+    """Empty where the label is a number (task.metric=correlation)."""
 
     @property
     def num_outputs(self) -> int:
@@ -64,10 +64,12 @@ def has_two_sentences(task: TaskConfig) -> bool:
 
 
 def find_label_words(task: TaskConfig, pairs: Sequence[Pair]) -> Labels:
-    """task.labels, or GLUE's own in GLUE's order; elsewhere those of the training file, sorted.
+    """task.labels, or GLUE's own in GLUE's order; elsewhere those of the training file, sorted. None for numbers.
 
     ValueError where there is one alone, which every answer would be.
     """
+    if task.metric == "correlation":
+        return Labels(words=())
     if task.labels is not None:
         return Labels(words=tuple(task.labels))
     if task.format.startswith(_GLUE):
@@ -90,13 +92,9 @@ def encode_examples(
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
 ) -> list[Example]:
-    """Of `load_pairs`' rows. ValueError with file and line for a label that is none of `labels`."""
+    """Of `load_pairs`' rows. ValueError with file and line for a label that is none of `labels`, or no number."""
     for pair in pairs:
-        if labels.words and pair.target not in labels.words:
-            raise ValueError(
-                f"{key}={path}:{pair.line}: label {pair.target!r} is none of the {len(labels.words)} that are known"
-                f" ({', '.join(labels.words[:3])}, ...)"
-            )
+        _check_label(f"{key}={path}:{pair.line}", pair.target, labels)
     sentences = [pair.context for pair in pairs]
     seconds = None
     if has_two_sentences(task):
@@ -112,6 +110,16 @@ def encode_examples(
         )
         for row, pair in enumerate(pairs)
     ]
+
+
+def _check_label(place: str, label: str, labels: Labels) -> None:
+    if labels.words and label not in labels.words:
+        raise ValueError(
+            f"{place}: label {label!r} is none of the {len(labels.words)} that are known"
+            f" ({', '.join(labels.words[:3])}, ...)"
+        )
+    if not labels.words and read_number(label) is None:
+        raise ValueError(f"{place}: label {label!r} is no number, as task.metric=correlation has them; correct the row")
 
 
 def _find_longer(

@@ -88,6 +88,19 @@ def test_labels_are_given_where_a_file_has_one_alone(tmp_path: Path) -> None:
         load_data(replace(given, train=None, adapter=str(tmp_path / "run")))
 
 
+def test_numbers_are_no_classes_whatever_the_file(tmp_path: Path) -> None:
+    rows, text = tmp_path / "rows.jsonl", '{"context": "it was fine", "target": "%s"}\n'
+    rows.write_text(text % "2.5" + text % 4 + text % "2.5")
+    task = TaskConfig(name="jsonl", format="jsonl", metric="correlation", references=str(rows))
+    config = build_config(tmp_path, "roberta", task=task, train=str(rows))
+    data = load_data(config)
+    assert (data.labels.words, data.labels.num_outputs) == ((), 1)
+    assert [example.label for example in data.train] == [2.5, 4.0, 2.5]
+    rows.write_text(text % "2.5" + text % "nan")
+    with pytest.raises(ValueError, match=r"^train=.*rows.jsonl:2: label 'nan' is no number, .*; correct the row$"):
+        load_data(config)
+
+
 def test_a_file_of_several_splits_needs_one(tmp_path: Path) -> None:
     task = TaskConfig(name="clinc150", format="clinc150", metric="accuracy", references="f", split="test")
     with pytest.raises(ValueError, match=r"^train_split is not set, and a clinc150 .* e.g. train_split=train$"):
