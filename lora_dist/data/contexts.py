@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_dist.data.conversations import take_question, write_question
 from lora_dist.data.documents import read_json_rows
 from lora_dist.data.examples import tokenize_texts
+from lora_dist.data.glue import read_glue
 from lora_dist.data.readers import read_pairs
 from lora_dist.data.rows import PLAIN_FIELDS, BadRow, BadRows, Fields, check_text, decode, read_lines
 from lora_dist.data.tokenizer import find_start_tokens
@@ -49,6 +50,9 @@ def read_contexts(
         contexts = list(read_json_rows(decode(content), parse, bad))
     elif file_format == "text":
         contexts = [Context(pair.context) for pair in read_lines(decode(content), lambda row: (row.strip(), ""), bad)]
+    elif file_format.startswith("glue_"):
+        pairs = read_glue(file_format.removeprefix("glue_"), decode(content), bad, labelled=False)
+        contexts = [Context(pair.context) for pair in pairs]
     else:
         contexts = [Context(pair.context) for pair in read_pairs(content, file_format, bad, split=split)]
     if not contexts:

@@ -18,7 +18,7 @@ class GlueTask:
     words: dict[str, str] = field(default_factory=dict)
     """Label in the file -> target; empty where the file has words, or a number (STS-B), already."""
     header: tuple[str, ...] | None = None
-    """Of a file that has none."""
+    """Of a file that has none (CoLA's but for its test file)."""
 
 
 _NLI = {"entailment": "entailment", "neutral": "neutral", "contradiction": "contradiction"}
@@ -47,29 +47,44 @@ SENTENCE_END = "\t"
 """Between the two sentences of `read_sentences`: no cell of a TSV file holds one."""
 
 
-def read_glue(name: str, text: str, bad: BadRows) -> Iterator[Pair]:
-    """`premise : ... | hypothesis : ...` -> `entailment`. A row without a known label is a bad row."""
-    return _read(name, text, bad, lambda parts: " | ".join(f"{role} : {part}".strip() for role, part in parts.items()))
+def read_glue(name: str, text: str, bad: BadRows, *, labelled: bool = True) -> Iterator[Pair]:
+    """`premise : ... | hypothesis : ...` -> `entailment`. A row without a known label is a bad row.
+
+    Where not `labelled` targets are empty, and the file may be GLUE's test file, which has none.
+    """
+
+    def join(parts: Mapping[str, str]) -> str:
+        return " | ".join(f"{role} : {part}".strip() for role, part in parts.items())
+
+    return _read(name, text, bad, join, labelled=labelled)
 
 
 def read_sentences(name: str, text: str, bad: BadRows) -> Iterator[Pair]:
     """The same rows with the one or two sentences as they stand, as an encoder reads them; one of two may be empty, as
     in a few rows of QQP.
     """
-    return _read(name, text, bad, lambda parts: SENTENCE_END.join(parts.values()))
+    return _read(name, text, bad, lambda parts: SENTENCE_END.join(parts.values()), labelled=True)
 
 
-def _read(name: str, text: str, bad: BadRows, join: Callable[[Mapping[str, str]], str]) -> Iterator[Pair]:
+def _read(
+    name: str, text: str, bad: BadRows, join: Callable[[Mapping[str, str]], str], *, labelled: bool
+) -> Iterator[Pair]:
     task = TASKS[name]
 
     def parse(cells: Mapping[str, str]) -> Texts:
         parts = {role: cells[column].strip() for role, column in task.columns.items()}
         if not any(parts.values()):
             raise BadRow("empty context")
-        return join(parts), _read_label(task, cells[task.label].strip())
+        return join(parts), _read_label(task, cells[task.label].strip()) if labelled else ""
 
-    columns = [*task.columns.values(), task.label]
-    return read_table(text, columns, parse, bad, quoted=False, header=task.header)
+    columns = [*task.columns.values(), *([task.label] if labelled else [])]
+    header = None if _has_header(task, text) else task.header
+    return read_table(text, columns, parse, bad, quoted=False, header=header)
+
+
+def _has_header(task: GlueTask, text: str) -> bool:
+    """CoLA's test file has one, its others have none."""
+    return set(task.columns.values()) <= set(text.partition("\n")[0].rstrip("\r").split("\t"))
 
 
 def _read_label(task: GlueTask, label: str) -> str:

@@ -260,6 +260,8 @@ def test_bad_row(file_format: str, content: str | bytes, line: int, reason: str,
         ("banking77", "text,label\n", r"^f:1: no column category; the header is 'text,label'$"),
         ("banking77", "text,text,category\na,b,c\n", r"^f:1: several columns are called text; rename all but one$"),
         ("glue_rte", "", r"^f:1: no column sentence1, sentence2, label; the header is ''$"),
+        ("glue_rte", "index\tsentence1\tsentence2\n", r"^f:1: no column label; the header is 'index,sentence1,"),
+        ("glue_cola", "index\tsentence\n0\tx\n", r"^f:1: no column label; the header is 'index,sentence'$"),
     ],
 )
 def test_a_file_of_another_form(file_format: str, content: str, message: str) -> None:
