@@ -78,8 +78,8 @@ class GenerateOptions(GenerationConfig):
     format: str = "auto"
     """text (a context a line), jsonl (`context`, and `adapter` where rows choose one), chat (jsonl with `messages` that
     await an answer) or any other data.format with files, whose targets are left out; GLUE's test files have none. auto
-    takes .jsonl for jsonl, .csv for e2e_csv and other files for e2e_text where the first line holds `||`, else for text;
-    not .json and .tsv."""
+    takes .jsonl for jsonl, .csv for e2e_csv and other files for e2e_text where the first line holds `||`, else for
+    text; not .json and .tsv."""
     context_fields: list[str] = field(default_factory=lambda: ["context"])
     """Of format jsonl: as data.context_fields."""
     split: str | None = None

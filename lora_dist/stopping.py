@@ -47,6 +47,11 @@ def note_terminations() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def end_at_next_interrupt() -> None:
+    """In a process that ends because of Ctrl-C: another one ends it at once, where Python would print a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def is_stop_requested() -> bool:
     """Whether this process was asked; what all processes agreed on is `StepResult.stop_requested`."""
     return bool(_first_noted)

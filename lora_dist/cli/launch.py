@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dist.stopping import Stopped, end_on_stop_requests
+from lora_dist.stopping import Stopped, end_at_next_interrupt, end_on_stop_requests
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -65,6 +65,7 @@ def launch_local(verb: str, overrides: Sequence[str], num_processes: int) -> int
         except ChildFailedError as error:
             return _report_failures(list(error.failures.values()))
         except SignalException as stop:
+            end_at_next_interrupt()
             if not stop_file.exists():
                 print(f"error: stopped by {stop.sigval.name}", file=sys.stderr)
                 return 128 + stop.sigval.value

@@ -26,7 +26,7 @@ from lora_dist.cli.launch import (
 from lora_dist.cli.ranks import adopt_ranks, become_single_process, get_job_id, name_node
 from lora_dist.config import RunConfig
 from lora_dist.run_dir import check_run_dir, format_config
-from lora_dist.stopping import Stopped, note_stop_requests
+from lora_dist.stopping import Stopped, end_at_next_interrupt, note_stop_requests
 
 
 class Verb(Protocol):
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # DeepSpeed's launcher puts the local rank in front, which LOCAL_RANK says as well.
         return _dispatch([word for word in words if not re.fullmatch(r"--local[_-]rank=\d+", word)])
     except KeyboardInterrupt:
+        end_at_next_interrupt()
         return 130
     except Stopped:
         return tell_stopped(os.environ)

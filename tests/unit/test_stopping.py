@@ -6,15 +6,17 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from lora_dist import stopping
 from lora_dist.cli.launch import STOPPED, launch_local, tell_stopped
+from lora_dist.cli.main import main
 from lora_dist.stopping import Stopped, is_stop_requested, note_stop_requests, note_terminations, raise_stopped
 
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
     yield
     stopping._first_noted.clear()
     for number, handler in handlers.items():
@@ -44,6 +46,17 @@ def test_a_launcher_that_is_asked_to_stop_starts_nothing(when: str, monkeypatch:
         signal.raise_signal(signal.SIGUSR1)
     with pytest.raises(Stopped, match="nothing had begun"):
         launch_local("train", [], 2)
+
+
+@pytest.mark.parametrize("process", ["alone", "the launcher"])
+def test_a_second_interrupt_ends_a_process_that_ends_already(process: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt if process == "alone" else SignalException("Ctrl-C", signal.SIGINT)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: interrupt)
+    monkeypatch.setattr("lora_dist.cli.main._dispatch", lambda _: launch_local("train", [], 2))
+    assert main([]) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 def test_sigterm_is_noted_around_the_steps_only() -> None:
