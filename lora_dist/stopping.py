@@ -52,6 +52,18 @@ def end_at_next_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def load_torch() -> None:
+    """Import it, and raise KeyboardInterrupt afterwards where Ctrl-C came meanwhile.
+
+    torch goes on without numpy where importing that fails, also by KeyboardInterrupt, which is lost then.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        import torch  # noqa: F401
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def is_stop_requested() -> bool:
     """Whether this process was asked; what all processes agreed on is `StepResult.stop_requested`."""
     return bool(_first_noted)

@@ -17,6 +17,7 @@ from lora_dist.cli.explain import explain_composition_error
 from lora_dist.cli.overrides import write_override
 from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups
 from lora_dist.config import ModelConfig, RunConfig
+from lora_dist.stopping import load_torch
 
 _Config = TypeVar("_Config")
 _DEFAULT_OPTIONS = {
@@ -95,6 +96,7 @@ def _ask_for_required(owner: type) -> dict[str, str]:
 
 def _read_hf_field(name: str, *, _parent_: DictConfig) -> object:
     """What config.json does not say is as ModelConfig has it. Imported late because it brings torch."""
+    load_torch()
     from lora_dist.files.hf_checkpoint import read_model_fields
 
     return getattr(ModelConfig(**read_model_fields(_parent_.checkpoint)), name)

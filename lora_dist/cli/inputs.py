@@ -7,6 +7,7 @@ from lora_dist.config import ModelConfig, RunConfig, compute_dp_size, compute_nu
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.lora.trained_base import check_biases
 from lora_dist.run_dir import find_adapter
+from lora_dist.stopping import load_torch
 
 
 def check_inputs(config: RunConfig, world_size: int) -> None:
@@ -19,6 +20,7 @@ def check_inputs(config: RunConfig, world_size: int) -> None:
 
 def check_checkpoint(model: ModelConfig) -> None:
     """ValueError where the base checkpoint is not whole or not this model's. Reads its headers; imports torch."""
+    load_torch()
     from lora_dist.files.hf_checkpoint import check_hf_checkpoint
 
     if model.checkpoint is not None:

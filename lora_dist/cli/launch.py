@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dist.stopping import Stopped, end_at_next_interrupt, end_on_stop_requests
+from lora_dist.stopping import Stopped, end_at_next_interrupt, end_on_stop_requests, load_torch
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -35,6 +35,7 @@ def launch_local(verb: str, overrides: Sequence[str], num_processes: int) -> int
     SIGHUP, SIGQUIT and SIGUSR1 reach every process, which then has 30 seconds, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
     Stopped, with nothing begun, for a SIGUSR1 before there are processes.
     """
+    load_torch()
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -26,7 +26,7 @@ from lora_dist.cli.launch import (
 from lora_dist.cli.ranks import adopt_ranks, become_single_process, get_job_id, name_node
 from lora_dist.config import RunConfig
 from lora_dist.run_dir import check_run_dir, format_config
-from lora_dist.stopping import Stopped, end_at_next_interrupt, note_stop_requests
+from lora_dist.stopping import Stopped, end_at_next_interrupt, load_torch, note_stop_requests
 
 
 class Verb(Protocol):
@@ -152,6 +152,7 @@ def _run_on_paper(verb: str, overrides: list[str]) -> int:
     if config.run_dir == "auto":
         config = replace(config, run_dir=name_run_dir(verb, config, overrides, {}))
     check_run_dir(Path(config.run_dir), config.resume)
+    load_torch()
     VERBS[verb].run(config)
     return 0
 

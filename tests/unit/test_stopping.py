@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -90,3 +92,27 @@ def test_a_launcher_that_names_a_stop_file_sees_good_exit_codes_and_the_file_of_
     assert not (tmp_path / "stopped").exists()
     assert tell_stopped({**named, "RANK": "0"}) == 0
     assert (tmp_path / "stopped").exists()
+
+
+_LATE_INTERRUPT = """
+import builtins, os, signal, sys
+real = builtins.__import__
+
+def interrupted(name, *args, **options):
+    if name == "numpy" and "numpy" not in sys.modules:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *args, **options)
+
+builtins.__import__ = interrupted
+from lora_dist.stopping import load_torch
+
+try:
+    load_torch()
+except KeyboardInterrupt:
+    sys.exit("interrupted" if "torch" in sys.modules and "numpy" in sys.modules else "too early")
+"""
+
+
+def test_ctrl_c_while_torch_is_imported_is_not_lost() -> None:
+    ended = subprocess.run([sys.executable, "-c", _LATE_INTERRUPT], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr.strip().rpartition("\n")[2]) == (1, "interrupted")
