@@ -18,6 +18,10 @@ from lora_dist.measure.environment import describe_environment
 
 RECORDS = Path(__file__).resolve().parent / "records" / "plan"
 SEARCH = ("data=fake", "data.seq_len=2048", "loop.global_batch_size=16", "plan.search=true")
+OPEN = (
+    *("topology=tp8_sp", "dtype=bf16", "data=fake", "data.seq_len=2048", "lora.target_modules=[all]", "lora.rank=16"),
+    "plan.recompute=[none]",
+)
 CASES: dict[str, tuple[str, ...]] = {
     "gpt3_175b_v100": ("experiment=gpt3_175b_v100",),
     "gpt3_175b_v100_full": ("experiment=gpt3_175b_v100_full",),
@@ -31,6 +35,10 @@ CASES: dict[str, tuple[str, ...]] = {
     },
     "search_v100_12": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=12"),
     "search_v100_16": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=16"),
+    "open_glm4_5_air": ("model=glm4_5_air", *OPEN, "hardware=h100"),
+    "open_qwen3_235b": ("model=qwen3_235b_a22b", *OPEN, "hardware=h100"),
+    "open_glm4_5": ("model=glm4_5", *OPEN, "hardware=h200"),
+    "open_glm4_5_nf4": ("model=glm4_5", *OPEN, "hardware=h100", "model.base_format=nf4"),
     "search_h200_4": ("experiment=gpt3_175b_h200", *SEARCH, "plan.num_gpus=4"),
 }
 KEPT_OF_A_JOB = ("needed_bytes", "memory_bytes", "step_seconds", "tokens_per_sec_per_gpu", "num_trainable", "flops")

@@ -1,6 +1,6 @@
 """README's tables of `lora-dist plan` out of the records of tools/plan_records.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_dist.base_format import LinearShape, compute_weight_bytes
@@ -54,6 +54,32 @@ def format_base_formats(records: Mapping[str, Mapping[str, Any]]) -> str:
     hardware = record["plan"]["hardware"]
     head = f"One {hardware['name']} of {hardware['memory_gib']:.1f} GiB (`{record['command']}` and the others):"
     return "\n".join([head, "", *lines])
+
+
+def format_models(records: Sequence[Mapping[str, Any]]) -> str:
+    """LoRA of each model, and what full fine-tuning of the same shards would take."""
+    columns = ["model", "base", "a node of", "parameters", "trainable", "fullest GPU, GiB", "step, s", "tokens/s/GPU"]
+    lines = [_join([*columns, "full fine-tuning, GiB"]), _join([":--", ":--", ":--", *["--:"] * 6])]
+    for record in records:
+        hardware, (lora, full) = record["plan"]["hardware"], record["plan"]["jobs"]
+        assert lora["fits"], record["command"]
+        options = dict(word.split("=", 1) for word in record["command"].split() if "=" in word)
+        lines.append(
+            _join(
+                [
+                    options["model"],
+                    options.get("model.base_format", "bf16"),
+                    f"{lora['world_size']} {hardware['name']} of {hardware['memory_gib']:.1f} GiB",
+                    f"{full['num_trainable'] / 1e9:.1f}B",
+                    f"{lora['num_trainable'] / 1e6:.1f}M",
+                    f"{lora['needed_bytes'] / GIB:.1f}",
+                    f"{lora['step_seconds']:.2f}",
+                    f"{lora['tokens_per_sec_per_gpu']:.0f}",
+                    f"{full['needed_bytes'] / GIB:.0f}",
+                ]
+            )
+        )
+    return "\n".join(lines)
 
 
 def compute_bits(base_format: str) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from adapter_cost_table import format_adapter_cost
 from bench_table import format_record
 from latency_table import format_latency
-from plan_table import format_base_formats, format_paper, format_plan, format_search
+from plan_table import format_base_formats, format_models, format_paper, format_plan, format_search
 from study_table import format_study
 
 from lora_dist.tasks.paper import ROWS
@@ -46,6 +46,7 @@ def fill(page: str) -> str:
         "search": build_search_tables,
         "kernels": build_kernel_table,
         "base_format": build_base_format_table,
+        "open_models": build_open_models_table,
         "latency": build_latency_tables,
         "packing": build_packing_table,
         "adapter_cost": lambda: format_adapter_cost(_read("adapter_cost/cpu_gpt2_medium"), "cpu_gpt2_medium.json"),
@@ -109,6 +110,11 @@ def build_plan_tables() -> str:
 
 def build_search_tables() -> str:
     return "\n\n".join(format_search(_read(f"plan/search_{name}")) for name in ("v100_12", "v100_16", "h200_4"))
+
+
+def build_open_models_table() -> str:
+    names = ("glm4_5_air", "qwen3_235b", "glm4_5_nf4", "glm4_5")
+    return format_models([_read(f"plan/open_{name}") for name in names])
 
 
 def build_base_format_table() -> str:
