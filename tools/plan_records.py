@@ -19,8 +19,8 @@ from lora_dist.measure.environment import describe_environment
 RECORDS = Path(__file__).resolve().parent / "records" / "plan"
 SEARCH = ("data=fake", "data.seq_len=2048", "loop.global_batch_size=16", "plan.search=true")
 OPEN = (
-    *("topology=tp8_sp", "dtype=bf16", "data=fake", "data.seq_len=2048", "lora.target_modules=[all]", "lora.rank=16"),
-    "plan.recompute=[none]",
+    *("dtype=bf16", "data=fake", "data.seq_len=2048", "loop.global_batch_size=8", "plan.recompute=[none]"),
+    *("lora.target_modules=[all]", "lora.rank=16"),
 )
 CASES: dict[str, tuple[str, ...]] = {
     "gpt3_175b_v100": ("experiment=gpt3_175b_v100",),
@@ -35,10 +35,10 @@ CASES: dict[str, tuple[str, ...]] = {
     },
     "search_v100_12": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=12"),
     "search_v100_16": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=16"),
-    "open_glm4_5_air": ("model=glm4_5_air", *OPEN, "hardware=h100"),
-    "open_qwen3_235b": ("model=qwen3_235b_a22b", *OPEN, "hardware=h100"),
-    "open_glm4_5": ("model=glm4_5", *OPEN, "hardware=h200"),
-    "open_glm4_5_nf4": ("model=glm4_5", *OPEN, "hardware=h100", "model.base_format=nf4"),
+    "open_glm4_5_air": ("model=glm4_5_air", "topology=tp8_sp", "hardware=h100", *OPEN),
+    "open_qwen3_235b": ("model=qwen3_235b_a22b", "topology=tp4_sp", "topology.pp_size=2", "hardware=h200", *OPEN),
+    "open_glm4_5": ("model=glm4_5", "topology=tp8_sp", "hardware=h200", *OPEN),
+    "open_glm4_5_nf4": ("model=glm4_5", "model.base_format=nf4", "topology=tp8_sp", "hardware=h100", *OPEN),
     "search_h200_4": ("experiment=gpt3_175b_h200", *SEARCH, "plan.num_gpus=4"),
 }
 KEPT_OF_A_JOB = ("needed_bytes", "memory_bytes", "step_seconds", "tokens_per_sec_per_gpu", "num_trainable", "flops")
