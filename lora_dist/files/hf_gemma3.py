@@ -47,11 +47,13 @@ _ABSENT: dict[str, Any] = {
 def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     config = _ABSENT | dict(config)
     sizes, ropes = read_sizes(config, path), _split_ropes(config, path)
+    full = ropes[FULL_LAYER]
+    theta = full.get("rope_theta", config["rope_theta"])  # stays where transformers puts a rope_scaling into `full`
     return {
         "family": "gemma3_text",
         **sizes,
         "max_position_embeddings": get_size(config, "max_position_embeddings", path),
-        **read_rope(config | {"rope_parameters": ropes[FULL_LAYER]}, path, ("default", "linear")),
+        **read_rope(config | {"rope_parameters": full, "rope_theta": theta}, path, ("default", "linear")),
         "sliding_window": read_window(config, path),
         "full_attention_layers": read_full_layers(config, path, _list_by_pattern(config, path, sizes["num_layers"])),
         "local_rope_theta": _read_local_theta(config, path, ropes[WINDOW_LAYER]),
@@ -60,8 +62,11 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _split_ropes(config: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
-    """The settings of each kind of layer; before transformers 5 there were those of the layers without window alone."""
-    rope = get_rope(config, path)
+    """The settings of each kind of layer; before transformers 5 there were those of the layers without window alone.
+
+    A rope_scaling beside them is of the layers without window too, where `read_rope` compares the two.
+    """
+    rope = get_rope({"rope_parameters": config.get("rope_parameters") or config.get("rope_scaling")}, path)
     return {FULL_LAYER: rope.get(FULL_LAYER, rope), WINDOW_LAYER: rope.get(WINDOW_LAYER, {})}
 
 

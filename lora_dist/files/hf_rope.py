@@ -12,6 +12,7 @@ from lora_dist.model_checks import ROPE_SCALINGS
 from lora_dist.model_config import ModelConfig
 
 _ORIGINAL = "original_max_position_embeddings"
+_THETA = 10000.0
 
 
 def read_rope(config: Mapping[str, Any], path: Path, kinds: Collection[str]) -> dict[str, Any]:
@@ -26,19 +27,42 @@ def read_rope(config: Mapping[str, Any], path: Path, kinds: Collection[str]) -> 
     if missing:
         raise ValueError(f"{path}: rope type {kind!r} has no number {missing[0]}")
     return {
-        "rope_theta": float(get_number(rope if rope.get("rope_theta") else config, "rope_theta", 10000.0, path)),
+        "rope_theta": float(get_number(rope if rope.get("rope_theta") else config, "rope_theta", _THETA, path)),
         "rope_scaling": {key: float(rope[key]) for key in sorted(ROPE_SCALINGS[kind])},
         "rope_divisors": [float(divisor) for divisor in rope["short_factor"]] if kind == "longrope" else [],
     }
 
 
 def get_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The rule's settings, always with its `rope_type`. ValueError where config.json has no object there."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope_parameters (or rope_scaling) is {rope!r}, no JSON object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    return rope | {"rope_type": "longrope" if kind == "su" else kind}  # Phi-3's first name of it
+    """The rule's settings, always with its `rope_type`. ValueError where config.json has no object there, or two rules:
+    transformers would take rope_scaling, and with it not even the base of rope_parameters.
+    """
+    rules = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+    for rule in rules:
+        if not isinstance(rule, dict):
+            raise ValueError(f"{path}: rope_parameters (or rope_scaling) is {rule!r}, no JSON object")
+    if len(rules) == 2 and _complete(rules[0], config) != _complete(rules[1], config):
+        raise ValueError(
+            f"{path}: rope_parameters={rules[0]} and rope_scaling={rules[1]} are two rules;"
+            " move what is meant into rope_parameters and leave rope_scaling out"
+        )
+    return _name_kind(rules[0] if rules else {})
+
+
+def _name_kind(rule: Mapping[str, Any]) -> dict[str, Any]:
+    kind = rule.get("rope_type", rule.get("type", "default"))
+    return {**rule, "rope_type": "longrope" if kind == "su" else kind}  # Phi-3's first name of it
+
+
+def _complete(rule: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """With what transformers takes from the rest of config.json, and writes into rope_parameters when it saves."""
+    known = {key: value for key, value in _name_kind(rule).items() if value is not None and key != "type"}
+    return {
+        "rope_theta": config.get("rope_theta") or _THETA,
+        "partial_rotary_factor": config.get("partial_rotary_factor") or 1.0,
+        _ORIGINAL: config.get(_ORIGINAL) or config.get("max_position_embeddings"),
+        **known,
+    }
 
 
 def _complete_yarn(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:

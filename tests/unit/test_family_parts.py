@@ -159,6 +159,36 @@ def test_older_configurations_say_the_same(tmp_path: Path) -> None:
     assert (fields["rope_scaling"], fields["num_kv_heads"]) == ({"factor": 2.0}, 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "scaling"),
+    [
+        ("qwen2", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+        ("qwen3", {"rope_type": "yarn", "factor": 2.0}),
+        ("gemma3_text", {"rope_type": "linear", "factor": 8.0}),
+    ],
+)
+def test_a_second_rotary_rule_is_refused(name: str, scaling: dict, tmp_path: Path) -> None:
+    """As model cards say to put one in, beside what transformers 5 saved; transformers itself takes the second."""
+    write_family_checkpoint(name, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+    edit(tmp_path, rope_scaling=scaling)
+    with pytest.raises(ValueError, match=r"move what is meant into rope_parameters and leave rope_scaling") as refusal:
+        read_model_fields(tmp_path)
+    assert f"rope_parameters={saved.get('full_attention', saved)} and rope_scaling={scaling} are" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long", "gemma3_text"])
+def test_a_rotary_rule_may_be_there_twice(name: str, tmp_path: Path) -> None:
+    """In the words of transformers 4 beside what transformers 5 made of them."""
+    model = write_family_checkpoint(name, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+    older = dict(saved.get("full_attention", saved))
+    older["type"] = older.pop("rope_type")
+    theta = older.pop("rope_theta")
+    edit(tmp_path, rope_scaling=older, rope_theta="gone" if name == "gemma3_text" else theta)
+    assert read_family_config(tmp_path) == model
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_what_a_configuration_leaves_out_is_as_transformers_has_it(name: str, tmp_path: Path) -> None:
     write_family_checkpoint(name, tmp_path)
