@@ -13,6 +13,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -55,6 +57,15 @@ _LOCAL = {"rope_type": "default", "rope_theta": 9.0}
 _LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 _GLM = {"head_dim": 8, "attention_bias": True, "rope_parameters": _NEOX_ROPE}
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+_FULL, _WINDOW = "full_attention", "sliding_attention"
+
+
+class _ListedMistralConfig(MinistralConfig):
+    """As transformers reads a Mistral's config.json that lists its layers."""
+
+    model_type = "mistral"
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(**_SIZES, rope_parameters={"rope_type": "llama3", "rope_theta": 100.0, **_LLAMA3})
@@ -67,6 +78,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=5)),
+    "mistral_listed": lambda: MinistralForCausalLM(
+        _ListedMistralConfig(**_SIZES, head_dim=4, sliding_window=5, layer_types=[_WINDOW, _FULL, _FULL, _WINDOW])
+    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True, rope_parameters=_YARN)),
     "qwen2_windows": lambda: Qwen2ForCausalLM(
         Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2)
@@ -154,7 +168,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 """Name -> a model of that family; where there are two, they differ in what a checkpoint may choose."""
-_SECOND = ("llama_tied", "qwen2_windows", "qwen3_moe_shares", "glm4_moe_flat", "phi3_long", "gpt_neox_serial")
+_SECOND = (
+    *("llama_tied", "mistral_listed", "qwen2_windows", "qwen3_moe_shares", "glm4_moe_flat", "phi3_long"),
+    "gpt_neox_serial",
+)
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
 
 

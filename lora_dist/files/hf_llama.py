@@ -80,19 +80,18 @@ def _get_size_or(config: Mapping[str, Any], key: str, default: int, path: Path) 
 def _read_fields(config: Mapping[str, Any], path: Path, *, family: str) -> dict[str, Any]:
     config = _ABSENT[family] | dict(config)
     fields = {"family": family, **read_sizes(config, path), **read_positions(config, path)}
-    if family == "mistral":
-        fields["sliding_window"] = read_window(config, path)
+    if family == "mistral":  # with layer_types transformers takes it for Ministral, whose windows are layer by layer
+        fields |= _read_windows(config, path, [])
     if family in ("qwen2", "qwen3") and config.get("use_sliding_window"):
-        fields |= _read_qwen_windows(config, path, fields["num_layers"])
+        num_full = get_number(config, "max_window_layers", fields["num_layers"], path)
+        fields |= _read_windows(config, path, [layer for layer in range(fields["num_layers"]) if layer < num_full])
     return fields
 
 
-def _read_qwen_windows(config: Mapping[str, Any], path: Path, num_layers: int) -> dict[str, Any]:
-    """Its first `max_window_layers` layers see all positions."""
-    num_full = get_number(config, "max_window_layers", num_layers, path)
-    full_layers = read_full_layers(config, path, [layer for layer in range(num_layers) if layer < num_full])
-    window = read_window(config, path)
-    if window is None or len(full_layers) == num_layers:
+def _read_windows(config: Mapping[str, Any], path: Path, absent: list[int]) -> dict[str, Any]:
+    """Those of layers that config.json lists, or of all but the `absent` ones."""
+    full_layers, window = read_full_layers(config, path, absent), read_window(config, path)
+    if window is None or len(full_layers) == get_size(config, "num_hidden_layers", path):
         return {}
     return {"sliding_window": window, "full_attention_layers": full_layers}
 
@@ -159,6 +158,8 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
     described["sliding_window"] = model.sliding_window
     if model.family != "mistral" and model.sliding_window is not None:
         described |= {"use_sliding_window": True, "layer_types": describe_layer_types(model)}
+    elif model.full_attention_layers:  # of a Mistral, which without a list stays one for transformers
+        described["layer_types"] = describe_layer_types(model)
     return described
 
 

@@ -1,6 +1,7 @@
 """What a family's configuration may say and what is refused, its names, and its angles."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,22 @@ def test_qwens_windows_are_read(tmp_path: Path) -> None:
     assert (model.sliding_window, model.full_attention_layers) == (5, [2, 3])
     edit(tmp_path, layer_types=["full_attention"] * 4)
     assert read_family_config(tmp_path).sliding_window is None
+
+
+def test_a_mistral_may_list_its_layers(tmp_path: Path) -> None:
+    """transformers makes it a Ministral; without a list every layer has the window."""
+    model = write_family_checkpoint("mistral_listed", tmp_path)
+    assert (model.sliding_window, model.full_attention_layers) == (5, [1, 2])
+    for full_layers in ([], [1, 2]):
+        described = HF_FAMILIES["mistral"].describe(replace(model, full_attention_layers=full_layers))
+        (tmp_path / "config.json").write_text(json.dumps(described))
+        assert read_family_config(tmp_path).full_attention_layers == full_layers
+        assert AutoConfig.from_pretrained(tmp_path).model_type == ("ministral" if full_layers else "mistral")
+    edit(tmp_path, layer_types=["full_attention"] * 4)
+    assert read_family_config(tmp_path).sliding_window is None
+    edit(tmp_path, layer_types=["chunked_attention"] * 4)
+    with pytest.raises(ValueError, match="layer_types is not a list of 4 times full_attention or sliding_attention"):
+        read_family_config(tmp_path)
 
 
 def test_experts_that_transformers_4_wrote_are_read(tmp_path: Path) -> None:
