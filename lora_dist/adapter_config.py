@@ -92,17 +92,17 @@ class ImportConfig(BaseConfig):
     task_name: str = "imported"
     """Name that `lora-dist adapters` shows."""
     alpha: float | None = None
-    """loralib files do not say it."""
-    fused_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    """loralib's enable_lora: what a MergedLinear adapts where it adapts two or one of q, k, v."""
+    """Of a loralib file, which does not say it; null means each module's as the lora_settings.json beside it has it."""
+    fused_targets: list[str] | None = None
+    """loralib's enable_lora: what a MergedLinear adapts where it adapts two or one of q, k, v; null means what the
+    lora_settings.json beside it says, or q_proj and v_proj."""
     drop: list[str] = field(default_factory=list)
     """Regular expressions over the source's keys that are left out, e.g. a classifier's."""
 
     def __post_init__(self) -> None:
         require_one_of("format", self.format, IMPORT_FORMATS)
-        if (self.alpha is None) == (self.format == "loralib"):
-            needed = "is needed" if self.alpha is None else "is in the file already"
-            raise ValueError(f"alpha={self.alpha}: format={self.format}: alpha {needed}")
+        if self.alpha is not None and self.format != "loralib":
+            raise ValueError(f"alpha={self.alpha}: format={self.format}: alpha is in the file already; leave it out")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from lora_dist.files.bridge import to_bridge
 from lora_dist.files.directories import open_new_directory, write_json
 from lora_dist.files.imported import ImportedAdapter
 from lora_dist.files.loralib import export_loralib, import_loralib
+from lora_dist.files.loralib_settings import SETTINGS
 from lora_dist.files.modules import FAMILY_NAMES
 from lora_dist.files.peft_import import import_peft
 from lora_dist.files.peft_layout import to_peft_files
@@ -36,7 +37,6 @@ def import_adapter(config: ImportConfig, base_fingerprint: str) -> ImportedAdapt
     if config.format == "peft":
         imported = import_peft(source, model, config.drop)
     else:
-        assert config.alpha is not None
         imported = import_loralib(
             source, model, alpha=config.alpha, fused_targets=config.fused_targets, drop=config.drop
         )
@@ -123,7 +123,7 @@ _WITHOUT_PARAMETERS = ("loralib", "peft_split")
 _FILES = {
     "peft": (PEFT_WEIGHTS, PEFT_CONFIG),
     "peft_split": (PEFT_WEIGHTS, PEFT_CONFIG),
-    "loralib": (LORALIB_WEIGHTS, "lora_settings.json"),
+    "loralib": (LORALIB_WEIGHTS, SETTINGS),
     "bridge": ("adapter.safetensors", "peft.json"),
 }
 """Weights, and what a model has to be built with to take them."""

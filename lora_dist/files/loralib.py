@@ -20,6 +20,7 @@ from lora_dist.files.base_values import to_stored
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_gpt2 import QKV_TARGETS
 from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, build_imported, drop_keys
+from lora_dist.files.loralib_settings import LoralibSettings, read_settings
 from lora_dist.files.modules import FAMILY_NAMES, is_fused, parse_module_name
 from lora_dist.files.safetensors_stream import read_header
 from lora_dist.lora.spec import AdapterSpec
@@ -30,13 +31,20 @@ _KEY = re.compile(r"(.+)\.(lora_A|lora_B|bias)")
 
 
 def import_loralib(
-    path: Path, model: ModelConfig, *, alpha: float, fused_targets: Sequence[str], drop: Sequence[str] = ()
+    path: Path,
+    model: ModelConfig,
+    *,
+    alpha: float | None,
+    fused_targets: Sequence[str] | None,
+    drop: Sequence[str] = (),
 ) -> ImportedAdapter:
     """ValueError, naming the key, for what is no LoRA state dict or does not fit.
 
-    `fused_targets` says which of q, k, v a MergedLinear adapts where it does not adapt all three (its enable_lora).
+    A lora_settings.json beside `path` says every module's alpha, and which of q, k, v a MergedLinear adapts (its
+    enable_lora); without it `alpha` does, and `fused_targets` where these are not all three.
     """
     _check_layout(model)
+    settings = read_settings(path, alpha, fused_targets)
     tensors = drop_keys(read_state_dict(path), drop)
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
@@ -48,7 +56,7 @@ def import_loralib(
         one
         for name, pair in parts.items()
         if "lora_A" in pair or "lora_B" in pair
-        for one in _read_pair(path, name, pair, model, alpha, fused_targets)
+        for one in _read_pair(path, name, pair, model, settings)
     ]
     biases = {name: pair["bias"] for name, pair in parts.items() if "bias" in pair}
     adapted = {name for name, pair in parts.items() if "lora_A" in pair}
@@ -84,26 +92,18 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_pair(
-    path: Path,
-    name: str,
-    pair: Mapping[str, torch.Tensor],
-    model: ModelConfig,
-    alpha: float,
-    fused_targets: Sequence[str],
+    path: Path, name: str, pair: Mapping[str, torch.Tensor], model: ModelConfig, settings: LoralibSettings
 ) -> list[Factors]:
     """One pair a projection of a MergedLinear, or the pair of a Linear."""
     for kind in ("lora_A", "lora_B"):
         if kind not in pair or pair[kind].ndim != 2:
             raise ValueError(f"{path}: {name}.{kind} is missing or no matrix")
     a_RH, b_OR, key = pair["lora_A"], pair["lora_B"], f"{name}.lora_A"
-    num_parts = b_OR.shape[0] // model.hidden_size
+    num_parts, alpha = b_OR.shape[0] // model.hidden_size, settings.find_alpha(name, b_OR.shape[1])
     is_linear = a_RH.shape[0] == b_OR.shape[1] and num_parts == 3
     if not is_fused(name) or is_linear:
         return [build_factors(path, name, key, a_RH, b_OR, alpha)]
-    targets = list(QKV_TARGETS) if num_parts == 3 else list(fused_targets)
-    if len(targets) != num_parts or not set(targets) <= set(QKV_TARGETS):
-        raise ValueError(f"{path}: {key} adapts {num_parts} of q_proj, k_proj, v_proj; fused_targets={targets}")
-    targets.sort(key=QKV_TARGETS.index)
+    targets = settings.find_targets(name, num_parts)
     pairs = zip(targets, a_RH.chunk(num_parts), b_OR.chunk(num_parts), strict=True)
     return [_build_part(path, name, key, target, a, b, alpha) for target, a, b in pairs]
 

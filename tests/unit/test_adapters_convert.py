@@ -201,6 +201,62 @@ def test_loralibs_state_dicts_mean_the_same_and_come_back(
     assert compute_peft_logits(base[0], tmp_path / "stored").isfinite().all()
 
 
+PATTERNS = {"alpha_pattern": {"attn.c_proj": 3}, "rank_pattern": {"c_fc": 5, r"h\.1\.attn\.c_proj": 4}}
+
+
+@pytest.mark.parametrize("case", ["patterns", "rslora", "kv"])
+def test_loralibs_files_keep_every_scaling(case: str, base: tuple[Path, ModelConfig], tmp_path: Path) -> None:
+    """By the settings that the export wrote beside them; alpha may be said again where it is the same."""
+    if case == "kv":
+        save_file(build_loralib_state(["k_proj", "v_proj"], base[1], wrapped=False), tmp_path / "lora.safetensors")
+        words = {"format": "loralib", "alpha": 16.0, "fused_targets": ["k_proj", "v_proj"]}
+        stored = read_in(tmp_path / "lora.safetensors", tmp_path / "stored", base[1], **words)
+    else:
+        options = PATTERNS if case == "patterns" else {"use_rslora": True} | PATTERNS
+        write_with_peft(build_hf_model(), tmp_path / "source", target_modules=["attn.c_proj", "c_fc"], r=2, **options)
+        stored = read_in(tmp_path / "source", tmp_path / "stored", base[1])
+    export_adapter(stored, tmp_path / "out", "loralib")
+    again = read_in(tmp_path / "out/lora.pt", tmp_path / "again", base[1], format="loralib")
+    scalings = {spec.name: spec.scaling for spec in stored.specs}
+    assert len(set(scalings.values())) == (1 if case == "kv" else 3)
+    assert {spec.name: spec.scaling for spec in again.specs} == pytest.approx(scalings)
+    assert all(torch.equal(value, again.read().values[name]) for name, value in stored.read().values.items())
+    if case == "kv":
+        assert read_in(tmp_path / "out/lora.pt", tmp_path / "third", base[1], **words).specs == again.specs
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "message"),
+    [
+        (
+            {"alpha": 8.0},
+            {},
+            "alpha=8.0, but PLACE/lora_settings.json has lora_alpha=16 of transformer.h.0.",
+        ),
+        ({"fused_targets": ["q_proj"]}, {}, "fused_targets=['q_proj'], but PLACE/lora_settings.json has enable_lora="),
+        ({}, {"r": 2}, "transformer.h.0.attn.c_attn has r=2, but its factors have rank 3"),
+        ({}, {"lora_alpha": "16"}, "has no numbers r and lora_alpha of transformer.h.0.attn.c_attn; if it is of"),
+        ({}, {"enable_lora": True}, "has enable_lora=True, no list of three, for q, k and v"),
+        (
+            {},
+            {"enable_lora": [True, True, True]},
+            "c_attn adapts 2 of q_proj, k_proj, v_proj; fused_targets=['q_",
+        ),
+    ],
+)
+def test_what_contradicts_loralibs_settings_is_refused(
+    words: dict, changes: dict, message: str, base: tuple[Path, ModelConfig], tmp_path: Path
+) -> None:
+    save_file(build_loralib_state(["q_proj", "v_proj"], base[1], wrapped=False), tmp_path / "lora.safetensors")
+    built = {"c_attn": {"r": 3, "lora_alpha": 16, "enable_lora": [True, False, True]} | changes}
+    built["c_proj"] = {"r": 3, "lora_alpha": 16}
+    modules = {f"transformer.h.{layer}.attn.{name}": built[name] for layer in range(4) for name in built}
+    (tmp_path / "lora_settings.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
+        read_in(tmp_path / "lora.safetensors", tmp_path / "stored", base[1], format="loralib", **words)
+    assert message.replace("PLACE", str(tmp_path)) in str(refusal.value)
+
+
 def test_loralibs_file_that_has_no_room_is_named(base: tuple[Path, ModelConfig], tmp_path: Path) -> None:
     state = build_loralib_state(["q_proj"], base[1], wrapped=False)
     save_file(state, tmp_path / "lora.safetensors")
