@@ -62,7 +62,7 @@ class PlanConfig:
     num_gpus: int | None = None
     """GPUs to plan for; null takes tp_size x pp_size x dp_size."""
     recompute: list[str] = field(default_factory=lambda: ["none", "full"])
-    """Values of loop.recompute to show side by side."""
+    """Values of loop.recompute to show side by side, beside the job's own where that is selective or full."""
     target_fraction: float = 1.0
     """Share of the tokens that are target tokens: what the output layer has to see. 1 is the most it can be."""
     num_processes: int = 2

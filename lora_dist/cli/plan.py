@@ -9,11 +9,14 @@ from lora_dist.config import RunConfig
 def run(config: RunConfig) -> None:
     """Print the table, and write plan.json and memory.png, or search.json, into the run directory."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # fake tensors, whatever this machine has
-    from lora_dist.plan.job import list_variants, plan_jobs
+    from lora_dist.plan.job import include_own_recompute, list_variants, plan_jobs
     from lora_dist.plan.report import write_plan, write_search
     from lora_dist.plan.search import search_topologies
     from lora_dist.run_dir import prepare_run_dir
 
+    config, left_out = include_own_recompute(config)
+    if left_out is not None:
+        print(left_out, flush=True)
     if config.plan.search:
         candidates = search_topologies(config)
         prepare_run_dir(config)

@@ -19,6 +19,7 @@ from lora_dist.plan.execute import compute_world_size, execute_process, require_
 from lora_dist.plan.live_bytes import ADAPTERS, BASE, GRADIENTS, OPTIMIZER
 from lora_dist.plan.process_plan import ProcessPlan
 from lora_dist.plan.stages import group_stages
+from lora_dist.plan_config import RECOMPUTE
 
 GIB = 2**30
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -171,16 +172,32 @@ def compute_checkpoint_bytes(config: RunConfig, specs: Sequence[AdapterSpec]) ->
     }
 
 
+def include_own_recompute(config: RunConfig) -> tuple[RunConfig, str | None]:
+    """With loop.recompute in plan.recompute, where it is a kind that is not there; a note where it stays left out.
+
+    auto stays out: it is another kind on each hardware, and none where the job does not fit. none is the default, so
+    it is not known to be asked for.
+    """
+    own, shown = config.loop.recompute, config.plan.recompute
+    if own in shown or own == "none":
+        return config, None
+    if own == "auto":
+        more = "" if config.plan.search else "; name auto there too to see what train would choose"
+        return config, f"loop.recompute=auto is left out: plan.recompute={shown} says what is planned{more}"
+    place = next((i for i, kind in enumerate(shown) if RECOMPUTE.index(kind) > RECOMPUTE.index(own)), len(shown))
+    return replace(config, plan=replace(config.plan, recompute=[*shown[:place], own, *shown[place:]])), None
+
+
 def list_variants(config: RunConfig) -> list[RunConfig]:
     """Each method of compare.methods under each recomputation of plan.recompute."""
     return [
-        replace(config, method=method, loop=_recompute(config.loop, recompute))
+        replace(config, method=method, loop=set_recompute(config.loop, recompute))
         for method in config.compare.methods
         for recompute in config.plan.recompute
     ]
 
 
-def _recompute(loop: LoopConfig, recompute: str) -> LoopConfig:
+def set_recompute(loop: LoopConfig, recompute: str) -> LoopConfig:
     """The number of layers is for loop.recompute; every other kind is shown in all of them."""
     return replace(
         loop, recompute=recompute, recompute_layers=loop.recompute_layers if recompute == loop.recompute else None

@@ -163,7 +163,7 @@ def _describe(one: Candidate) -> list[str]:
     assert one.job is not None
     job = one.job
     numbers = [f"{job.needed_bytes / GIB:.2f}", f"{job.step_seconds:.4g}", f"{job.tokens_per_sec_per_gpu:,.1f}"]
-    return [one.name, str(one.num_gpus), one.recompute, *numbers]
+    return [one.name, str(one.num_gpus), job.recompute, *numbers]
 
 
 def _draw(path: Path, config: RunConfig, jobs: Sequence[JobPlan]) -> None:

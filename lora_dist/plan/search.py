@@ -11,7 +11,7 @@ from lora_dist.mcore.base_parameters import find_shard_dim
 from lora_dist.mcore.model import compute_padded_vocab_size
 from lora_dist.needed_bytes import compute_format_savings
 from lora_dist.plan.execute import require_hardware
-from lora_dist.plan.job import GIB, ITEM_BYTES, JobPlan, build_job_plan, execute_all
+from lora_dist.plan.job import GIB, ITEM_BYTES, JobPlan, build_job_plan, execute_all, set_recompute
 from lora_dist.plan.process_plan import ProcessPlan
 from lora_dist.plan.stages import group_stages
 
@@ -175,9 +175,7 @@ def _configure(config: RunConfig, one: Candidate, recompute: str) -> RunConfig:
         sequence_parallel=one.tp_size > 1 and config.data.seq_len % one.tp_size == 0,
     )
     plan = replace(config.plan, num_gpus=one.num_gpus)
-    return replace(
-        config, topology=topology, plan=plan, loop=replace(config.loop, recompute=recompute, recompute_layers=None)
-    )
+    return replace(config, topology=topology, plan=plan, loop=set_recompute(config.loop, recompute))
 
 
 def _fits(config: RunConfig, processes: Sequence[ProcessPlan]) -> bool:

@@ -16,8 +16,10 @@ TINY = ["model=tiny", "model.num_layers=4", "data=fake", "data.seq_len=32", "loo
 def test_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     overrides = ["hardware=v100_32gb", "dtype=fp16", "topology.pp_size=2", "plan.recompute=[none]"]
+    overrides.append("loop.recompute=auto")
     assert main(["plan", *TINY, *overrides, f"run_dir={run_dir}"]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("loop.recompute=auto is left out: plan.recompute=['none'] says what is planned; name au")
     assert "tiny on 2 x v100_32gb: tp 1 x pp 2 x dp 1, fp16, ZeRO 1" in printed
     content = json.loads((run_dir / "plan.json").read_text())
     assert [(job["method"], job["recompute"], job["fits"]) for job in content["jobs"]] == [
@@ -44,6 +46,20 @@ def test_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (one["job"] is None) == (one["reason"] is not None)
     rates = [one["job"]["tokens_per_sec_per_gpu"] for one in candidates if one["job"]]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_the_jobs_own_layers_are_planned_and_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["loop.recompute=selective", "loop.recompute_layers=3", "plan.recompute=[none]", "compare.methods=[lora]"]
+    assert main(["plan", *TINY, *own, f"run_dir={tmp_path / 'plan'}"]) == 0
+    jobs = json.loads((tmp_path / "plan" / "plan.json").read_text())["jobs"]
+    assert [job["recompute"] for job in jobs] == ["none", "selective in 3 layers of each stage"]
+    between = sum(max(process["peak_bytes"] for process in job["processes"]) for job in jobs) / 2 / 2**30
+    capsys.readouterr()
+    small = [f"hardware.memory_gib={between}", "hardware.reserved_gib=0", "plan.search=true", "plan.num_gpus=1"]
+    assert main(["plan", *TINY, *own, *small, f"run_dir={tmp_path / 'search'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "selective in 3 layers of each stage" in printed
+    assert "fewest GPUs a replica with recompute selective: 1 (tp1 pp1)" in printed
 
 
 @pytest.mark.parametrize("experiment", list_groups()["experiment"])

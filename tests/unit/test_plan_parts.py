@@ -13,7 +13,7 @@ from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.measure.collectives import Collective
 from lora_dist.plan.clock import compute_message_seconds
 from lora_dist.plan.execute import compute_world_size, require_hardware
-from lora_dist.plan.job import compute_checkpoint_bytes, compute_step_seconds, list_variants
+from lora_dist.plan.job import compute_checkpoint_bytes, compute_step_seconds, include_own_recompute, list_variants
 from lora_dist.plan.process_plan import ProcessPlan, name_stage
 from lora_dist.plan.report import render_search
 from lora_dist.plan.search import Candidate, compute_weight_bytes, list_candidates, search_topologies
@@ -132,6 +132,28 @@ def test_variants_and_world_size() -> None:
     odd = replace(config, topology=replace(config.topology, dp_size=3), plan=PlanConfig(num_gpus=4))
     with pytest.raises(ValueError, match="tp 1 x pp 1 x dp 3 = 3 processes"):
         compute_world_size(odd)
+
+
+@pytest.mark.parametrize(
+    ("own", "shown", "expected"),
+    [
+        ("none", ["full"], ["full"]),
+        ("selective", ["none", "full"], ["none", "selective", "full"]),
+        ("full", ["none", "auto"], ["none", "full", "auto"]),
+        ("full", ["none"], ["none", "full"]),
+        ("auto", ["none", "full"], ["none", "full"]),
+        ("auto", ["auto"], ["auto"]),
+    ],
+)
+def test_the_jobs_own_recomputation_is_planned(own: str, shown: list[str], expected: list[str]) -> None:
+    """From the least to the most, which is the order in which a search tries them."""
+    config = build_run_config(TINY, plan=PlanConfig(recompute=shown))
+    config.loop.recompute = own
+    planned, left_out = include_own_recompute(config)
+    assert planned.plan.recompute == expected
+    assert (left_out is None) == (own in expected or own == "none")
+    if left_out is not None:
+        assert left_out.startswith("loop.recompute=auto is left out: plan.recompute=['none', 'full'] says what is")
 
 
 def test_hardware_is_asked_for_and_its_dtypes_hold() -> None:
