@@ -40,7 +40,7 @@ say "listed"
 lora-dist adapters "directory=$DIR"
 
 say "switched in place, merged into the same weights in turn"
-lora-dist switch "adapters=[$DIR/describe/adapter,$DIR/parse/adapter]"
+lora-dist switch "adapters=['$DIR/describe/adapter','$DIR/parse/adapter']"
 
 say "mixed in one batch: each row names its own adapter, or none"
 python - "$DIR" <<'PYTHON'
@@ -54,7 +54,7 @@ with open(f"{run}/mixed.jsonl", "w") as file:
     for context, adapter in rows:
         file.write(json.dumps({"context": context, "adapter": adapter}) + "\n")
 PYTHON
-lora-dist generate "adapters=[$DIR/describe,$DIR/parse]" "generate.input=$DIR/mixed.jsonl" \
+lora-dist generate "adapters=['$DIR/describe','$DIR/parse']" "generate.input=$DIR/mixed.jsonl" \
     generate.format=jsonl "generate.output=$DIR/mixed_texts.jsonl" generate.max_new_tokens=40
 cat "$DIR/mixed_texts.jsonl"
 

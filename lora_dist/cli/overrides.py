@@ -1,7 +1,7 @@
 """The command line's `key=value` as a user means them, made into what Hydra reads the same way.
 
 Hydra takes `1e3` for a number, `true` for a truth value and `${...}` for a reference wherever they stand. Here a key
-whose type is text gets the text that was typed.
+whose type is text gets the text that was typed, and so does each element of a list of texts.
 """
 
 import os
@@ -14,6 +14,10 @@ _VERBATIM = ("generate.prompt", "generate.system", "data.system", "system")
 """Keys of what people say: nothing in it is a reference."""
 _QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""", re.DOTALL)
 _HOME_IN_LIST = re.compile(r"((?:^\[|,)\s*)~(?=[/,\]])")
+_ELEMENT = re.compile(r"""(?:\\.|\$\{[^}]*\}|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,])+""", re.DOTALL)
+"""Between the commas of a list."""
+_ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
+"""What Hydra takes as it stands after a backslash, outside quotes."""
 
 
 def write_override(override: str, owner: type) -> str:
@@ -24,7 +28,9 @@ def write_override(override: str, owner: type) -> str:
         return f"++{override}"  # `compare.lr.full=1e-4` adds an entry to a dictionary
     if key in known and known[key].type.startswith("list"):
         home = os.path.expanduser("~")
-        return f"{key}={_HOME_IN_LIST.sub(lambda found: found[1] + home, value)}"
+        value = _HOME_IN_LIST.sub(lambda found: found[1] + home, value)
+        is_texts = known[key].type.startswith("list[str]") and value[:1] == "[" and value[-1:] == "]"
+        return f"{key}={_write_texts(value) if is_texts else value}"
     is_text = key in known and known[key].type in ("str", "str | None") and key not in list_groups(owner=owner)
     if not is_text or value == "null":
         return override
@@ -45,6 +51,18 @@ def _write_text(value: str, *, is_verbatim: bool) -> str:
     if text == "~" or text.startswith("~/"):
         return _quote(os.path.expanduser(text))
     return value if quoted or "${" in value else _quote(value)
+
+
+def _write_texts(value: str) -> str:
+    return f"[{_ELEMENT.sub(lambda found: _write_element(found[0]), value[1:-1])}]"
+
+
+def _write_element(text: str) -> str:
+    """In quotes, but where it has quotes, brackets or a reference of its own."""
+    element = text.strip()
+    if not element or set(_ESCAPED.sub("", element)) & set("[]{}'\""):
+        return text
+    return _quote(_ESCAPED.sub(r"\1", element))
 
 
 def _quote(text: str) -> str:

@@ -40,6 +40,34 @@ def test_a_path_is_what_was_typed(path: str) -> None:
     assert compose_config([f"data.valid={path}"]).data.valid == path
 
 
+def read_adapters(*elements: str) -> list[str]:
+    return compose_as(GenerateConfig, ["model=demo", "generate.input=f", f"adapters=[{','.join(elements)}]"]).adapters
+
+
+@pytest.mark.parametrize(
+    "path", ["/日本/x", "/a(1)/x", "/a (b)", "a=b", "50%/#1", "a\\b", "a&b;c!", "2026_11_29", "1e3", "true", "C:\\x"]
+)
+def test_a_path_in_a_list_is_what_was_typed(path: str) -> None:
+    assert read_adapters(path) == [path]
+    assert read_adapters(f" {path}", f"{path} ", "/z") == [path, path, "/z"]
+    assert read_adapters(f"'{path}'", f'"{path}"') == [path, path]
+
+
+def test_lists_are_hydras_where_they_say_so() -> None:
+    """Quotes, references, and what a backslash stands before."""
+    assert read_adapters(r"a\,b", r"\[0\]", r"日\=\(", "'it,s'", "${model.name}/x") == [
+        "a,b",
+        "[0]",
+        "日=(",
+        "it,s",
+        "demo/x",
+    ]
+    assert compose_config(["lora.layers=[0-1,3]"]).lora.layers == ["0-1", "3"]
+    assert compose_config(["lora.layers=null", "lora.modules_to_save=[]"]).lora.modules_to_save == []
+    with pytest.raises(ValueError, match=r"^adapters=\[a\[0\]\]: cannot be read"):
+        read_adapters("a[0]")
+
+
 def test_references_and_groups_are_hydras() -> None:
     config = compose_config(["run_dir=runs/${model.name}-${loop.seed}", "method=full", "model=tiny", "data=fake"])
     assert (config.run_dir, config.method) == ("runs/tiny-0", "full")
