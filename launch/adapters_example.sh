@@ -3,6 +3,7 @@
 #
 #   bash launch/adapters_example.sh [DIRECTORY]      NUM_STEPS=60 by default; about four minutes on two cores
 #
+# Given again with the same DIRECTORY it goes on where it stopped, and writes what follows training anew.
 # The tasks are the packaged E2E sample and the same backwards: a restaurant's facts into a sentence, and a sentence
 # into its facts. Needs an installation with the tests' packages (`bash launch/install.sh dev`), for PEFT at the end.
 set -euo pipefail
@@ -30,7 +31,7 @@ for split in ("train", "valid"):
     (out / f"parse_{split}.jsonl").write_text("".join(lines))
 PYTHON
 
-TRAIN=(lora-dist train experiment=e2e_demo optim.lr=1e-2 "loop.num_steps=$NUM_STEPS" track=none)
+TRAIN=(lora-dist train experiment=e2e_demo optim.lr=1e-2 "loop.num_steps=$NUM_STEPS" track=none resume=auto)
 say "trained on two tensor-parallel processes, and on one"
 "${TRAIN[@]}" topology=tp2 "run_dir=$DIR/describe"
 "${TRAIN[@]}" topology=single "run_dir=$DIR/parse" data=jsonl data.name=parse \
@@ -59,6 +60,7 @@ lora-dist generate "adapters=['$DIR/describe','$DIR/parse']" "generate.input=$DI
 cat "$DIR/mixed_texts.jsonl"
 
 say "merged into a checkpoint of its own: no adapter is left to cost latency"
+rm -rf "$DIR/describe_merged" "$DIR/describe_peft" # of an earlier call: neither verb writes over a directory
 lora-dist merge "adapter=$DIR/describe/adapter" "output=$DIR/describe_merged"
 
 say "exported, and loaded by PEFT over transformers' own model"
