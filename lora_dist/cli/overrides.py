@@ -59,9 +59,10 @@ def _write_texts(value: str) -> str:
 
 def _write_element(text: str) -> str:
     """In quotes, but where it has quotes, brackets or a reference of its own."""
-    element = text.strip()
-    if not element or set(_ESCAPED.sub("", element)) & set("[]{}'\""):
+    plain = _ESCAPED.sub("_", text)
+    if not plain.strip() or set(plain) & set("[]{}'\""):
         return text
+    element = text[: len(text) - len(plain) + len(plain.rstrip())].lstrip()  # a blank after a backslash stays
     return _quote(_ESCAPED.sub(r"\1", element))
 
 
