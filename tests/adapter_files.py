@@ -30,3 +30,17 @@ def write_with_peft(
 def read_in(source: Path, output: Path, model: ModelConfig, **options: object) -> StoredAdapter:
     import_adapter(ImportConfig(model=model, source=str(source), output=str(output), **options), "base")  # type: ignore[arg-type]
     return open_adapter(output, model=model, base_fingerprint="base")
+
+
+def build_loralib_state(targets: list[str], model: ModelConfig, *, wrapped: bool) -> dict:
+    """MergedLinear's state on c_attn and Linear's on c_proj, in the shapes loralib gives them."""
+    generator = torch.Generator().manual_seed(9)
+    h, r, n = model.hidden_size, 3, len(targets)
+    state = {}
+    for layer in range(model.num_layers):
+        name = f"transformer.h.{layer}.attn"
+        state[f"{name}.c_attn.lora_A"] = torch.randn(r * n, h, generator=generator)
+        state[f"{name}.c_attn.lora_B"] = torch.randn(h * n, r, generator=generator)
+        state[f"{name}.c_proj.lora_A"] = torch.randn(r, h, generator=generator)
+        state[f"{name}.c_proj.lora_B"] = torch.randn(h, r, generator=generator)
+    return {"model_state_dict": state} if wrapped else state

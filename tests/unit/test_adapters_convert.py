@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapter_files import read_in, write_with_peft
+from adapter_files import build_loralib_state, read_in, write_with_peft
 from hf_toy import build_hf_model, compute_peft_logits, draw_tokens, write_toy_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, OPTConfig, OPTForCausalLM
@@ -149,20 +149,6 @@ LORALIB_CASES = {
 }
 
 
-def build_loralib_state(targets: list[str], model: ModelConfig, *, wrapped: bool) -> dict:
-    """MergedLinear's state on c_attn and Linear's on c_proj, in the shapes loralib gives them."""
-    generator = torch.Generator().manual_seed(9)
-    h, r, n = model.hidden_size, 3, len(targets)
-    state = {}
-    for layer in range(model.num_layers):
-        name = f"transformer.h.{layer}.attn"
-        state[f"{name}.c_attn.lora_A"] = torch.randn(r * n, h, generator=generator)
-        state[f"{name}.c_attn.lora_B"] = torch.randn(h * n, r, generator=generator)
-        state[f"{name}.c_proj.lora_A"] = torch.randn(r, h, generator=generator)
-        state[f"{name}.c_proj.lora_B"] = torch.randn(h, r, generator=generator)
-    return {"model_state_dict": state} if wrapped else state
-
-
 def compute_loralib_update(state: dict, targets: list[str], model: ModelConfig, alpha: float) -> torch.Tensor:
     """loralib's MergedLinear.merge_AB of layer 1, by its own grouped convolution: [3 H, H]."""
     a, b = state["transformer.h.1.attn.c_attn.lora_A"], state["transformer.h.1.attn.c_attn.lora_B"]
@@ -223,38 +209,6 @@ def test_loralibs_files_keep_every_scaling(case: str, base: tuple[Path, ModelCon
     assert all(torch.equal(value, again.read().values[name]) for name, value in stored.read().values.items())
     if case == "kv":
         assert read_in(tmp_path / "out/lora.pt", tmp_path / "third", base[1], **words).specs == again.specs
-
-
-@pytest.mark.parametrize(
-    ("words", "changes", "message"),
-    [
-        (
-            {"alpha": 8.0},
-            {},
-            "alpha=8.0, but PLACE/lora_settings.json has lora_alpha=16 of transformer.h.0.",
-        ),
-        ({"fused_targets": ["q_proj"]}, {}, "fused_targets=['q_proj'], but PLACE/lora_settings.json has enable_lora="),
-        ({}, {"r": 2}, "transformer.h.0.attn.c_attn has r=2, but its factors have rank 3"),
-        ({}, {"lora_alpha": "16"}, "has no numbers r and lora_alpha of transformer.h.0.attn.c_attn; if it is of"),
-        ({}, {"enable_lora": True}, "has enable_lora=True, no list of three, for q, k and v"),
-        (
-            {},
-            {"enable_lora": [True, True, True]},
-            "c_attn adapts 2 of q_proj, k_proj, v_proj; fused_targets=['q_",
-        ),
-    ],
-)
-def test_what_contradicts_loralibs_settings_is_refused(
-    words: dict, changes: dict, message: str, base: tuple[Path, ModelConfig], tmp_path: Path
-) -> None:
-    save_file(build_loralib_state(["q_proj", "v_proj"], base[1], wrapped=False), tmp_path / "lora.safetensors")
-    built = {"c_attn": {"r": 3, "lora_alpha": 16, "enable_lora": [True, False, True]} | changes}
-    built["c_proj"] = {"r": 3, "lora_alpha": 16}
-    modules = {f"transformer.h.{layer}.attn.{name}": built[name] for layer in range(4) for name in built}
-    (tmp_path / "lora_settings.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
-        read_in(tmp_path / "lora.safetensors", tmp_path / "stored", base[1], format="loralib", **words)
-    assert message.replace("PLACE", str(tmp_path)) in str(refusal.value)
 
 
 def test_loralibs_file_that_has_no_room_is_named(base: tuple[Path, ModelConfig], tmp_path: Path) -> None:

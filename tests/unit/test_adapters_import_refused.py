@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_files import read_in, write_with_peft
+from adapter_files import build_loralib_state, read_in, write_with_peft
 from family_toy import build_family_model, write_family_checkpoint
 from hf_toy import build_hf_model, write_toy_checkpoint
 from safetensors.torch import load_file, save_file
@@ -99,6 +99,38 @@ def test_values_that_are_none_are_refused(
         read_in(tmp_path / "source", tmp_path / "stored", base[1])
     assert message in str(caught.value)
     assert not (tmp_path / "stored").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "message"),
+    [
+        (
+            {"alpha": 8.0},
+            {},
+            "alpha=8.0, but PLACE/lora_settings.json has lora_alpha=16 of transformer.h.0.",
+        ),
+        ({"fused_targets": ["q_proj"]}, {}, "fused_targets=['q_proj'], but PLACE/lora_settings.json has enable_lora="),
+        ({}, {"r": 2}, "transformer.h.0.attn.c_attn has r=2, but its factors have rank 3"),
+        ({}, {"lora_alpha": "16"}, "has no numbers r and lora_alpha of transformer.h.0.attn.c_attn; if it is of"),
+        ({}, {"enable_lora": True}, "has enable_lora=True, no list of three, for q, k and v"),
+        (
+            {},
+            {"enable_lora": [True, True, True]},
+            "c_attn adapts 2 of q_proj, k_proj, v_proj; fused_targets=['q_",
+        ),
+    ],
+)
+def test_what_contradicts_loralibs_settings_is_refused(
+    words: dict, changes: dict, message: str, base: tuple[Path, ModelConfig], tmp_path: Path
+) -> None:
+    save_file(build_loralib_state(["q_proj", "v_proj"], base[1], wrapped=False), tmp_path / "lora.safetensors")
+    built = {"c_attn": {"r": 3, "lora_alpha": 16, "enable_lora": [True, False, True]} | changes}
+    built["c_proj"] = {"r": 3, "lora_alpha": 16}
+    modules = {f"transformer.h.{layer}.attn.{name}": built[name] for layer in range(4) for name in built}
+    (tmp_path / "lora_settings.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
+        read_in(tmp_path / "lora.safetensors", tmp_path / "stored", base[1], format="loralib", **words)
+    assert message.replace("PLACE", str(tmp_path)) in str(refusal.value)
 
 
 def test_a_pickle_that_runs_code_is_refused(base: tuple[Path, ModelConfig], tmp_path: Path) -> None:
