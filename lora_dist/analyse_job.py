@@ -20,7 +20,7 @@ from lora_dist.lora.factors import derive_seed
 from lora_dist.lora.function import read_weight
 from lora_dist.lora.layer import compute_fused_rows, find_shared_ranges
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import LINEAR_OF_TARGET, parse_layers
+from lora_dist.lora.targets import WHOLE_TARGETS, find_linear, parse_layers
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.measure.environment import describe_environment
 from lora_dist.measure.plots import save_heat_map
@@ -136,7 +136,7 @@ def _amplify_one(gpt: ShardedGpt, directory: str, adapter: Adapter, spec: Adapte
 
 def cut_weight(gpt: ShardedGpt, spec: AdapterSpec) -> WeightShard:
     """The target's rows of the linear that holds it, on this rank, in fp32."""
-    linear = gpt.get_submodule(f"decoder.layers.{spec.layer - gpt.first_layer}.{LINEAR_OF_TARGET[spec.target]}")
+    linear = gpt.get_submodule(f"decoder.layers.{spec.layer - gpt.first_layer}.{find_linear(spec.target, gpt.model)}")
     tp_size = gpt.topology.tp_size
     rows = compute_fused_rows(spec.target, gpt.model, spec.layer, tp_size)
     if spec.target in find_shared_ranges(gpt.model, tp_size):
@@ -146,12 +146,12 @@ def cut_weight(gpt: ShardedGpt, spec: AdapterSpec) -> WeightShard:
         )
     whole = read_weight(linear.weight, torch.float32)
     weight = whole if rows is None else whole[rows[spec.target].to(whole.device)]
-    topology = gpt.topology
+    topology, is_whole = gpt.topology, spec.target in WHOLE_TARGETS
     return WeightShard(
         weight_oh=weight.float(),
         column_parallel=linear.column_parallel,
-        tp_rank=topology.tp_rank,
-        group=topology.tp_group if topology.tp_size > 1 else None,
+        tp_rank=0 if is_whole else topology.tp_rank,
+        group=None if is_whole or topology.tp_size == 1 else topology.tp_group,
     )
 
 

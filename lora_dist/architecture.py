@@ -29,6 +29,9 @@ class Architecture:
     """The MLP's activation is f(gate) * up (arXiv:2002.05202)."""
     gate_activation: str = "silu"
     """f: silu or gelu_tanh."""
+    latent_attention: bool = False
+    """Keys and values, and in most models queries too, come from narrow vectors, their latents, one for all heads
+    (arXiv:2405.04434, section 2.1)."""
     experts: bool = False
     """Each layer has several MLPs, of which a router picks some for each token (arXiv:2101.03961, arXiv:2401.04088)."""
     shared_expert: bool = False
@@ -74,6 +77,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts=True,
         shared_expert=True,
         sigmoid_router=True,
+    ),
+    "deepseek_v3": replace(
+        _LLAMA, grouped_query=False, latent_attention=True, experts=True, shared_expert=True, sigmoid_router=True
     ),
     "phi3": replace(_LLAMA, windows=True, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
     "gemma3_text": replace(

@@ -53,10 +53,11 @@ def count_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def compute_layer_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Every tensor of one layer by its name within the layer."""
     kind, h, q = model.architecture, model.hidden_size, model.query_size
-    linears = {
-        "self_attention.linear_proj": (h, q, kind.linear_biases),
-        "self_attention.linear_qkv": (q + 2 * model.kv_size, h, kind.linear_biases or kind.qkv_biases),
-    }
+    linears = {"self_attention.linear_proj": (h, model.context_size, kind.linear_biases)}
+    if kind.latent_attention:
+        linears |= {f"self_attention.{name}": (*sizes, False) for name, sizes in _list_latent_linears(model).items()}
+    else:
+        linears["self_attention.linear_qkv"] = (q + 2 * model.kv_size, h, kind.linear_biases or kind.qkv_biases)
     for mlp, size in _list_mlps(model, layer):
         linears[f"{mlp}.linear_fc1"] = ((2 if kind.gated else 1) * size, h, kind.linear_biases)
         linears[f"{mlp}.linear_fc2"] = (h, size, kind.linear_biases)
@@ -72,7 +73,24 @@ def compute_layer_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int,
     if model.has_qk_norm:
         for name in ("q_layernorm", "k_layernorm"):
             shapes |= _norm(f"self_attention.{name}", model.head_dim, model)
+    for name, size in (("q_latent_layernorm", model.query_latent_size), ("kv_latent_layernorm", model.kv_latent_size)):
+        shapes |= {} if size is None else _norm(f"self_attention.{name}", size, model)
     return shapes
+
+
+def _list_latent_linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the linears that make queries, keys and values, by Megatron's names of them."""
+    h, q, kv = model.hidden_size, model.query_latent_size, model.kv_latent_size
+    assert kv is not None
+    queries = {"linear_q_proj": (model.query_size, h)}
+    if q is not None:
+        queries = {"linear_q_down_proj": (q, h), "linear_q_up_proj": (model.query_size, q)}
+    unturned_size = model.query_size - model.num_heads * model.rotary_size
+    return {
+        **queries,
+        "linear_kv_down_proj": (kv + model.rotary_size, h),
+        "linear_kv_up_proj": (unturned_size + model.context_size, kv),
+    }
 
 
 def _list_mlps(model: ModelConfig, layer: int) -> list[tuple[str, int]]:

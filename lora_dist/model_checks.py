@@ -33,6 +33,10 @@ def check_model(model: "ModelConfig") -> None:
         "num_heads",
         "num_kv_heads",
         "head_size",
+        "query_latent_size",
+        "kv_latent_size",
+        "rope_head_size",
+        "value_head_size",
         "ffn_hidden_size",
         "vocab_size",
         "max_position_embeddings",
@@ -66,6 +70,7 @@ def check_model(model: "ModelConfig") -> None:
     _check_experts(model)
     _check_windows(model)
     _check_heads(model)
+    _check_latents(model)
     if model.architecture.rotary:
         _check_rotary(model)
 
@@ -157,6 +162,30 @@ def _check_heads(model: "ModelConfig") -> None:
         model.architecture.grouped_query or model.num_query_groups == model.num_heads,
         f"model.num_kv_heads={model.num_kv_heads} differs from model.num_heads={model.num_heads}, and"
         f" model.family={model.family} has as many of both; leave it null",
+    )
+
+
+def _check_latents(model: "ModelConfig") -> None:
+    if not model.architecture.latent_attention:
+        for key in ("query_latent_size", "kv_latent_size", "rope_head_size", "value_head_size", "rope_interleaved"):
+            value = getattr(model, key)
+            plain = "false" if key == "rope_interleaved" else "null"
+            require(not value, f"model.{key}={value}: {model.family} has none of it; leave it {plain}")
+        return
+    for key in ("kv_latent_size", "rope_head_size", "value_head_size"):
+        require(getattr(model, key) is not None, f"model.family={model.family} needs model.{key}")
+    require(
+        model.rotary_size < model.head_dim,
+        f"model.rope_head_size={model.rope_head_size} leaves none of model.head_size={model.head_size} unturned",
+    )
+    require(
+        model.value_dim <= model.head_dim,
+        f"model.value_head_size={model.value_head_size} exceeds model.head_size={model.head_size}",
+    )
+    require(
+        model.attention_scale is None or model.rope_scaling.get("factor", 1.0) > 1,
+        f"model.attention_scale={model.attention_scale}: {model.family} has it with a longer context alone, that is with"
+        " a factor above 1 in model.rope_scaling; leave it null",
     )
 
 

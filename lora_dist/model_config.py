@@ -14,15 +14,25 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, glm4_moe, phi3, gemma3_text, opt or
-    gpt_neox: what its layers consist of."""
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, glm4_moe, deepseek_v3, phi3, gemma3_text,
+    opt or gpt_neox: what its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int
     num_kv_heads: int | None = None
     """Heads of keys and of values, each shared by as many query heads; null means num_heads."""
     head_size: int | None = None
-    """Features of one head; null means hidden_size / num_heads."""
+    """Features of one head's query and key; null means hidden_size / num_heads."""
+    query_latent_size: int | None = None
+    """Features that the queries of all heads come from, of deepseek_v3; null means the hidden ones."""
+    kv_latent_size: int | None = None
+    """Features that the keys and values of all heads come from, of deepseek_v3."""
+    rope_head_size: int | None = None
+    """Features of a head that positions turn, its last ones, of deepseek_v3; their key is one for all heads."""
+    value_head_size: int | None = None
+    """Features of one head's value, of deepseek_v3; null elsewhere, where they are as many as its key's."""
+    rope_interleaved: bool = False
+    """Positions turn neighbouring features as a pair, of deepseek_v3; else those that are half a head apart."""
     ffn_hidden_size: int
     """Features inside the MLP; of one expert where a layer has several."""
     vocab_size: int
@@ -36,7 +46,7 @@ class ModelConfig:
     """Queries and keys are normalised head by head, where a family has models with and without: glm4_moe; null means
     as the family usually does."""
     num_experts: int | None = None
-    """Experts of a layer, of mixtral, qwen3_moe and glm4_moe."""
+    """Experts of a layer, of mixtral, qwen3_moe, glm4_moe and deepseek_v3."""
     experts_per_token: int | None = None
     """Of them those that the router picks for each token."""
     normalize_expert_weights: bool = True
@@ -44,13 +54,14 @@ class ModelConfig:
     expert_weight_scale: float = 1.0
     """What these weights are multiplied by at last."""
     num_expert_groups: int = 1
-    """Groups of neighbouring experts, of glm4_moe; a token's are picked from the best groups."""
+    """Groups of neighbouring experts, of glm4_moe and deepseek_v3; a token's are picked from the best groups."""
     groups_per_token: int = 1
     """So many groups."""
     shared_ffn_size: int | None = None
-    """Features inside the MLP that every token passes beside its experts, of glm4_moe; null means there is none."""
+    """Features inside the MLP that every token passes beside its experts, of glm4_moe and deepseek_v3; null means there
+    is none."""
     num_dense_layers: int = 0
-    """First layers that have one MLP in the place of experts, of glm4_moe."""
+    """First layers that have one MLP in the place of experts, of glm4_moe and deepseek_v3."""
     dense_ffn_size: int | None = None
     """Features inside theirs."""
     rope_theta: float = 10000.0
@@ -131,6 +142,8 @@ class ModelConfig:
     @property
     def rotary_size(self) -> int:
         """Features of a head that positions turn."""
+        if self.rope_head_size is not None:
+            return self.rope_head_size
         return int(self.rotary_fraction * self.head_dim)
 
     @property
@@ -147,6 +160,26 @@ class ModelConfig:
     def query_size(self) -> int:
         """Features of all query heads together."""
         return self.num_heads * self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Features of one head's value."""
+        return self.head_dim if self.value_head_size is None else self.value_head_size
+
+    @property
+    def context_size(self) -> int:
+        """Features that all heads give together, into the projection back to hidden_size."""
+        return self.num_heads * self.value_dim
+
+    @property
+    def split_sizes(self) -> tuple[int, ...]:
+        """Features into the linears whose inputs TP splits."""
+        return (self.context_size, *self.mlp_sizes)
+
+    @property
+    def latent_sizes(self) -> tuple[int, ...]:
+        """Features of the latents that there are."""
+        return tuple(filter(None, (self.query_latent_size, self.kv_latent_size)))
 
     @property
     def kv_size(self) -> int:

@@ -1,13 +1,14 @@
 """What one process of a job will hold at the least: as its plan says, or else its weights and what trains with them."""
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from lora_dist.base_format import LinearShape, compute_weight_bytes
 from lora_dist.base_shapes import compute_layer_shapes, count_elements, list_stage_layers
 from lora_dist.config import ModelConfig, RunConfig, compute_dp_size
-from lora_dist.lora.targets import compute_linear_shapes, find_num_experts
+from lora_dist.lora.targets import WHOLE_TARGETS, compute_linear_shapes, find_num_experts
 from lora_dist.topology import compute_coordinates
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -25,7 +26,8 @@ def compute_needed_bytes(config: RunConfig, global_rank: int, world_size: int) -
 def compute_state_bytes(config: RunConfig, pp_rank: int, dp_size: int) -> int:
     """This process's weights, and where they train, their gradients and optimizer state."""
     layers = list_stage_layers(config.model, pp_rank, config.topology.pp_size)
-    num_parameters = _count_stage(config.model, layers) // config.topology.tp_size
+    num_whole = _count_whole(config.model, layers)
+    num_parameters = num_whole + (_count_stage(config.model, layers) - num_whole) // config.topology.tp_size
     stage, element = config.zero.stage, _BYTES[config.dtype]
     needed = num_parameters * element // (dp_size if stage == 3 else 1)
     needed -= compute_format_savings(config.model, element, config.topology.tp_size, layers)
@@ -44,7 +46,7 @@ def compute_format_savings(model: ModelConfig, native_itemsize: int, tp_size: in
         for target, (in_features, out_features) in compute_linear_shapes(model, layer).items():
             column_parallel = not target.endswith(("o_proj", "down_proj"))
             whole = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
-            shard = whole.cut(tp_size)
+            shard = whole.cut(1 if target in WHOLE_TARGETS else tp_size)
             stored = compute_weight_bytes(model.base_format, shard, native_itemsize)
             smaller = shard.num_elements * native_itemsize - stored
             saved += smaller * (find_num_experts(target, model, layer) or 1)
@@ -62,6 +64,12 @@ def _count_stage(model: ModelConfig, layers: range) -> int:
         counted += (1 if kind.rms_norm else 2) * model.hidden_size
     is_whole = is_first and is_last
     return counted + vocabulary * (is_first + is_last - (is_whole and model.tied_output))
+
+
+def _count_whole(model: ModelConfig, layers: range) -> int:
+    """Parameters of the linears that every TP rank holds whole."""
+    linears = [item for layer in layers for item in compute_linear_shapes(model, layer).items()]
+    return sum(prod(shape) for target, shape in linears if target in WHOLE_TARGETS)
 
 
 def _read_planned_bytes(config: RunConfig, file: str, pp_rank: int, dp_size: int) -> int:

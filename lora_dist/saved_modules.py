@@ -12,6 +12,9 @@ _POSITIONS = "embedding.position_embeddings"
 _INPUT_NORM, _MLP_NORM = "decoder.layers.*.input_layernorm", "decoder.layers.*.pre_mlp_layernorm"
 _Q_NORM, _K_NORM = "decoder.layers.*.self_attention.q_layernorm", "decoder.layers.*.self_attention.k_layernorm"
 
+_Q_LATENT_NORM = "decoder.layers.*.self_attention.q_latent_layernorm"
+_KV_LATENT_NORM = "decoder.layers.*.self_attention.kv_latent_layernorm"
+
 _LLAMA: dict[str, tuple[str, ...]] = {
     "embed_tokens": (_EMBEDDING,),
     "lm_head": (_HEAD,),
@@ -29,6 +32,7 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "phi3"), _LLAMA),
     **dict.fromkeys(("qwen3", "qwen3_moe", "glm4_moe"), _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)}),
+    "deepseek_v3": _LLAMA | {"q_a_layernorm": (_Q_LATENT_NORM,), "kv_a_layernorm": (_KV_LATENT_NORM,)},
     "gemma3_text": _LLAMA
     | {
         "post_attention_layernorm": ("decoder.layers.*.self_attention.output_layernorm",),
@@ -59,6 +63,7 @@ def list_saved_modules(model: ModelConfig) -> list[str]:
     """What lora.modules_to_save can name. A tied output layer is the embedding, so it has no name of its own."""
     absent = {_HEAD} if model.tied_output else set()
     absent |= set() if model.has_qk_norm else {_Q_NORM, _K_NORM}
+    absent |= set() if model.query_latent_size is not None else {_Q_LATENT_NORM}
     return [name for name, modules in _MODULES[model.family].items() if not absent & set(modules)]
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Glm4MoeConfig,
@@ -56,6 +58,7 @@ _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "original_max_
 _LOCAL = {"rope_type": "default", "rope_theta": 9.0}
 _LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 _GLM = {"head_dim": 8, "attention_bias": True, "rope_parameters": _NEOX_ROPE}
+_LATENT = {"num_key_value_heads": 8, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 
@@ -134,6 +137,35 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             tie_word_embeddings=True,
         )
     ),
+    "deepseek_v3": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **_SIZES | _LATENT,
+            q_lora_rank=20,
+            moe_intermediate_size=16,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            routed_scaling_factor=1.7,
+            rope_parameters={**_YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+        )
+    ),
+    "deepseek_v3_direct": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **_SIZES | _LATENT,
+            q_lora_rank=None,
+            moe_intermediate_size=24,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_shared_experts=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=2,
+            rope_interleave=False,
+            rms_norm_eps=1e-3,  # which the latents' norms do not have
+        )
+    ),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES, partial_rotary_factor=0.5, sliding_window=9)),
     "phi3_long": lambda: Phi3ForCausalLM(
         Phi3Config(**_SIZES, tie_word_embeddings=True, original_max_position_embeddings=48, rope_parameters=_LONG)
@@ -169,8 +201,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 """Name -> a model of that family; where there are two, they differ in what a checkpoint may choose."""
 _SECOND = (
-    *("llama_tied", "mistral_listed", "qwen2_windows", "qwen3_moe_shares", "glm4_moe_flat", "phi3_long"),
-    "gpt_neox_serial",
+    *("llama_tied", "mistral_listed", "qwen2_windows", "qwen3_moe_shares", "glm4_moe_flat", "deepseek_v3_direct"),
+    *("phi3_long", "gpt_neox_serial"),
 )
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
 

@@ -65,6 +65,9 @@ def _shrink(composed: DictConfig) -> None:
         (composed.model, ("experts_per_token", "num_expert_groups"), 2),
         (composed.model, ("groups_per_token", "num_dense_layers"), 1),
         (composed.model, ("shared_ffn_size", "dense_ffn_size"), 256),
+        (composed.model, ("query_latent_size", "kv_latent_size"), 64),
+        (composed.model, ("value_head_size",), 16),
+        (composed.model, ("rope_head_size",), 8),
     ):
         for key in keys:
             node[key] = node[key] and min(node[key], most)

@@ -12,7 +12,7 @@ import torch
 from lora_dist.config import ModelConfig
 from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import LINEAR_OF_TARGET
+from lora_dist.lora.targets import find_linear
 
 
 def to_bridge(
@@ -27,7 +27,7 @@ def to_bridge(
         raise ValueError(f"format=bridge: the adapter has trained biases (bias={bias}); use format=peft")
     groups: dict[str, list[AdapterSpec]] = defaultdict(list)
     for spec in specs:
-        groups[f"decoder.layers.{spec.layer}.{LINEAR_OF_TARGET[spec.target]}"].append(spec)
+        groups[f"decoder.layers.{spec.layer}.{find_linear(spec.target, model)}"].append(spec)
     dim = max(sum(spec.lora_rank for spec in group) for group in groups.values())
     scaling = specs[0].scaling
     tensors = {}

@@ -25,10 +25,11 @@ _EXPERT_SETTINGS = (
     *("normalize_expert_weights", "expert_weight_scale", "num_expert_groups", "groups_per_token"),
     *("shared_ffn_size", "num_dense_layers", "dense_ffn_size"),
 )
+_LATENT_SETTINGS = ("query_latent_size", "kv_latent_size", "rope_head_size", "value_head_size", "rope_interleaved")
 _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
     **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
-    **{key: key for key in ("sliding_window", "full_attention_layers")},
+    **{key: key for key in ("sliding_window", "full_attention_layers", *_LATENT_SETTINGS)},
     **{key: key for key in ("num_experts", "experts_per_token", *_EXPERT_SETTINGS)},
     **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
     **{"activation": "mlp_activation", "qk_norm": "has_qk_norm"},
@@ -188,6 +189,8 @@ def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
             shape += [model.num_experts, model.experts_per_token, model.normalize_expert_weights]
         if model.architecture.shared_expert:
             shape += [model.has_qk_norm, *(getattr(model, key) for key in _EXPERT_SETTINGS)]
+        if model.architecture.latent_attention:
+            shape += [getattr(model, key) for key in _LATENT_SETTINGS]
         if model.attention_scale is not None:
             shape += [model.attention_scale]
         if model.architecture.partial_rotary:

@@ -1,5 +1,6 @@
 """The families whose Hugging Face checkpoints are read and written."""
 
+from lora_dist.files.hf_deepseek_v3 import DEEPSEEK_V3_FAMILY
 from lora_dist.files.hf_experts import EXPERT_FAMILIES
 from lora_dist.files.hf_gemma3 import GEMMA3_FAMILY
 from lora_dist.files.hf_glm4_moe import GLM4_MOE_FAMILY
@@ -15,6 +16,7 @@ HF_FAMILIES: dict[str, HfFamily] = {
     **LLAMA_FAMILIES,
     **EXPERT_FAMILIES,
     "glm4_moe": GLM4_MOE_FAMILY,
+    "deepseek_v3": DEEPSEEK_V3_FAMILY,
     "phi3": PHI3_FAMILY,
     "gemma3_text": GEMMA3_FAMILY,
     "opt": OPT_FAMILY,

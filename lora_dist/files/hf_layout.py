@@ -21,6 +21,11 @@ TIED_HEAD = "lm_head.weight"
 _TARGETS = {
     "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
     "self_attention.linear_proj": ("o_proj",),
+    "self_attention.linear_q_proj": ("q_proj",),
+    "self_attention.linear_q_down_proj": ("q_a_proj",),
+    "self_attention.linear_q_up_proj": ("q_b_proj",),
+    "self_attention.linear_kv_down_proj": ("kv_a_proj",),
+    "self_attention.linear_kv_up_proj": ("kv_b_proj",),
     "mlp.linear_fc1": ("up_proj",),
     "mlp.linear_fc2": ("down_proj",),
     "mlp.shared_experts.linear_fc2": ("shared_down_proj",),

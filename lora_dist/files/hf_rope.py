@@ -67,11 +67,13 @@ def _complete(rule: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
 
 def _complete_yarn(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """What transformers takes where nothing is said (YaRN, arXiv:2309.00071, sections 3.2 and 3.4)."""
-    for key, kept in (("truncate", True), ("mscale", None), ("mscale_all_dim", None)):
-        if rope.get(key, kept) != kept:
-            raise ValueError(f"{path}: rope type 'yarn' with {key}={rope[key]} is not supported, only {kept}")
-    original, factor = find_original(config, path), _find_factor(rope, config, path)
-    sharper = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    if rope.get("truncate", True) is not True:
+        raise ValueError(f"{path}: rope type 'yarn' with truncate={rope['truncate']} is not supported, only True")
+    original, factor = find_original(config, path), find_factor(rope, config, path)
+    mscale, all_dims = (get_number(rope, key, 0.0, path) for key in ("mscale", "mscale_all_dim"))
+    sharper = compute_mscale(factor, 1.0)
+    if mscale and all_dims:
+        sharper = compute_mscale(factor, mscale) / compute_mscale(factor, all_dims)
     return {
         **rope,
         "factor": factor,
@@ -82,13 +84,18 @@ def _complete_yarn(rope: Mapping[str, Any], config: Mapping[str, Any], path: Pat
     }
 
 
+def compute_mscale(factor: float, weight: float) -> float:
+    """By how much cosines and sines, or queries and keys, grow in a context `factor` times as long."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 def _complete_longrope(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The frequencies' short factors, which hold up to the original context, and its attention factor (LongRoPE,
     arXiv:2402.13753; the default as transformers has it).
     """
     if not isinstance(rope.get("short_factor"), list):
         raise ValueError(f"{path}: rope type 'longrope' has no list short_factor")
-    original, factor = find_original(config, path), _find_factor(rope, config, path)
+    original, factor = find_original(config, path), find_factor(rope, config, path)
     sharper = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return {**rope, "attention_factor": sharper if rope.get("attention_factor") is None else rope["attention_factor"]}
 
@@ -96,7 +103,7 @@ def _complete_longrope(rope: Mapping[str, Any], config: Mapping[str, Any], path:
 _COMPLETE = {"yarn": _complete_yarn, "longrope": _complete_longrope}
 
 
-def _find_factor(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> float:
+def find_factor(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> float:
     """How many times longer the context has become."""
     longer = get_size(config, "max_position_embeddings", path) / find_original(config, path)
     return get_number(rope, "factor", longer, path)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_dist.config import ModelConfig
+from lora_dist.files.hf_deepseek_v3 import DEEPSEEK_V3_NAMES
 from lora_dist.files.hf_experts import MIXTRAL_NAMES, QWEN3_MOE_NAMES
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_gemma3 import GEMMA3_NAMES
@@ -15,7 +16,7 @@ from lora_dist.files.hf_neox import NEOX_NAMES
 from lora_dist.files.hf_opt import OPT_NAMES
 from lora_dist.files.hf_phi3 import PHI3_NAMES
 from lora_dist.lora.layer import compute_fused_rows
-from lora_dist.lora.targets import LINEAR_OF_TARGET, compute_linear_shapes, find_targets
+from lora_dist.lora.targets import find_linear, compute_linear_shapes, find_targets
 
 GPT2_NAMES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "transformer.h.{layer}.attn.c_attn"),
@@ -29,6 +30,7 @@ FAMILY_NAMES: dict[str, dict[str, str]] = {
     "mixtral": MIXTRAL_NAMES.list_target_names(),
     "qwen3_moe": QWEN3_MOE_NAMES.list_target_names(),
     "glm4_moe": GLM4_MOE_NAMES.list_target_names(),
+    "deepseek_v3": DEEPSEEK_V3_NAMES.list_target_names(),
     "gemma3_text": GEMMA3_NAMES.list_target_names(),
     "phi3": PHI3_NAMES.list_target_names(),
     "opt": OPT_NAMES.list_target_names(),
@@ -76,7 +78,7 @@ def find_stored_rows(target: str, model: ModelConfig, layer: int) -> dict[str, t
         return {target: torch.arange(compute_linear_shapes(model, layer)[target][1])}
     rows = compute_fused_rows(target, model, layer)
     assert rows is not None
-    name = f"decoder.layers.{layer}.{LINEAR_OF_TARGET[target]}.weight"
+    name = f"decoder.layers.{layer}.{find_linear(target, model)}.weight"
     for part in HF_FAMILIES[model.family].find_parts(name, model):
         if part.target is not None:
             rows[part.target] = torch.arange(part.first, part.first + len(rows[part.target]))

@@ -9,7 +9,7 @@ from lora_dist.files.base_values import compute_stored_shapes, from_stored, to_s
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import TIED_HEAD
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import LINEAR_OF_TARGET
+from lora_dist.lora.targets import find_linear
 from lora_dist.lora.trained_base import list_trained_base
 
 KEY_PREFIX = "base_model.model."
@@ -73,6 +73,6 @@ def _find_adapted(specs: Sequence[AdapterSpec], model: ModelConfig) -> set[str]:
         part.name.removesuffix(".weight")
         for spec in specs
         if spec.num_experts is None  # transformers has no module of an expert's linear
-        for part in find_parts(f"decoder.layers.{spec.layer}.{LINEAR_OF_TARGET[spec.target]}.weight", model)
+        for part in find_parts(f"decoder.layers.{spec.layer}.{find_linear(spec.target, model)}.weight", model)
         if part.target in (None, spec.target)
     }

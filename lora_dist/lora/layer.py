@@ -32,6 +32,8 @@ class ShardPlace:
     sequence_parallel: bool = False
     tp_ranges: Mapping[str, Ranges] = field(default_factory=dict)
     """Of targets whose rows several ranks have, where each rank's lie."""
+    is_whole: bool = False
+    """Every rank has all of the linear, whatever tp_size."""
     row_group: dist.ProcessGroup | None = None
     """Over which an output row is split: the TP group where the input features are; None where rows are whole."""
 
@@ -41,7 +43,17 @@ class ShardPlace:
 
     @property
     def b_shard_dim(self) -> int | None:
-        return 0 if self.column_parallel else None
+        return 0 if self.splits_rows else None
+
+    @property
+    def splits_rows(self) -> bool:
+        return self.column_parallel and not self.is_whole
+
+    def has_partial_grad(self, shard_dim: int | None) -> bool:
+        """Whether each rank computes one summand of the gradient of a parameter that is split along `shard_dim`."""
+        if self.is_whole:  # the ranks compute the same, or each its part of the sequence
+            return self.sequence_parallel
+        return self.tp_size > 1 and shard_dim is None
 
 
 class LoraShard(nn.Module):
@@ -69,7 +81,7 @@ class LoraShard(nn.Module):
         self.local_out_features = local_out_features
         for spec in specs:
             a = slice_shard(draw_lora_A(spec, seed), place.a_shard_dim, place.tp_size, place.tp_rank)
-            out_features = spec.out_features // (place.tp_size if place.column_parallel else 1)
+            out_features = spec.out_features // (place.tp_size if place.splits_rows else 1)
             if rows is not None:
                 out_features = len(rows[spec.target])
             self.register_parameter(f"{spec.target}_lora_A", nn.Parameter(a.to(device)))
@@ -209,7 +221,7 @@ def compute_fused_rows(target: str, model: ModelConfig, layer: int, tp_size: int
     if target in ("shared_gate_proj", "shared_up_proj"):
         assert model.shared_ffn_size is not None
         return _split_gated(("shared_gate_proj", "shared_up_proj"), model.shared_ffn_size // tp_size)
-    if target not in ("q_proj", "k_proj", "v_proj"):
+    if target not in ("q_proj", "k_proj", "v_proj") or model.architecture.latent_attention:
         return None
     num_groups = max(model.num_query_groups, tp_size)
     return compute_qkv_rows(num_groups // tp_size, model.num_heads // num_groups, model.head_dim)

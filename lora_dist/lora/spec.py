@@ -4,10 +4,12 @@ import math
 from dataclasses import dataclass
 
 CANONICAL_TARGETS = (
-    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
     *("shared_gate_proj", "shared_up_proj", "shared_down_proj"),
 )
-"""Those with `shared` are of the MLP that every token passes beside the experts."""
+"""Those with `a` make the latents of queries and of keys and values, those with `b` the heads out of them; those with
+`shared` are of the MLP that every token passes beside the experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,9 +9,11 @@ from lora_dist.lora.spec import CANONICAL_TARGETS, AdapterSpec
 
 _ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 _ALIASES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("q", "wq", "linear_q", "query"), ("q_proj",)),
+    **dict.fromkeys(("q", "wq", "linear_q", "linear_q_proj", "query"), ("q_proj",)),
     **dict.fromkeys(("k", "wk", "linear_k", "key"), ("k_proj",)),
     **dict.fromkeys(("v", "wv", "linear_v", "value"), ("v_proj",)),
+    **dict.fromkeys(("kv_a_proj_with_mqa", "linear_kv_down_proj"), ("kv_a_proj",)),
+    **{"linear_q_down_proj": ("q_a_proj",), "linear_q_up_proj": ("q_b_proj",), "linear_kv_up_proj": ("kv_b_proj",)},
     **dict.fromkeys(("o", "wo", "linear_o", "out_proj", "linear_proj", "attn.c_proj", "dense"), ("o_proj",)),
     **dict.fromkeys(("c_attn", "attn.c_attn", "qkv", "qkv_proj", "linear_qkv", "query_key_value"), _ATTENTION_INPUTS),
     **dict.fromkeys(("gate", "w1"), ("gate_proj",)),
@@ -24,26 +26,48 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 }
 _ALL = ("all-linear", "all")
 """Where a layer has experts, the linears that every token passes: adapters on all experts would be many times more."""
-LINEAR_OF_TARGET = {
+_LINEARS = {
     **dict.fromkeys(_ATTENTION_INPUTS, "self_attention.linear_qkv"),
+    "q_a_proj": "self_attention.linear_q_down_proj",
+    "q_b_proj": "self_attention.linear_q_up_proj",
+    "kv_a_proj": "self_attention.linear_kv_down_proj",
+    "kv_b_proj": "self_attention.linear_kv_up_proj",
     "o_proj": "self_attention.linear_proj",
     **dict.fromkeys(("gate_proj", "up_proj"), "mlp.linear_fc1"),
     "down_proj": "mlp.linear_fc2",
     **dict.fromkeys(("shared_gate_proj", "shared_up_proj"), "mlp.shared_experts.linear_fc1"),
     "shared_down_proj": "mlp.shared_experts.linear_fc2",
 }
-"""Megatron's linear that holds a target, by its name within a layer."""
+WHOLE_TARGETS = ("q_a_proj", "kv_a_proj")
+"""Of linears that every TP rank holds whole."""
 _Value = TypeVar("_Value")
+
+
+def find_linear(target: str, model: ModelConfig) -> str:
+    """Megatron's linear that holds a target, by its name within a layer."""
+    if target == "q_proj" and model.architecture.latent_attention:
+        return "self_attention.linear_q_proj"
+    return _LINEARS[target]
 
 
 def compute_linear_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """(in_features, out_features) of each adaptable linear of a layer; of experts', which are alike, of one."""
-    h, q, kv = model.hidden_size, model.query_size, model.kv_size
-    shapes = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
-    shapes |= compute_mlp_shapes(model, layer)
+    h, shapes = model.hidden_size, _compute_attention_shapes(model) | compute_mlp_shapes(model, layer)
     if model.has_experts(layer) and (f := model.shared_ffn_size) is not None:
         shapes |= {"shared_gate_proj": (h, f), "shared_up_proj": (h, f), "shared_down_proj": (f, h)}
     return shapes
+
+
+def _compute_attention_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    h, q, kv = model.hidden_size, model.query_size, model.kv_size
+    output = {"o_proj": (model.context_size, h)}
+    if not model.architecture.latent_attention:
+        return {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), **output}
+    q_latent, kv_latent, turned = model.query_latent_size, model.kv_latent_size, model.rotary_size
+    assert kv_latent is not None
+    queries = {"q_proj": (h, q)} if q_latent is None else {"q_a_proj": (h, q_latent), "q_b_proj": (q_latent, q)}
+    heads = (kv_latent, q - model.num_heads * turned + model.context_size)
+    return {**queries, "kv_a_proj": (h, kv_latent + turned), "kv_b_proj": heads, **output}
 
 
 def compute_mlp_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
@@ -127,7 +151,7 @@ def _check_experts(specs: Iterable[AdapterSpec], lora: LoraConfig) -> None:
 
 def is_mlp_beside_experts(spec: AdapterSpec, model: ModelConfig) -> bool:
     """Whether the linear is of a dense or shared MLP in a model of experts, whose linears have the same names."""
-    return model.architecture.experts and spec.num_experts is None and LINEAR_OF_TARGET[spec.target].startswith("mlp.")
+    return model.architecture.experts and spec.num_experts is None and _LINEARS[spec.target].startswith("mlp.")
 
 
 def _check_dora(specs: Iterable[AdapterSpec], lora: LoraConfig, model: ModelConfig) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lora_dist.base_shapes import compute_canonical_shapes
 from lora_dist.config import ModelConfig
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import LINEAR_OF_TARGET
+from lora_dist.lora.targets import find_linear
 from lora_dist.saved_modules import is_saved
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -39,7 +39,7 @@ def _choose_biases(specs: Sequence[AdapterSpec], model: ModelConfig, bias: str) 
         return list_biases(model) if bias == "all" else []
     targets: dict[str, set[str]] = defaultdict(set)
     for spec in specs:
-        targets[f"decoder.layers.{spec.layer}.{LINEAR_OF_TARGET[spec.target]}.bias"].add(spec.target)
+        targets[f"decoder.layers.{spec.layer}.{find_linear(spec.target, model)}.bias"].add(spec.target)
     chosen = [name for name in list_biases(model) if name in targets]
     for name in chosen:
         missing = set(_QKV) - targets[name]

@@ -10,16 +10,19 @@ from torch.nn.utils import parametrize
 from lora_dist.lora.experts import ExpertShard
 from lora_dist.lora.layer import LoraShard, ShardPlace, compute_fused_rows, find_shared_ranges
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import LINEAR_OF_TARGET, compute_linear_shapes
+from lora_dist.lora.targets import find_linear, compute_linear_shapes
 from lora_dist.lora.trained_base import list_trained_base
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.experts import ExpertLinears
-from lora_dist.mcore.layers import LoraLinear, LoraLocalLinear
+from lora_dist.mcore.layers import LoraLinear, LoraLocalLinear, LoraWholeLinear
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter, find_source
 
 _NORM_BEFORE = {
     "self_attention.linear_qkv": "input_layernorm",
+    **dict.fromkeys(
+        [f"self_attention.linear_{name}_proj" for name in ("q", "q_down", "kv_down")], "input_layernorm"
+    ),
     **dict.fromkeys(("mlp.linear_fc1", "mlp.shared_experts.linear_fc1"), "pre_mlp_layernorm"),
 }
 
@@ -63,7 +66,7 @@ def _group_by_linear(gpt: ShardedGpt, specs: Sequence[AdapterSpec]) -> dict[tupl
     groups: dict[tuple[int, str], list[AdapterSpec]] = defaultdict(list)
     for spec in specs:
         if spec.layer in gpt.stage_layers:
-            groups[spec.layer, LINEAR_OF_TARGET[spec.target]].append(spec)
+            groups[spec.layer, find_linear(spec.target, gpt.model)].append(spec)
     return groups
 
 
@@ -74,8 +77,9 @@ def _build_shard(
     seed: int,
 ) -> LoraShard:
     topology = gpt.topology
-    # What enters experts, the shared one too, is the whole sequence already.
-    has_whole_input = isinstance(linear, ExpertLinears | LoraLocalLinear)
+    is_whole = isinstance(linear, LoraWholeLinear)
+    # What enters experts, the shared one too, and the linears of the latents' heads is the whole sequence already.
+    has_whole_input = isinstance(linear, ExpertLinears | LoraLocalLinear) and not is_whole
     kind = ExpertShard if isinstance(linear, ExpertLinears) else LoraShard
     local_out_features = linear.local_out_features if isinstance(linear, ExpertLinears) else linear.weight.shape[0]
     place = ShardPlace(
@@ -83,6 +87,7 @@ def _build_shard(
         tp_size=topology.tp_size,
         tp_rank=topology.tp_rank,
         sequence_parallel=linear.column_parallel and topology.sequence_parallel and not has_whole_input,
+        is_whole=is_whole,
         row_group=None if linear.column_parallel or topology.tp_size == 1 else topology.tp_group,
         tp_ranges=find_shared_ranges(gpt.model, topology.tp_size),
     )
@@ -103,7 +108,7 @@ def _build_shard(
 def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
     """A of a column linear and B of a row linear are replicated, their gradients one TP rank's summand each.
 
-    So is a row linear's magnitude: each rank has its own partial output.
+    So are both of a whole linear under sequence parallelism; without it every rank has their whole gradients. So is a row linear's magnitude: each rank has its own partial output.
     """
     place, described = shard.place, []
     for spec in shard.specs:
@@ -123,7 +128,7 @@ def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
                     full_shape=full_shape,
                     shard_dim=shard_dim,
                     tp_ranges=None if kind == "lora_A" else shared,
-                    tp_partial_grad=place.tp_size > 1 and shard_dim is None,
+                    tp_partial_grad=place.has_partial_grad(shard_dim),
                     kind=kind,
                 )
             )

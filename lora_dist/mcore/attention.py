@@ -1,6 +1,7 @@
 """The attention core: torch's fused kernels over whole rows, or example by example where a row holds several.
 
-Shapes: S sequence, B rows, A attention heads of this rank, D head dimension.
+Shapes: S sequence, B rows, A attention heads of this rank, D features of a head's query and key, V of its value: D, or
+fewer.
 """
 
 from dataclasses import dataclass
@@ -48,11 +49,11 @@ class SdpaAttention(nn.Module):
         self,
         query_SBAD: torch.Tensor,
         key_SBAD: torch.Tensor,
-        value_SBAD: torch.Tensor,
+        value_SBAV: torch.Tensor,
         attention_mask: Mask | LayerMasks,
         **_: Any,
     ) -> torch.Tensor:
-        """[S, B, A * D].
+        """[S, B, A * V].
 
         Keys and values may have fewer heads, a divisor of A. With a cache the mask has a column for everything kept,
         these S positions last.
@@ -62,18 +63,18 @@ class SdpaAttention(nn.Module):
             attention_mask = attention_mask.windowed if self.sees_window else attention_mask.full
         if dropout:
             with get_cuda_rng_tracker().fork():
-                return self._compute(query_SBAD, key_SBAD, value_SBAD, attention_mask, dropout)
-        return self._compute(query_SBAD, key_SBAD, value_SBAD, attention_mask, 0.0)
+                return self._compute(query_SBAD, key_SBAD, value_SBAV, attention_mask, dropout)
+        return self._compute(query_SBAD, key_SBAD, value_SBAV, attention_mask, 0.0)
 
     def _compute(
         self,
         query_SBAD: torch.Tensor,
         key_SBAD: torch.Tensor,
-        value_SBAD: torch.Tensor,
+        value_SBAV: torch.Tensor,
         mask: Mask,
         dropout: float,
     ) -> torch.Tensor:
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBAD, key_SBAD, value_SBAD))
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBAD, key_SBAD, value_SBAV))
         if isinstance(mask, tuple):
             return _attend_in_blocks(query, key, value, mask, dropout, self.scale).flatten(2)
         if self.cache is not None:
@@ -91,7 +92,7 @@ def _attend_in_blocks(
     dropout: float,
     scale: float | None,
 ) -> torch.Tensor:
-    """[S, B, A, D] of [B, heads, S, D]; scores of two positions in different blocks are never computed."""
+    """[S, B, A, V] of [B, heads, S, D] and [B, heads, S, V]; scores of two positions in different blocks are never computed."""
     rows = []
     # Split, not indexed: its backward joins the parts' gradients, where that of an index fills up a tensor for each.
     for lengths, q, k, v in zip(row_blocks, query.split(1), key.split(1), value.split(1), strict=True):
@@ -112,9 +113,13 @@ def _attend(
     if is_shared and not takes_shared_heads(query, mask):
         key, value = write_out_heads(key, query), write_out_heads(value, query)
         is_shared = False
-    return F.scaled_dot_product_attention(
+    value_size = value.shape[-1]
+    if value_size < query.shape[-1]:  # most fused kernels take equal sizes alone
+        value = F.pad(value, (0, query.shape[-1] - value_size))
+    out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=is_shared, scale=scale
     )
+    return out[..., :value_size]
 
 
 def takes_shared_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:

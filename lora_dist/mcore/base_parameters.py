@@ -26,6 +26,9 @@ _SHARD_DIMS = {
     "output_layer.weight": 0,
     "linear_qkv.weight": 0,
     "linear_qkv.bias": 0,
+    "linear_q_proj.weight": 0,
+    "linear_q_up_proj.weight": 0,
+    "linear_kv_up_proj.weight": 0,
     "linear_fc1.weight": 0,
     "linear_fc1.bias": 0,
     "linear_proj.weight": 1,
@@ -33,7 +36,10 @@ _SHARD_DIMS = {
 }
 _BLOCK_SIZE = 2**24
 """Elements drawn from one generator: one thread draws some 1e8 a second, and GPT-3 has 1.75e11."""
-_ON_SEQUENCE_SHARD = ("layernorm.weight", "layernorm.bias", "linear_proj.bias", "linear_fc2.bias")
+_ON_SEQUENCE_SHARD = (
+    *("layernorm.weight", "layernorm.bias", "linear_proj.bias", "linear_fc2.bias"),
+    *("linear_q_down_proj.weight", "linear_kv_down_proj.weight"),
+)
 """Replicated parameters that act on the local sequence shard under sequence parallelism."""
 _ON_OWN_SLICE = ("q_layernorm.weight", "k_layernorm.weight", "router.weight")
 """Replicated parameters that act on this rank's heads alone, or for its slices of the experts."""

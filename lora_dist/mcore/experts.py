@@ -11,8 +11,6 @@ from typing import Any, cast
 import torch
 from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -24,7 +22,7 @@ from lora_dist.lora.experts import ExpertAdapter, ExpertShard, Factors
 from lora_dist.lora.function import BaseWeight
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.row_groups import GROUPED_MULTIPLE, ExpertWeights, can_group, split_weights
-from lora_dist.mcore.layers import allocate
+from lora_dist.mcore.layers import allocate, bring_to_ranks
 from lora_dist.mcore.mixing import mix_experts
 from lora_dist.mcore.router import Router
 from lora_dist.mcore.shared_expert import SharedExpert
@@ -54,7 +52,7 @@ class ExpertMlp(nn.Module):
 
     def forward(self, hidden_SBH: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """The output, under sequence parallelism this rank's share as the input is, and no bias."""
-        hidden_SBH = self._enter(hidden_SBH)
+        hidden_SBH = bring_to_ranks(hidden_SBH, self.config)
         tokens_TH = hidden_SBH.flatten(0, 1)
         weights_TC, choices_TC = self.router(tokens_TH)
         linears, multiple_of = (self.linear_fc1, self.linear_fc2), GROUPED_MULTIPLE if self.grouped else 1
@@ -70,13 +68,6 @@ class ExpertMlp(nn.Module):
         if self.shared_experts is not None:
             partial_SBH = partial_SBH + self.shared_experts(hidden_SBH)
         return self._leave(partial_SBH), None
-
-    def _enter(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
-        """The whole sequence; backward sums what the ranks' slices of the experts make of its gradient."""
-        group = ps.get_tensor_model_parallel_group()
-        if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden_SBH, group=group)
-        return copy_to_tensor_model_parallel_region(hidden_SBH, group=group)
 
     def _leave(self, partial_SBH: torch.Tensor) -> torch.Tensor:
         group = ps.get_tensor_model_parallel_group()

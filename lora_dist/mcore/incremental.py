@@ -69,7 +69,7 @@ def compute_cache_bytes(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> 
     """Bytes that the keys and values of this process's layers and heads take."""
     config = gpt.config
     num_heads = max(1, config.num_query_groups // gpt.topology.tp_size)
-    bytes_per_token = 2 * num_heads * config.kv_channels * config.params_dtype.itemsize
+    bytes_per_token = num_heads * (gpt.model.head_dim + gpt.model.value_dim) * config.params_dtype.itemsize
     return gpt.num_stage_layers * num_rows * num_columns * bytes_per_token
 
 

@@ -5,8 +5,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -112,6 +117,21 @@ class LoraLocalLinear(nn.Module):
         if self.lora is None and isinstance(self.weight, torch.Tensor):
             return F.linear(input, self.weight)
         return (self.lora or frozen_linear)(input, self.weight, None, NO_COMMUNICATION)
+
+
+class LoraWholeLinear(LoraLocalLinear):
+    """One that every TP rank holds whole, acting on what the rank has of the sequence."""
+
+    def __init__(self, config: TransformerConfig, out_features: int, in_features: int) -> None:
+        super().__init__(config, out_features, in_features, column_parallel=True)
+
+
+def bring_to_ranks(local_SBH: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """The whole sequence on every TP rank; backward sums what the ranks make of its gradient."""
+    group = ps.get_tensor_model_parallel_group()
+    if config.sequence_parallel:
+        return gather_from_sequence_parallel_region(local_SBH, group=group)
+    return copy_to_tensor_model_parallel_region(local_SBH, group=group)
 
 
 LoraLinear = LoraColumnParallelLinear | LoraRowParallelLinear | LoraLocalLinear

@@ -27,6 +27,7 @@ from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention, compute_a
 from lora_dist.mcore.experts import ExpertMlp
 from lora_dist.mcore.gates import GeGlu, SwiGlu
 from lora_dist.mcore.head_loss import compute_target_loss
+from lora_dist.mcore.latent_attention import LatentAttention
 from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, NormedLayer, ParallelLayer
 from lora_dist.mcore.norm import Norm, RmsNorm, UnitRmsNorm
 from lora_dist.mcore.rotary import NormedSelfAttention, Rotary, RotarySelfAttention
@@ -265,7 +266,9 @@ def _build_layer_spec(model: ModelConfig, number: int) -> ModuleSpec:
         layer.mlp = ExpertMlp
     elif architecture.gated:
         mlp.activation_func = GeGlu if architecture.gate_activation == "gelu_tanh" else SwiGlu
-    if architecture.rotary:
+    if architecture.latent_attention:
+        layer.self_attention = ModuleSpec(module=LatentAttention)
+    elif architecture.rotary:
         layer.self_attention.module = NormedSelfAttention if architecture.output_norms else RotarySelfAttention
     if model.has_qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm

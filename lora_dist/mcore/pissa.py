@@ -103,6 +103,8 @@ def _gather(site: _Site, tp_rank: int, topology: Topology) -> torch.Tensor | Non
     local_OH = site.local_OH
     if topology.tp_size == 1:
         return local_OH
+    if site.shard.place.is_whole:
+        return local_OH if topology.tp_rank == tp_rank else None
     parts = None
     if topology.tp_rank == tp_rank:
         parts = [torch.empty_like(local_OH) for _ in range(topology.tp_size)]

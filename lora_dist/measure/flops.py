@@ -13,13 +13,14 @@ For one linear from `i` to `o` features with adapters of total rank `r`:
 
 times T: a frozen linear costs 4 i o a token where a trained one costs 6 i o. An expert's linears see K T rows in all,
 where K of them serve each token, the router is one more linear without adapters, and what serves all tokens beside the
-experts stands apart: its input gradient does not hang on theirs. The output layer is another over M
+experts stands apart: its input gradient does not hang on theirs; nor do those of queries on those of keys and values, where
+these come from latents, which enter the heads as one. The output layer is another over M
 tokens, attention 4 S Q a token forward and 10 S Q backward (the kernel computes the scores again). Below the lowest
 adapted linear there is no backward at all, and it needs no d(input) itself. Recomputed regions add their forward.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ _LINEAR_OF_TARGET = {
     "q_proj": "qkv",
     "k_proj": "qkv",
     "v_proj": "qkv",
+    **{"q_a_proj": "q_down", "q_b_proj": "q_up", "kv_a_proj": "kv_down", "kv_b_proj": "kv_up"},
     "o_proj": "proj",
     "gate_proj": "fc1",
     "up_proj": "fc1",
@@ -43,7 +45,14 @@ _LINEAR_OF_TARGET = {
     "shared_down_proj": "shared_fc2",
 }
 _MLP = ("router", "fc1", "fc2", "shared_fc1", "shared_fc2")
-_FORWARD_ORDER = ("qkv", "attention", "proj", *_MLP)
+_STEPS = (
+    (("qkv",), ("q_down",), ("kv_down",)),
+    (("q_up",), ("kv_up",)),
+    (("attention", "proj"),),
+    (("router", "fc1", "fc2"), ("shared_fc1", "shared_fc2")),
+)
+"""A layer's parts, those that there are, in forward order: steps of chains side by side, which start from the same."""
+_NAMES = tuple(name for step in _STEPS for chain in step for name in chain)
 
 
 def _count_addmm_(accumulated: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
@@ -119,12 +128,13 @@ class _Part:
 
 
 def compute_lora_flops(model: ModelConfig, specs: Sequence[AdapterSpec], shape: StepShape) -> int:
-    """FLOPs of one LoRA step of the whole model on one process; TP divides all but a router's and A's replicas."""
+    """FLOPs of one LoRA step of the whole model on one process; TP divides all but a router's, A's replicas and, without
+    sequence parallelism, what makes latents."""
     ranks: Counter[tuple[int, str]] = Counter()
     for spec in specs:
         ranks[spec.layer, _LINEAR_OF_TARGET[spec.target]] += spec.lora_rank
     layers = [
-        _build_layer(model, layer, shape, {n: ranks[layer, n] for n in _FORWARD_ORDER}, full=False)
+        _build_layer(model, layer, shape, {n: ranks[layer, n] for n in _NAMES}, full=False)
         for layer in range(model.num_layers)
     ]
     head = 2 * shape.num_loss_tokens * model.hidden_size * shape.num_vocab_rows
@@ -140,8 +150,8 @@ def compute_full_flops(model: ModelConfig, shape: StepShape) -> int:
 
 def _list_features(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Into and out of each linear of a layer; of one expert's."""
-    h, f, q = model.hidden_size, model.find_mlp_size(layer), model.query_size
-    features = {"qkv": (h, q + 2 * model.kv_size), "proj": (q, h)}
+    h, f = model.hidden_size, model.find_mlp_size(layer)
+    features = {**_list_projections(model), "proj": (model.context_size, h)}
     features |= {"fc1": (h, 2 * f if model.architecture.gated else f), "fc2": (f, h)}
     if model.has_experts(layer):
         features["router"] = (h, model.num_experts or 0)
@@ -150,53 +160,64 @@ def _list_features(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]
     return features
 
 
-def _build_layer(model: ModelConfig, layer: int, shape: StepShape, ranks: dict[str, int], *, full: bool) -> list[_Part]:
+def _list_projections(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Those that queries, keys and values come from; of queries without a latent `qkv`."""
+    h, q = model.hidden_size, model.query_size
+    if model.kv_latent_size is None:
+        return {"qkv": (h, q + 2 * model.kv_size)}
+    latent, turned = model.query_latent_size, model.rotary_size
+    queries = {"qkv": (h, q)} if latent is None else {"q_down": (h, latent), "q_up": (latent, q)}
+    unturned = q - model.num_heads * turned
+    keys_and_values = {"kv_up": (model.kv_latent_size, unturned + model.context_size)}
+    return {**queries, "kv_down": (h, model.kv_latent_size + turned), **keys_and_values}
+
+
+def _build_layer(model: ModelConfig, layer: int, shape: StepShape, ranks: dict[str, int], *, full: bool) -> dict[str, _Part]:
     tokens, features = shape.num_tokens, _list_features(model, layer)
     mlp_tokens = tokens * (model.experts_per_token or 1) if model.has_experts(layer) else tokens
-    score_flops = 2 * shape.num_scores * model.query_size
-    parts = []
-    for name in _FORWARD_ORDER:
-        if name != "attention" and name not in features:
-            continue
-        if name == "attention":
-            parts.append(_Part(name=name, forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0))
-            continue
-        i, o = features[name]
+    score_flops = 2 * shape.num_scores * model.query_size  # of values too, which are padded where they have fewer
+    parts = {
+        "attention": _Part(name="attention", forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0)
+    }
+    for name, (i, o) in features.items():
         rows, r = mlp_tokens if name in ("fc1", "fc2") else tokens, ranks.get(name, 0)
         base, down, up = 2 * i * o * rows, 2 * r * i * rows, 2 * r * o * rows
-        parts.append(
-            _Part(
-                name=name,
-                forward=base + down + up,
-                input_grad=base + down,
-                other_grads=base if full else down + 2 * up,
-                trains=full or r > 0,
-            )
+        parts[name] = _Part(
+            name=name,
+            forward=base + down + up,
+            input_grad=base + down,
+            other_grads=base if full else down + 2 * up,
+            trains=full or r > 0,
         )
     return parts
 
 
-def _sum_layers(layers: Sequence[Sequence[_Part]], shape: StepShape, *, full: bool) -> int:
+def _sum_layers(layers: Sequence[dict[str, _Part]], shape: StepShape, *, full: bool) -> int:
     total, needs_input_grad = 0, full or shape.input_grad
     for layer in layers:
         recomputes = _list_recomputed(layer, shape.recompute, needs_input_grad)
-        before_mlp = after_experts = False
-        for part in layer:
-            if part.name == "router":
-                before_mlp = needs_input_grad
-            elif part.name == "shared_fc1":
-                after_experts, needs_input_grad = needs_input_grad, before_mlp
-            # A recomputed region's input is made to require grad, whatever lies below it.
-            needs_input_grad = needs_input_grad or part.name in recomputes
-            total += part.forward * (2 if part.name in recomputes else 1)
-            total += part.other_grads + (part.input_grad if needs_input_grad else 0)
-            needs_input_grad = needs_input_grad or part.trains
-        needs_input_grad = needs_input_grad or after_experts
+        for step in _STEPS:
+            chains = [[layer[name] for name in chain if name in layer] for chain in step]
+            sums = [_sum_chain(chain, recomputes, needs_input_grad) for chain in chains]
+            total += sum(flops for flops, _ in sums)
+            needs_input_grad = any(needed for _, needed in sums)
     return total
 
 
-def _list_recomputed(layer: Sequence[_Part], recompute: str, input_requires_grad: bool) -> set[str]:
+def _sum_chain(chain: Sequence[_Part], recomputes: Collection[str], needs_input_grad: bool) -> tuple[int, bool]:
+    """And whether what comes after it needs d(input)."""
+    total = 0
+    for part in chain:
+        # A recomputed region's input is made to require grad, whatever lies below it.
+        needs_input_grad = needs_input_grad or part.name in recomputes
+        total += part.forward * (2 if part.name in recomputes else 1)
+        total += part.other_grads + (part.input_grad if needs_input_grad else 0)
+        needs_input_grad = needs_input_grad or part.trains
+    return total, needs_input_grad
+
+
+def _list_recomputed(layer: dict[str, _Part], recompute: str, input_requires_grad: bool) -> set[str]:
     """Names of the layer's parts that run twice."""
-    if recompute == "none" or not (input_requires_grad or any(part.trains for part in layer)):
+    if recompute == "none" or not (input_requires_grad or any(part.trains for part in layer.values())):
         return set()
-    return {part.name for part in layer} if recompute == "full" else set(_MLP)
+    return set(layer) if recompute == "full" else set(_MLP)

@@ -39,6 +39,8 @@ def list_specs(model: ModelConfig) -> list[AdapterSpec]:
     if model.architecture.experts:
         more = ["gate_proj", "up_proj", "down_proj"]
         lora = replace(LORA, target_modules=["all-linear", *more], rank_pattern={"o": 5, "up_proj": 2, "w2": 4})
+    if model.architecture.latent_attention:
+        lora = replace(lora, alpha_pattern={"kv_b_proj": 2, "kv_a_proj": 3})
     specs = build_adapter_specs(lora, model)
     assert len(specs) == sum(len(compute_linear_shapes(model, layer)) for layer in range(model.num_layers))
     return specs
@@ -106,6 +108,7 @@ TARGETS = {
     "mixtral": ["v_proj", "q_proj", "o_proj"],
     "qwen3_moe": ["k_proj", "o_proj"],
     "glm4_moe": ["k_proj", "v_proj"],
+    "deepseek_v3": ["kv_a_proj_with_mqa", "q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"],
     "opt": ["v_proj", "q_proj", "fc1"],
     "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"],
     "phi3": ["gate_up_proj", "qkv_proj", "down_proj"],
@@ -149,7 +152,7 @@ def call(words: list[str]) -> int:
     return main(words)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "glm4_moe", "deepseek_v3"])
 def test_the_verbs_merge_and_export(name: str, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = write_family_checkpoint(name, base)

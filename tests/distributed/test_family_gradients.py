@@ -34,6 +34,18 @@ def build_toy(family: str, **options: object) -> ModelConfig:
     return ModelConfig(name=family, family=family, max_position_embeddings=32, **sizes | options)  # type: ignore[arg-type]
 
 
+PICKED = {
+    "ffn_hidden_size": 12,
+    "num_experts": 8,
+    "experts_per_token": 3,
+    "num_expert_groups": 4,
+    "groups_per_token": 2,
+    "expert_weight_scale": 1.7,
+    "shared_ffn_size": 24,
+    "num_dense_layers": 1,
+    "dense_ffn_size": 40,
+}
+LATENT = {"kv_latent_size": 12, "head_size": 10, "rope_head_size": 4, "value_head_size": 6, "tied_output": False}
 MODELS = {
     "llama": build_toy("llama", num_kv_heads=4, tied_output=False),
     "qwen2": build_toy("qwen2", num_kv_heads=8, tied_output=True),
@@ -57,21 +69,9 @@ MODELS = {
         normalize_expert_weights=False,
         tied_output=True,
     ),
-    "glm4_moe": build_toy(
-        "glm4_moe",
-        num_kv_heads=4,
-        rotary_fraction=0.5,
-        qk_norm=True,
-        ffn_hidden_size=12,
-        num_experts=8,
-        experts_per_token=3,
-        num_expert_groups=4,
-        groups_per_token=2,
-        expert_weight_scale=1.7,
-        shared_ffn_size=24,
-        num_dense_layers=1,
-        dense_ffn_size=40,
-    ),
+    "glm4_moe": build_toy("glm4_moe", num_kv_heads=4, rotary_fraction=0.5, qk_norm=True, **PICKED),
+    "deepseek_v3": build_toy("deepseek_v3", query_latent_size=20, rope_interleaved=True, **LATENT, **PICKED),
+    "deepseek_v3_direct": build_toy("deepseek_v3", **LATENT, **PICKED),
     "phi3": build_toy("phi3", num_kv_heads=4, rotary_fraction=0.5, sliding_window=12),
     "opt": build_toy("opt"),
     "gpt_neox": build_toy("gpt_neox", tied_output=False, rotary_fraction=0.5),
@@ -95,7 +95,8 @@ CASES = [
     ("qwen2", "full", TOPOLOGIES[1:4:2]),
     *(("gemma3_text", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
     *(("mixtral", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
-    *((name, method, TOPOLOGIES) for name in ("qwen3_moe", "glm4_moe") for method in ("lora", "full")),
+    *((name, method, TOPOLOGIES) for name in ("qwen3_moe", "glm4_moe", "deepseek_v3") for method in ("lora", "full")),
+    *(("deepseek_v3_direct", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
     *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
