@@ -13,8 +13,8 @@ For one linear from `i` to `o` features with adapters of total rank `r`:
 
 times T: a frozen linear costs 4 i o a token where a trained one costs 6 i o. An expert's linears see K T rows in all,
 where K of them serve each token, the router is one more linear without adapters, and what serves all tokens beside the
-experts stands apart: its input gradient does not hang on theirs; nor do those of queries on those of keys and values, where
-these come from latents, which enter the heads as one. The output layer is another over M
+experts stands apart: its input gradient does not hang on theirs. Nor do a latent's of keys and values on the queries',
+but the latents enter the heads as one. The output layer is another over M
 tokens, attention 4 S Q a token forward and 10 S Q backward (the kernel computes the scores again). Below the lowest
 adapted linear there is no backward at all, and it needs no d(input) itself. Recomputed regions add their forward.
 """
@@ -45,14 +45,13 @@ _LINEAR_OF_TARGET = {
     "shared_down_proj": "shared_fc2",
 }
 _MLP = ("router", "fc1", "fc2", "shared_fc1", "shared_fc2")
-_STEPS = (
-    (("qkv",), ("q_down",), ("kv_down",)),
-    (("q_up",), ("kv_up",)),
-    (("attention", "proj"),),
-    (("router", "fc1", "fc2"), ("shared_fc1", "shared_fc2")),
-)
-"""A layer's parts, those that there are, in forward order: steps of chains side by side, which start from the same."""
-_NAMES = tuple(name for step in _STEPS for chain in step for name in chain)
+_Steps = tuple[tuple[tuple[str, ...], ...], ...]
+"""A layer's parts, those that there are, in forward order: chains side by side start from the same, a step's from all
+that those of the one before end in."""
+_FUSED: _Steps = ((("qkv",),),)
+_FROM_LATENTS: _Steps = ((("q_down",), ("kv_down",)), (("q_up",), ("kv_up",)))
+_QUERIES_BESIDE: _Steps = ((("qkv",), ("kv_down", "kv_up")),)
+_REST: _Steps = ((("attention", "proj"),), (("router", "fc1", "fc2"), ("shared_fc1", "shared_fc2")))
 
 
 def _count_addmm_(accumulated: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
@@ -134,18 +133,18 @@ def compute_lora_flops(model: ModelConfig, specs: Sequence[AdapterSpec], shape: 
     for spec in specs:
         ranks[spec.layer, _LINEAR_OF_TARGET[spec.target]] += spec.lora_rank
     layers = [
-        _build_layer(model, layer, shape, {n: ranks[layer, n] for n in _NAMES}, full=False)
+        _build_layer(model, layer, shape, {n: ranks[layer, n] for n in _LINEAR_OF_TARGET.values()}, full=False)
         for layer in range(model.num_layers)
     ]
     head = 2 * shape.num_loss_tokens * model.hidden_size * shape.num_vocab_rows
-    return 2 * head + _sum_layers(layers, shape, full=False)
+    return 2 * head + _sum_layers(layers, _list_steps(model), shape, full=False)
 
 
 def compute_full_flops(model: ModelConfig, shape: StepShape) -> int:
     """FLOPs of one step of full fine-tuning of the whole model."""
     layers = [_build_layer(model, layer, shape, {}, full=True) for layer in range(model.num_layers)]
     head = 2 * shape.num_loss_tokens * model.hidden_size * shape.num_vocab_rows
-    return 3 * head + _sum_layers(layers, shape, full=True)
+    return 3 * head + _sum_layers(layers, _list_steps(model), shape, full=True)
 
 
 def _list_features(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
@@ -158,6 +157,12 @@ def _list_features(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]
         if (shared := model.shared_ffn_size) is not None:
             features |= {"shared_fc1": (h, 2 * shared), "shared_fc2": (shared, h)}
     return features
+
+
+def _list_steps(model: ModelConfig) -> _Steps:
+    if not model.architecture.latent_attention:
+        return _FUSED + _REST
+    return (_QUERIES_BESIDE if model.query_latent_size is None else _FROM_LATENTS) + _REST
 
 
 def _list_projections(model: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -192,11 +197,11 @@ def _build_layer(model: ModelConfig, layer: int, shape: StepShape, ranks: dict[s
     return parts
 
 
-def _sum_layers(layers: Sequence[dict[str, _Part]], shape: StepShape, *, full: bool) -> int:
+def _sum_layers(layers: Sequence[dict[str, _Part]], steps: _Steps, shape: StepShape, *, full: bool) -> int:
     total, needs_input_grad = 0, full or shape.input_grad
     for layer in layers:
         recomputes = _list_recomputed(layer, shape.recompute, needs_input_grad)
-        for step in _STEPS:
+        for step in steps:
             chains = [[layer[name] for name in chain if name in layer] for chain in step]
             sums = [_sum_chain(chain, recomputes, needs_input_grad) for chain in chains]
             total += sum(flops for flops, _ in sums)

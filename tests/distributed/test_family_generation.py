@@ -57,6 +57,13 @@ def weigh_cache(base: Path) -> tuple[int, int]:
     return kept, compute_cache_bytes(gpt, num_rows=2, num_columns=12)
 
 
+def test_values_are_kept_at_their_own_size(tmp_path: Path) -> None:
+    model = write_family_checkpoint("deepseek_v3", tmp_path)
+    assert model.value_dim < model.head_dim
+    for kept, planned in run_distributed(weigh_cache, 2, tmp_path):
+        assert kept == planned == model.num_layers * 2 * 12 * (model.query_size + model.context_size) * 4 // 2
+
+
 def test_the_cache_holds_the_shared_heads_once(tmp_path: Path) -> None:
     model = write_family_checkpoint("llama", tmp_path)
     assert model.kv_size < model.query_size

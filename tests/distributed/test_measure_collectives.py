@@ -165,6 +165,27 @@ def test_pipelines_send_activations_only() -> None:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_latents_enter_the_heads_as_one_narrow_tensor(sequence_parallel: bool) -> None:
+    """In place of the hidden one that enters a dense layer's attention; queries without a latent enter beside them."""
+    sizes = {"head_size": 10, "kv_latent_size": 12, "rope_head_size": 4, "value_head_size": 6}
+    latent = replace(MODEL, family="deepseek_v3", num_experts=3, experts_per_token=2, **sizes)
+    models = replace(latent, query_latent_size=10), latent, replace(MODEL, family="mistral")
+    steps = [
+        run_distributed(count_step, 2, Case(model=model, tp_size=2, sequence_parallel=sequence_parallel), targets, True)
+        for model, targets in zip(models, (["all"], ["all"], ["q_proj", "v_proj", "o_proj"]), strict=True)
+    ]
+    (narrow, after), (beside, _), (dense, _) = (ranks[0] for ranks in steps)
+    assert count_by_kind(narrow) == count_by_kind(dense)
+    assert sum_bytes(narrow) < sum_bytes(dense)
+    assert sum(count_by_kind(beside).values()) > sum(count_by_kind(dense).values())
+    assert [(one.op, one.group, one.count) for one in after] == [("all_reduce", "tp", 1)]
+
+
+def sum_bytes(collectives: list[Collective]) -> int:
+    return sum(one.count * one.payload_bytes for one in collectives)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_experts_communicate_what_a_dense_layer_does(sequence_parallel: bool) -> None:
     """Bytes too; and adapters on the experts add nothing to it but what is summed once a step."""
     picked, shared = {"num_experts": 3, "experts_per_token": 2}, {"shared_ffn_size": 24}

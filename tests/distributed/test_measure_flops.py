@@ -7,7 +7,7 @@ import torch
 from processes import run_distributed
 from toy import ALL_TARGETS, BLOCKS, MODEL, NUM_ROWS, SEQ_LEN, Case, build_batches, build_case
 
-from lora_dist.config import LoraConfig
+from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.schedule import forward_backward
 from lora_dist.measure.flops import StepShape, compute_full_flops, compute_lora_flops, count_flops
@@ -94,6 +94,31 @@ SHARED_TARGETS = (
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_experts_share_the_tokens(family: str, sizes: dict, all_targets: tuple, recompute: str) -> None:
     model = replace(LLAMA, family=family, **sizes)
+    for targets in all_targets:
+        lora = LoraConfig(rank=2, target_modules=targets)
+        case = Case(model=model, lora=lora, recompute=recompute, dtype=torch.float32)
+        [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case)
+        shape = build_shape(num_loss_tokens, recompute)
+        assert counted == compute_lora_flops(model, build_adapter_specs(lora, model), shape), targets
+    [(counted, _)] = run_distributed(count_step, 1, Case(model=model, method="full", dtype=torch.float32))
+    assert counted == compute_full_flops(model, build_shape(num_loss_tokens))
+
+
+LATENT = replace(
+    MODEL, family="deepseek_v3", head_size=10, query_latent_size=20, kv_latent_size=12, rope_head_size=4,
+    value_head_size=6, tied_output=False, num_experts=4, experts_per_token=2,
+)  # fmt: skip
+HEADS = ([r"layers\.[12]\.kv_b_proj"], [r"layers\.1\.kv_a_proj", r"layers\.2\.o_proj"], ["kv_a_proj", "kv_b_proj"], ["all"])
+QUERIES = (["q_a_proj"], [r"layers\.1\.q_b_proj", r"layers\.2\.q_a_proj"], [r"layers\.1\.q_a_proj", "o_proj"], ["q_b_proj"])
+
+
+@pytest.mark.parametrize(
+    ("model", "all_targets"),
+    [(LATENT, QUERIES + HEADS), (replace(LATENT, query_latent_size=None), (["q_proj"], *HEADS))],
+    ids=["latent queries", "direct queries"],
+)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_queries_keys_and_values_come_from_latents(model: ModelConfig, all_targets: tuple, recompute: str) -> None:
     for targets in all_targets:
         lora = LoraConfig(rank=2, target_modules=targets)
         case = Case(model=model, lora=lora, recompute=recompute, dtype=torch.float32)

@@ -52,6 +52,10 @@ SHARED = replace(
     EXPERTS, name="shared", family="glm4_moe", rotary_fraction=0.5, num_dense_layers=1, dense_ffn_size=384,
     shared_ffn_size=256, num_expert_groups=4, groups_per_token=2,
 )  # fmt: skip
+LATENT = replace(
+    SHARED, name="latent", family="deepseek_v3", num_kv_heads=None, rotary_fraction=1.0, head_size=48,
+    query_latent_size=192, kv_latent_size=64, rope_head_size=16, value_head_size=32,
+)  # fmt: skip
 HARDWARE = HardwareConfig(
     name="here", kind="cpu", memory_gib=16, reserved_gib=0.5, peak_tflops={"fp32": 0.09, "bf16": 0.02},
     achievable_fraction=0.8, memory_gb_s=12, memory_fraction=0.8, gpus_per_node=8, link_gb_s=1, network_gb_s=1,
@@ -202,6 +206,20 @@ CASES = {
     "full-pp3": {**FULL, "topology": {"pp_size": 3}, "num_microbatches": 4},
     "shared-lora-nf4-tp2": {
         **{"model": replace(SHARED, base_format="nf4"), "topology": {"tp_size": 2}, "lora": LoraConfig(rank=4)}
+    },
+    "latent-lora": {"model": LATENT, "lora": LoraConfig(rank=4, target_modules=["all"]), "collate": "pack"},
+    "latent-full-tp2": {**FULL, "model": LATENT, "topology": {"tp_size": 2}},
+    "latent-lora-tp2-pp2-sp": {
+        **{"model": LATENT, "lora": LoraConfig(rank=4, target_modules=["all"]), "num_microbatches": 2},
+        "topology": {"tp_size": 2, "pp_size": 2, "sequence_parallel": True},
+    },
+    "latent-direct-lora-tp2-sp": {
+        **{"model": replace(LATENT, query_latent_size=None), "lora": LoraConfig(rank=4, target_modules=["all"])},
+        "topology": {"tp_size": 2, "sequence_parallel": True},
+    },
+    "latent-lora-nf4-tp2": {
+        **{"model": replace(LATENT, base_format="nf4"), "topology": {"tp_size": 2}},
+        "lora": LoraConfig(rank=4, target_modules=["q_a_proj", "kv_b_proj"]),
     },
     "experts-full-dp2-stage3": {**FULL, "model": EXPERTS, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "full-dp2-stage3": {**FULL, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},

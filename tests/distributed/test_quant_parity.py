@@ -23,6 +23,7 @@ ADAPTERS = {
     "some": LoraConfig(rank=3, target_modules=["q_proj", "down_proj"], layers=["1"]),
     "dora": LoraConfig(rank=3, target_modules=["v_proj", "o_proj", "up_proj"], use_dora=True),
     "llama": LoraConfig(rank=3, target_modules=["k_proj", "gate_proj", "down_proj"], layers=["1"]),
+    "latent": LoraConfig(rank=3, target_modules=["all"], dropout=0.2),
     "experts": LoraConfig(rank=3, target_modules=["q_proj", "gate_proj", "down_proj", "shared_up_proj"]),
 }
 FAMILIES = {
@@ -31,6 +32,11 @@ FAMILIES = {
         **{"family": "glm4_moe", "num_kv_heads": 2, "num_experts": 3, "experts_per_token": 2, "tied_output": False},
         **{"ffn_hidden_size": 128, "shared_ffn_size": 256, "num_dense_layers": 1, "dense_ffn_size": 384},
     },
+}
+FAMILIES["latent"] = {
+    **FAMILIES["experts"],
+    **{"family": "deepseek_v3", "num_kv_heads": None, "query_latent_size": 192, "kv_latent_size": 64},
+    **{"rope_head_size": 8, "value_head_size": 32},
 }
 FORMATS = ["nf4", "nf4_double", "fp8"]
 Trained = tuple[list[float], list[float], dict[str, torch.Tensor]]
@@ -114,6 +120,8 @@ GRID = [
     ("dora", EVERYTHING, 1),
     ("llama", EVERYTHING, 1),
     ("experts", {"tp_size": 2}, 1),
+    ("latent", {"tp_size": 2}, 1),
+    ("latent", EVERYTHING, 1),
     ("experts", EVERYTHING, 1),
 ]
 

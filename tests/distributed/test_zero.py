@@ -24,6 +24,12 @@ EXPERTS = replace(
 EXPERT_TARGETS = ["v_proj", "gate_proj", "up_proj", "down_proj", "shared_gate_proj", "shared_down_proj"]
 EXPERT_LORA = replace(LORA, model=EXPERTS, lora=LoraConfig(rank=3, target_modules=EXPERT_TARGETS))
 EXPERT_FULL = replace(FULL, model=EXPERTS)
+LATENT = replace(
+    EXPERTS, family="deepseek_v3", head_size=10, query_latent_size=20, kv_latent_size=12, rope_head_size=4,
+    value_head_size=6,
+)  # fmt: skip
+LATENT_LORA = replace(LORA, model=LATENT, lora=LoraConfig(rank=3, alpha=3, target_modules=["all"], dropout=0.2))
+LATENT_FULL = replace(FULL, model=LATENT)
 
 Trained = tuple[list[float], list[float], dict[str, torch.Tensor]]
 
@@ -109,6 +115,17 @@ def test_trains_like_plain_torch(case: Case, options: dict, stage: int, oracles:
     distributed = replace(case, **options)
     results = run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage))
     assert_trained_alike(results, oracles[case.method])
+
+
+@pytest.mark.parametrize("case", [LATENT_LORA, LATENT_FULL], ids=lambda case: case.method)
+def test_latents_train_like_plain_torch(case: Case) -> None:
+    """What every TP rank has whole counts once in the norm, and its dropout is that of its part of the sequence."""
+    oracle = run_distributed(train_oracle, 1, case)[0]
+    for options, stage in GRID[5:9]:
+        distributed = replace(case, **options)
+        assert_trained_alike(
+            run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage)), oracle
+        )
 
 
 @pytest.mark.parametrize("case", [EXPERT_LORA, EXPERT_FULL], ids=lambda case: case.method)

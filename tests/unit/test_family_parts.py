@@ -54,10 +54,12 @@ def test_every_target_is_a_linear_of_transformers(name: str, tmp_path: Path) -> 
             stored_rows = find_stored_rows(target, model, layer)
             assert len(stored_rows[target]) == out_features
             assert (linear.in_features, linear.out_features) == (in_features, sum(map(len, stored_rows.values())))
+    if model.architecture.latent_attention:
+        found.add("q_proj")  # of its models without a latent for queries
     assert list(names) == [target for target in CANONICAL_TARGETS if target in found]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3"])
 def test_every_target_of_experts_is_in_a_parameter_of_transformers(name: str, tmp_path: Path) -> None:
     model, theirs = write_family_checkpoint(name, tmp_path), build_family_model(name)
     for parameter, targets in PEFT_TARGETS.items():
@@ -128,6 +130,17 @@ def edit(directory: Path, **changes: object) -> None:
         ("glm4_moe", {"routed_scaling_factor": 2}, "model.expert_weight_scale=1.7 but"),
         ("glm4_moe", {"n_shared_experts": 1}, "model.shared_ffn_size=32 but"),
         ("glm4_moe", {"use_qk_norm": False}, "model.qk_norm=True but"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config={'quant_method': 'fp8'}"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported, only 'sigmoid'"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported, only 1"),
+        ("deepseek_v3", {"num_key_value_heads": 4}, "model.family=deepseek_v3 has as many of both; leave it null"),
+        ("deepseek_v3", {"q_lora_rank": None}, "model.query_latent_size=20 but"),
+        ("deepseek_v3", {"kv_lora_rank": "x"}, "kv_lora_rank='x' is not a positive integer"),
+        ("deepseek_v3", {"v_head_dim": 11}, "model.value_head_size=11 exceeds model.head_size=10"),
+        ("deepseek_v3", {"qk_rope_head_dim": 3}, "3 of its features that"),
+        ("deepseek_v3", {"rope_interleave": False}, "model.rope_interleaved=True but"),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "mscale": "1"}}, "mscale='1' is not a number"),
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16 differs from hidden_size=32"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
         ("opt", {"activation_function": "gelu"}, "activation_function='gelu'"),
@@ -309,6 +322,15 @@ def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
             ["model=mixtral_8x7b", "cuda_graphs=true"],
             "cuda_graphs=true: how many rows an expert of mixtral_8x7b",
         ),
+        (["model=llama3_8b", "model.kv_latent_size=8"], "model.kv_latent_size=8: llama has none of it; leave it null"),
+        (["model=llama3_8b", "model.rope_interleaved=true"], "llama has none of it; leave it false"),
+        (["model=deepseek_v3", "model.kv_latent_size=null"], "model.family=deepseek_v3 needs model.kv_latent_size"),
+        (["model=deepseek_v3", "model.rope_head_size=192"], "leaves none of model.head_size=192 unturned"),
+        (["model=deepseek_v3", "model.rope_scaling.factor=1"], "deepseek_v3 has it with a longer context alone"),
+        (
+            ["model=deepseek_v3", "lora.target_modules=[kv_b_proj]", "model.kv_latent_size=96", "model.base_format=nf4"],
+            "and 96 inputs over tp 1 are no multiple of 64",
+        ),
         (["model=glm4_5", "model.dense_ffn_size=null"], "num_dense_layers=3 and dense_ffn_size=None: give both or n"),
         (["model=glm4_5", "model.shared_ffn_size=12", "topology=tp8"], "tp 8 does not divide shared_ffn_size 12"),
     ],
@@ -320,6 +342,8 @@ def test_what_a_family_has_not_is_refused(overrides: list[str], message: str) ->
 
 def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
     sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "ffn_hidden_size": 8, "vocab_size": 9}
+    latent = {"num_experts": 2, "experts_per_token": 1}
+    latent |= {"kv_latent_size": 6, "rope_head_size": 2, "value_head_size": 4}
     models = [
         ModelConfig(name="x", family=family, max_position_embeddings=4, **sizes, **more)  # type: ignore[arg-type]
         for family, more in (
@@ -337,12 +361,17 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "shared_ffn_size": 8}),
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "expert_weight_scale": 2.0}),
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "qk_norm": True}),
+            ("deepseek_v3", {**latent}),
+            ("deepseek_v3", {**latent, "kv_latent_size": 4}),
+            ("deepseek_v3", {**latent, "query_latent_size": 4}),
+            ("deepseek_v3", {**latent, "value_head_size": 2}),
+            ("deepseek_v3", {**latent, "rope_interleaved": True}),
         )
     ]
     assert len({compute_base_fingerprint(model, 0) for model in models}) == len(models)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long", "deepseek_v3"])
 def test_angles_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
     theirs = LlamaRotaryEmbedding(build_family_model(name).config)
