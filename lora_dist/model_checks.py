@@ -184,8 +184,8 @@ def _check_latents(model: "ModelConfig") -> None:
     )
     require(
         model.attention_scale is None or model.rope_scaling.get("factor", 1.0) > 1,
-        f"model.attention_scale={model.attention_scale}: {model.family} has it with a longer context alone, that is with"
-        " a factor above 1 in model.rope_scaling; leave it null",
+        f"model.attention_scale={model.attention_scale}: {model.family} has it with a longer context alone, that is"
+        " with a factor above 1 in model.rope_scaling; leave it null",
     )
 
 

@@ -16,7 +16,7 @@ from lora_dist.files.hf_neox import NEOX_NAMES
 from lora_dist.files.hf_opt import OPT_NAMES
 from lora_dist.files.hf_phi3 import PHI3_NAMES
 from lora_dist.lora.layer import compute_fused_rows
-from lora_dist.lora.targets import find_linear, compute_linear_shapes, find_targets
+from lora_dist.lora.targets import compute_linear_shapes, find_linear, find_targets
 
 GPT2_NAMES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "transformer.h.{layer}.attn.c_attn"),

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from lora_dist.lora.experts import ExpertShard
 from lora_dist.lora.layer import LoraShard, ShardPlace, compute_fused_rows, find_shared_ranges
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.lora.targets import find_linear, compute_linear_shapes
+from lora_dist.lora.targets import compute_linear_shapes, find_linear
 from lora_dist.lora.trained_base import list_trained_base
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.experts import ExpertLinears
@@ -20,9 +20,7 @@ from lora_dist.parameters import TrainableParameter, find_source
 
 _NORM_BEFORE = {
     "self_attention.linear_qkv": "input_layernorm",
-    **dict.fromkeys(
-        [f"self_attention.linear_{name}_proj" for name in ("q", "q_down", "kv_down")], "input_layernorm"
-    ),
+    **dict.fromkeys([f"self_attention.linear_{name}_proj" for name in ("q", "q_down", "kv_down")], "input_layernorm"),
     **dict.fromkeys(("mlp.linear_fc1", "mlp.shared_experts.linear_fc1"), "pre_mlp_layernorm"),
 }
 
@@ -108,7 +106,8 @@ def _build_shard(
 def describe_factors(shard: LoraShard) -> list[TrainableParameter]:
     """A of a column linear and B of a row linear are replicated, their gradients one TP rank's summand each.
 
-    So are both of a whole linear under sequence parallelism; without it every rank has their whole gradients. So is a row linear's magnitude: each rank has its own partial output.
+    So is a row linear's magnitude: each rank has its own partial output. All of a whole linear's are under sequence
+    parallelism; without it every rank computes their whole gradients.
     """
     place, described = shard.place, []
     for spec in shard.specs:

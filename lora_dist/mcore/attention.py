@@ -92,7 +92,9 @@ def _attend_in_blocks(
     dropout: float,
     scale: float | None,
 ) -> torch.Tensor:
-    """[S, B, A, V] of [B, heads, S, D] and [B, heads, S, V]; scores of two positions in different blocks are never computed."""
+    """[S, B, A, V] of [B, heads, S, D] and [B, heads, S, V]; scores of two positions in different blocks are never
+    computed.
+    """
     rows = []
     # Split, not indexed: its backward joins the parts' gradients, where that of an index fills up a tensor for each.
     for lengths, q, k, v in zip(row_blocks, query.split(1), key.split(1), value.split(1), strict=True):

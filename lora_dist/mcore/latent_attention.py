@@ -1,4 +1,4 @@
-"""Attention whose queries, keys and values come from narrow latents (arXiv:2405.04434, section 2.1), TP-sharded by heads.
+"""Attention whose queries, keys and values come from latents (arXiv:2405.04434, section 2.1), its heads TP-sharded.
 
 Every TP rank computes the latents whole, of its own part of the sequence under sequence parallelism; what enters the
 ranks' heads is the latents and the one turned key side by side, a tensor several times narrower than the hidden one.

@@ -127,8 +127,9 @@ class _Part:
 
 
 def compute_lora_flops(model: ModelConfig, specs: Sequence[AdapterSpec], shape: StepShape) -> int:
-    """FLOPs of one LoRA step of the whole model on one process; TP divides all but a router's, A's replicas and, without
-    sequence parallelism, what makes latents."""
+    """FLOPs of one LoRA step of the whole model on one process; TP divides all but a router's, A's replicas and,
+    without sequence parallelism, what makes latents.
+    """
     ranks: Counter[tuple[int, str]] = Counter()
     for spec in specs:
         ranks[spec.layer, _LINEAR_OF_TARGET[spec.target]] += spec.lora_rank
@@ -177,13 +178,13 @@ def _list_projections(model: ModelConfig) -> dict[str, tuple[int, int]]:
     return {**queries, "kv_down": (h, model.kv_latent_size + turned), **keys_and_values}
 
 
-def _build_layer(model: ModelConfig, layer: int, shape: StepShape, ranks: dict[str, int], *, full: bool) -> dict[str, _Part]:
+def _build_layer(
+    model: ModelConfig, layer: int, shape: StepShape, ranks: dict[str, int], *, full: bool
+) -> dict[str, _Part]:
     tokens, features = shape.num_tokens, _list_features(model, layer)
     mlp_tokens = tokens * (model.experts_per_token or 1) if model.has_experts(layer) else tokens
     score_flops = 2 * shape.num_scores * model.query_size  # of values too, which are padded where they have fewer
-    parts = {
-        "attention": _Part(name="attention", forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0)
-    }
+    parts = {"attention": _Part(name="attention", forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0)}
     for name, (i, o) in features.items():
         rows, r = mlp_tokens if name in ("fc1", "fc2") else tokens, ranks.get(name, 0)
         base, down, up = 2 * i * o * rows, 2 * r * i * rows, 2 * r * o * rows

@@ -26,7 +26,8 @@ from lora_dist.cli.inputs import check_inputs
 from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.files.base_values import compute_stored_shapes
 from lora_dist.files.hf_families import HF_FAMILIES
-from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.lora.spec import CANONICAL_TARGETS
+from lora_dist.lora.targets import build_adapter_specs, compute_linear_shapes
 from lora_dist.lora.trained_base import list_biases, list_trained_base
 from lora_dist.saved_modules import is_saved, list_saved_modules
 
@@ -37,7 +38,9 @@ _QKV = ["q_proj", "k_proj", "v_proj"]
 def build_lora(model: ModelConfig) -> LoraConfig:
     """Every module that can train whole, and biases where there are some."""
     bias = "lora_only" if model.architecture.has_biases else "none"
-    targets = [*_QKV, "o_proj" if model.architecture.experts else "down_proj"]
+    there = compute_linear_shapes(model, 0)
+    inputs = [target for target in CANONICAL_TARGETS if target in there and target[0] in "qkv"]
+    targets = [*inputs, "o_proj" if model.architecture.experts else "down_proj"]
     return LoraConfig(rank=2, alpha=4, target_modules=targets, bias=bias, modules_to_save=list_saved_modules(model))
 
 

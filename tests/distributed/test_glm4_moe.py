@@ -1,4 +1,4 @@
-"""GLM-4.5's checkpoints: offsets in fp32 among bf16 weights, and layers that predict further tokens."""
+"""GLM-4.5's and DeepSeek-V3's files: offsets in fp32 among bf16 weights, and layers that predict further tokens."""
 
 import json
 from pathlib import Path
@@ -20,9 +20,9 @@ EXTRA = "model.layers.4.eh_proj.weight"
 OFFSETS = [f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2, 3)]
 
 
-def write_published(directory: Path) -> ModelConfig:
+def write_published(directory: Path, name: str) -> ModelConfig:
     """bf16 as published, with a layer after the last one; the offsets hold more digits than bf16 has."""
-    write_family_checkpoint("glm4_moe", directory)
+    write_family_checkpoint(name, directory)
     path = directory / "model.safetensors"
     tensors = {
         name: tensor if name in OFFSETS else tensor.bfloat16().contiguous() for name, tensor in load_file(path).items()
@@ -40,9 +40,10 @@ def load_and_write(options: dict, source: Path, target: Path) -> None:
     write_hf_checkpoint(gpt, target, model=gpt.model, max_shard_bytes=20_000)
 
 
-def test_offsets_stay_exact_and_further_layers_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+def test_offsets_stay_exact_and_further_layers_are_left_out(name: str, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
-    model = write_published(source)
+    model = write_published(source, name)
     check_hf_checkpoint(model, source)
     assert read_dtype(source) == torch.bfloat16
     run_distributed(load_and_write, 4, {"tp_size": 2, "pp_size": 2}, source, target)
@@ -65,10 +66,11 @@ def route(source: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [module.router(tokens_TH) for module in gpt.modules() if isinstance(module, ExpertMlp)]
 
 
-def test_tokens_go_where_transformers_sends_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+def test_tokens_go_where_transformers_sends_them(name: str, tmp_path: Path) -> None:
     """In bf16, where a router that rounded its scores or offsets would send some elsewhere."""
-    write_published(tmp_path)
-    theirs = type(build_family_model("glm4_moe")).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    write_published(tmp_path, name)
+    theirs = type(build_family_model(name)).from_pretrained(tmp_path, dtype=torch.bfloat16)
     tokens_TH = torch.randn(64, 32, generator=torch.Generator().manual_seed(5)).bfloat16()
     layers = [layer.mlp.gate(tokens_TH) for layer in theirs.model.layers[1:]]
     (ours,) = run_distributed(route, 1, tmp_path)

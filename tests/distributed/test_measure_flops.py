@@ -108,8 +108,18 @@ LATENT = replace(
     MODEL, family="deepseek_v3", head_size=10, query_latent_size=20, kv_latent_size=12, rope_head_size=4,
     value_head_size=6, tied_output=False, num_experts=4, experts_per_token=2,
 )  # fmt: skip
-HEADS = ([r"layers\.[12]\.kv_b_proj"], [r"layers\.1\.kv_a_proj", r"layers\.2\.o_proj"], ["kv_a_proj", "kv_b_proj"], ["all"])
-QUERIES = (["q_a_proj"], [r"layers\.1\.q_b_proj", r"layers\.2\.q_a_proj"], [r"layers\.1\.q_a_proj", "o_proj"], ["q_b_proj"])
+HEADS = (
+    [r"layers\.[12]\.kv_b_proj"],
+    [r"layers\.1\.kv_a_proj", r"layers\.2\.o_proj"],
+    ["kv_a_proj", "kv_b_proj"],
+    ["all"],
+)
+QUERIES = (
+    ["q_a_proj"],
+    [r"layers\.1\.q_b_proj", r"layers\.2\.q_a_proj"],
+    [r"layers\.1\.q_a_proj", "o_proj"],
+    ["q_b_proj"],
+)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,11 @@ def edit(directory: Path, **changes: object) -> None:
         ("glm4_moe", {"n_shared_experts": 1}, "model.shared_ffn_size=32 but"),
         ("glm4_moe", {"use_qk_norm": False}, "model.qk_norm=True but"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
-        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config={'quant_method': 'fp8'}"),
+        (
+            "deepseek_v3",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config={'quant_method': 'fp8'}",
+        ),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported, only 'sigmoid'"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported, only 1"),
         ("deepseek_v3", {"num_key_value_heads": 4}, "model.family=deepseek_v3 has as many of both; leave it null"),
@@ -328,7 +332,12 @@ def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
         (["model=deepseek_v3", "model.rope_head_size=192"], "leaves none of model.head_size=192 unturned"),
         (["model=deepseek_v3", "model.rope_scaling.factor=1"], "deepseek_v3 has it with a longer context alone"),
         (
-            ["model=deepseek_v3", "lora.target_modules=[kv_b_proj]", "model.kv_latent_size=96", "model.base_format=nf4"],
+            [
+                "model=deepseek_v3",
+                "lora.target_modules=[kv_b_proj]",
+                "model.kv_latent_size=96",
+                "model.base_format=nf4",
+            ],
             "and 96 inputs over tp 1 are no multiple of 64",
         ),
         (["model=glm4_5", "model.dense_ffn_size=null"], "num_dense_layers=3 and dense_ffn_size=None: give both or n"),

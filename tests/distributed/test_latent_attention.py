@@ -1,0 +1,83 @@
+"""Attention out of latents: dropout, DoRA, PiSSA, norms that train and analysis where TP ranks hold linears whole."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from family_toy import write_family_checkpoint
+from hf_toy import draw_adapter_values
+from processes import run_distributed
+from test_analyse import analyse
+from test_family_gradients import MODELS, TOLERANCE, TOPOLOGIES, run_case
+from test_parity import compute_error
+from test_pissa import start
+from toy import Case, merge_results
+
+from lora_dist.checkpoint.store import Adapter, write_adapter_directory
+from lora_dist.config import LoraConfig
+from lora_dist.files.hf_checkpoint import compute_base_fingerprint
+from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.mcore.attention import SdpaAttention
+
+LINEARS = ["q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
+MODEL = MODELS["deepseek_v3"]
+LORAS = {
+    "dropout": LoraConfig(rank=3, target_modules=LINEARS, dropout=0.3),
+    "dora": LoraConfig(rank=3, target_modules=LINEARS, use_dora=True),
+    "norms": LoraConfig(rank=2, target_modules=["kv_a_proj"], modules_to_save=["q_a_layernorm", "kv_a_layernorm"]),
+    "lowest": LoraConfig(rank=2, target_modules=["q_a_proj"], layers=["0"]),
+}
+
+
+@pytest.mark.parametrize("kind", LORAS)
+def test_gradients_equal_one_process(kind: str) -> None:
+    case = Case(model=MODEL, lora=LORAS[kind])
+    expected_loss, expected = run_case(case)
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    for options in TOPOLOGIES:
+        loss, actual = run_case(replace(case, **options))
+        assert loss == pytest.approx(expected_loss, rel=1e-12)
+        assert actual.keys() == expected.keys()
+        assert compute_error(actual, expected) < TOLERANCE, options
+
+
+@pytest.mark.parametrize("options", [TOPOLOGIES[0], TOPOLOGIES[1], {"tp_size": 2, "dp_size": 2}], ids=str)
+def test_pissa_starts_and_learns_alike(options: dict) -> None:
+    case = Case(model=MODEL, lora=LoraConfig(rank=3, alpha=5, target_modules=LINEARS, init="pissa"))
+    expected_loss, expected = merge_results(run_distributed(start, 1, case))
+    case = replace(case, **options)
+    loss, actual = merge_results(run_distributed(start, case.world_size, case))
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    assert compute_error(actual, expected) < TOLERANCE
+
+
+def test_what_ranks_hold_whole_counts_once_in_an_analysis(tmp_path: Path) -> None:
+    model = write_family_checkpoint("deepseek_v3", tmp_path / "base")
+    for name, rank in (("r2", 2), ("r5", 5)):
+        specs = build_adapter_specs(LoraConfig(rank=rank, target_modules=LINEARS), model)
+        adapter = Adapter(specs=specs, bias="none", values=draw_adapter_values(specs, model, "none"))
+        fingerprint = compute_base_fingerprint(model, 0)
+        write_adapter_directory(tmp_path / name, adapter, model, {"task": name}, base_fingerprint=fingerprint)
+    whole = analyse(tmp_path, tmp_path / "one", 1)["amplification"]
+    split = analyse(tmp_path, tmp_path / "two", 2, "topology.tp_size=2")["amplification"]
+    assert len(whole) == len(split) == 2 * 4 * len(LINEARS)
+    for one, other in zip(whole, split, strict=True):
+        numbers = {key: value for key, value in one.items() if not isinstance(value, str)}
+        assert {key: other[key] for key in numbers} == pytest.approx(numbers, rel=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [None, ((5, 7),) * 2], ids=["rows", "blocks"])
+def test_values_of_fewer_features_than_keys(blocks: tuple | None) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(12, 2, 3, size, dtype=torch.float64) for size in (10, 10, 6))
+    attention = SdpaAttention(SimpleNamespace(attention_dropout=0.0, softmax_scale=None))
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()
+    if blocks is not None:
+        mask[5:, :5] = False
+    scores = torch.einsum("sbad,tbad->bast", query, key) / 10**0.5
+    weights = F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+    expected = torch.einsum("bast,tbav->sbav", weights, value).flatten(2)
+    torch.testing.assert_close(attention(query, key, value, blocks), expected)
