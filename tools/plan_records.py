@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "open_glm4_5_air": ("model=glm4_5_air", "topology=tp8_sp", "hardware=h100", *OPEN),
     "open_qwen3_235b": ("model=qwen3_235b_a22b", "topology=tp4_sp", "topology.pp_size=2", "hardware=h200", *OPEN),
     "open_glm4_5": ("model=glm4_5", "topology=tp8_sp", "hardware=h200", *OPEN),
+    "open_deepseek_v3_nf4": ("model=deepseek_v3", "model.base_format=nf4", "topology=tp8_sp", "hardware=h100", *OPEN),
     "open_glm4_5_nf4": ("model=glm4_5", "model.base_format=nf4", "topology=tp8_sp", "hardware=h100", *OPEN),
     "search_h200_4": ("experiment=gpt3_175b_h200", *SEARCH, "plan.num_gpus=4"),
 }
