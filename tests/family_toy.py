@@ -1,5 +1,6 @@
 """A tiny random checkpoint of every supported family, written by transformers' own classes."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -260,3 +261,9 @@ def compute_family_logits(directory: Path, tokens_BS: torch.Tensor) -> torch.Ten
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(tokens_BS).logits
+
+
+def edit_family_config(directory: Path, **changes: object) -> None:
+    """Set keys of config.json; the value "gone" leaves one out."""
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value != "gone"}))

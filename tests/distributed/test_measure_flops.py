@@ -93,7 +93,11 @@ SHARED_TARGETS = (
 )
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_experts_share_the_tokens(family: str, sizes: dict, all_targets: tuple, recompute: str) -> None:
-    model = replace(LLAMA, family=family, **sizes)
+    assert_all_is_counted(replace(LLAMA, family=family, **sizes), all_targets, recompute)
+
+
+def assert_all_is_counted(model: ModelConfig, all_targets: tuple, recompute: str) -> None:
+    """LoRA on each of the targets, and full fine-tuning."""
     for targets in all_targets:
         lora = LoraConfig(rank=2, target_modules=targets)
         case = Case(model=model, lora=lora, recompute=recompute, dtype=torch.float32)
@@ -129,14 +133,7 @@ QUERIES = (
 )
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_queries_keys_and_values_come_from_latents(model: ModelConfig, all_targets: tuple, recompute: str) -> None:
-    for targets in all_targets:
-        lora = LoraConfig(rank=2, target_modules=targets)
-        case = Case(model=model, lora=lora, recompute=recompute, dtype=torch.float32)
-        [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case)
-        shape = build_shape(num_loss_tokens, recompute)
-        assert counted == compute_lora_flops(model, build_adapter_specs(lora, model), shape), targets
-    [(counted, _)] = run_distributed(count_step, 1, Case(model=model, method="full", dtype=torch.float32))
-    assert counted == compute_full_flops(model, build_shape(num_loss_tokens))
+    assert_all_is_counted(model, all_targets, recompute)
 
 
 def test_what_transformers_computes_for_its_experts_counts() -> None:

@@ -1,0 +1,165 @@
+"""What of a family's configuration is not computed here, and what it cannot have: refused in a line."""
+
+from pathlib import Path
+
+import pytest
+from family_toy import build_family_model, edit_family_config, write_family_checkpoint
+
+from lora_dist.cli.compose import compose_config
+from lora_dist.files.hf_checkpoint import check_hf_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
+        ("gpt_neox", {"use_parallel_residual": False}, "model.parallel_residual=True but"),
+        ("gpt_neox", {"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' is not supported, only default"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' is not supported, only default, linear, l"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "'llama3' has no number high_freq_factor"),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "'yarn' with truncate=False"),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "factor='4' is not a number"),
+        ("phi3_long", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope' has no list short_factor"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported, only default, longrope"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported, only None"),
+        ("gemma3_text", {"layer_types": ["full_attention"]}, "layer_types is not a list of 4 times"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}},
+            "rope type 'yarn' of sliding_attention is not supported, only default",
+        ),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1 is not supported, only 0.0"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ("llama", {"num_key_value_heads": "2"}, "num_key_value_heads='2' is not a positive integer"),
+        ("llama", {"rope_parameters": [1]}, "rope_parameters (or rope_scaling) is [1], no JSON object"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta='x' is not a number"),
+        ("gpt_neox", {"layer_norm_eps": "x"}, "layer_norm_eps='x' is not a number"),
+        ("llama", {"num_key_value_heads": 3}, "model.num_kv_heads=3 does not divide model.num_heads=8"),
+        ("llama", {"tie_word_embeddings": True}, "model.tied_output=False but"),
+        ("llama", {"rope_theta": 7.0, "rope_parameters": "gone"}, "model.rope_theta=100.0 but"),
+        ("llama", {"model_type": "mistral"}, "model.family=llama but"),
+        ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window='yes'"),
+        (
+            "qwen3",
+            {"layer_types": ["linear_attention"] * 4, "use_sliding_window": True, "sliding_window": 5},
+            "is not a l",
+        ),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported, only 0.0"),
+        ("mixtral", {"output_router_logits": True}, "output_router_logits=True asks for a loss that"),
+        ("mixtral", {"num_experts_per_tok": 5}, "model.experts_per_token=5 exceeds model.num_experts=4"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=[1] is not supported, only []"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported, only 1"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True is not supported, only False"),
+        ("qwen3_moe", {"num_local_experts": 5}, "model.num_experts=6 but"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "model.normalize_expert_weights=True but"),
+        ("glm4_moe", {"attention_bias": False}, "attention_bias=False is not supported, only True"),
+        ("glm4_moe", {"output_router_logits": True}, "output_router_logits=True asks for a loss that"),
+        ("glm4_moe", {"first_k_dense_replace": 4}, "model.num_dense_layers=4 leaves none of 4 layers to experts"),
+        ("glm4_moe", {"first_k_dense_replace": "x"}, "first_k_dense_replace='x' is not a positive integer"),
+        ("glm4_moe", {"n_group": 3}, "model.num_expert_groups=3: they must be groups of equal size of model.num_ex"),
+        ("glm4_moe", {"topk_group": 1}, "of 2 experts: a group needs two or more, and 1 groups model.experts_per_to"),
+        ("glm4_moe", {"routed_scaling_factor": 0}, "model.expert_weight_scale=0.0 must be positive"),
+        ("glm4_moe", {"routed_scaling_factor": 2}, "model.expert_weight_scale=1.7 but"),
+        ("glm4_moe", {"n_shared_experts": 1}, "model.shared_ffn_size=32 but"),
+        ("glm4_moe", {"use_qk_norm": False}, "model.qk_norm=True but"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+        (
+            "deepseek_v3",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config={'quant_method': 'fp8'}",
+        ),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported, only 'sigmoid'"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported, only 1"),
+        ("deepseek_v3", {"num_key_value_heads": 4}, "model.family=deepseek_v3 has as many of both; leave it null"),
+        ("deepseek_v3", {"q_lora_rank": None}, "model.query_latent_size=20 but"),
+        ("deepseek_v3", {"kv_lora_rank": "x"}, "kv_lora_rank='x' is not a positive integer"),
+        ("deepseek_v3", {"v_head_dim": 11}, "model.value_head_size=11 exceeds model.head_size=10"),
+        ("deepseek_v3", {"qk_rope_head_dim": 3}, "3 of its features that"),
+        ("deepseek_v3", {"rope_interleave": False}, "model.rope_interleaved=True but"),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "mscale": "1"}}, "mscale='1' is not a number"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16 differs from hidden_size=32"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        ("opt", {"activation_function": "gelu"}, "activation_function='gelu'"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused(name: str, changes: dict, message: str, tmp_path: Path) -> None:
+    model = write_family_checkpoint(name, tmp_path)
+    edit_family_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
+        check_hf_checkpoint(model, tmp_path)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_stacked_in_one_tensor_are_named(name: str, tmp_path: Path) -> None:
+    model = write_family_checkpoint(name, tmp_path)
+    build_family_model(name).save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.gate_up_proj holds all experts of a layer, as transf"):
+        check_hf_checkpoint(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.family=bert", "model.family='bert' is not one of gpt2, llama, mistral, qwen2, qwen3, mixtral, qwen"),
+        ("model.num_kv_heads=0", "model.num_kv_heads=0 must be at least 1"),
+        ("model.head_size=7", "model.head_size=7 must be even for rotary positions"),
+        ("model.sliding_window=8", "model.sliding_window=8: llama sees all positions before; leave it null"),
+        ("model.rotary_fraction=1.5", "model.rotary_fraction=1.5 must lie above 0, and up to 1"),
+        ("model.rotary_fraction=0.01", "model.rotary_fraction=0.01: llama turns whole heads; leave it 1"),
+        ("model.activation=gelu", "model.activation=gelu: llama has a gate; leave it null"),
+        (
+            "model.num_experts=4",
+            "model.num_experts=4 and experts_per_token=None: a layer of llama has one MLP",
+        ),
+        ("model.shared_ffn_size=4", "model.shared_ffn_size=4: llama has none of it; leave it null"),
+        ("model.expert_weight_scale=2", "model.expert_weight_scale=2.0: llama has none of it; leave it 1.0"),
+        ("model.qk_norm=true", "model.qk_norm=True: all models of llama are alike in that; leave it null"),
+        ("model.family=mixtral", "model.family=mixtral needs model.num_experts and model.experts_per_token"),
+        ("model.parallel_residual=true", "a layer of llama has the MLP after the attention; leave it null"),
+        ("model.rope_scaling={factor:2,beta:3}", "model.rope_scaling has beta, factor; it takes {} or {factor} or {"),
+        ("model.rope_divisors=[1,2]", "model.rope_divisors are LongRoPE's"),
+    ],
+)
+def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
+        compose_config(["model=llama3_8b", "data=fake", override])
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=gpt2_small", "model.activation=relu"], "model.activation='relu' is not one of gelu_tanh"),
+        (
+            ["model=pythia_410m", "model.rotary_fraction=0.05"],
+            "3 of its features that model.rotary_fraction=0.05 turns",
+        ),
+        (
+            ["model=mixtral_8x7b", "cuda_graphs=true"],
+            "cuda_graphs=true: how many rows an expert of mixtral_8x7b",
+        ),
+        (["model=llama3_8b", "model.kv_latent_size=8"], "model.kv_latent_size=8: llama has none of it; leave it null"),
+        (["model=llama3_8b", "model.rope_interleaved=true"], "llama has none of it; leave it false"),
+        (["model=deepseek_v3", "model.kv_latent_size=null"], "model.family=deepseek_v3 needs model.kv_latent_size"),
+        (["model=deepseek_v3", "model.rope_head_size=192"], "leaves none of model.head_size=192 unturned"),
+        (["model=deepseek_v3", "model.rope_scaling.factor=1"], "deepseek_v3 has it with a longer context alone"),
+        (
+            [
+                "model=deepseek_v3",
+                "lora.target_modules=[kv_b_proj]",
+                "model.kv_latent_size=96",
+                "model.base_format=nf4",
+            ],
+            "and 96 inputs over tp 1 are no multiple of 64",
+        ),
+        (["model=glm4_5", "model.dense_ffn_size=null"], "num_dense_layers=3 and dense_ffn_size=None: give both or n"),
+        (["model=glm4_5", "model.shared_ffn_size=12", "topology=tp8"], "tp 8 does not divide shared_ffn_size 12"),
+    ],
+)
+def test_what_a_family_has_not_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose_config(["data=fake", *overrides])
