@@ -42,6 +42,11 @@ ADAPTED = {
         *("topology=tp2_sp", "model.family=mixtral", "model.num_experts=4", "model.experts_per_token=2"),
         *("model.tied_output=false", "lora.target_modules=[all,gate_proj,up_proj,down_proj]"),
     ],
+    "latent": [
+        *("topology=tp2_sp", "model.family=deepseek_v3", "model.num_experts=4", "model.experts_per_token=2"),
+        *("model.query_latent_size=16", "model.kv_latent_size=8", "model.rope_head_size=4", "model.value_head_size=8"),
+        *("model.shared_ffn_size=16", "model.tied_output=false", "lora.target_modules=[all]"),
+    ],
     "gpt_neox": ["topology=pp2", "model.family=gpt_neox", "loop.recompute=selective"],
     "opt": ["topology=tp2_sp", "model.family=opt"],
     "dora": ["topology=tp2", "method=dora"],

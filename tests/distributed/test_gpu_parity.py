@@ -26,6 +26,13 @@ EXPERTS = [
     *("model.family=mixtral", "model.num_experts=4", "model.experts_per_token=2", "model.tied_output=false"),
     "lora.target_modules=[all,gate_proj,up_proj,down_proj]",
 ]
+LATENT = [
+    *("model.family=deepseek_v3", "model.head_size=32", "model.query_latent_size=64", "model.kv_latent_size=64"),
+    *("model.rope_head_size=16", "model.value_head_size=24", "model.rope_interleaved=true", "model.tied_output=false"),
+    *("model.num_experts=4", "model.experts_per_token=2", "model.num_expert_groups=2", "model.groups_per_token=1"),
+    *("model.shared_ffn_size=64", "model.num_dense_layers=1", "model.dense_ffn_size=128"),
+    "lora.target_modules=[all,gate_proj,up_proj,down_proj]",
+]
 CASES = {
     "lora": ([], 1e-5),
     "lora-recompute": (["loop.recompute=full"], 1e-5),
@@ -51,6 +58,8 @@ CASES = {
     "experts-nf4": ([*EXPERTS, "model.base_format=nf4"], 1e-5),
     "experts-full": ([*EXPERTS, "method=full", "optim.lr=1e-3"], 1e-5),
     "experts-bf16": ([*EXPERTS, "dtype=bf16"], 2e-2),
+    "latent": (LATENT, 1e-5),
+    "latent-bf16": ([*LATENT, "dtype=bf16"], 2e-2),
     "lora-bf16": (["dtype=bf16"], 2e-2),
     "lora-fp16": (["dtype=fp16"], 5e-3),
 }
