@@ -62,7 +62,7 @@ def route(source: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of the layers with experts, for tokens drawn: weights and choices, in bf16."""
     gpt = build_shard({}, read_family_config(source), torch.bfloat16)
     load_hf_checkpoint(gpt, source)
-    tokens_TH = torch.randn(64, 32, generator=torch.Generator().manual_seed(5)).bfloat16()
+    tokens_TH = torch.randn(2048, 32, generator=torch.Generator().manual_seed(5)).bfloat16()
     return [module.router(tokens_TH) for module in gpt.modules() if isinstance(module, ExpertMlp)]
 
 
@@ -71,7 +71,7 @@ def test_tokens_go_where_transformers_sends_them(name: str, tmp_path: Path) -> N
     """In bf16, where a router that rounded its scores or offsets would send some elsewhere."""
     write_published(tmp_path, name)
     theirs = type(build_family_model(name)).from_pretrained(tmp_path, dtype=torch.bfloat16)
-    tokens_TH = torch.randn(64, 32, generator=torch.Generator().manual_seed(5)).bfloat16()
+    tokens_TH = torch.randn(2048, 32, generator=torch.Generator().manual_seed(5)).bfloat16()
     layers = [layer.mlp.gate(tokens_TH) for layer in theirs.model.layers[1:]]
     (ours,) = run_distributed(route, 1, tmp_path)
     for (weights_TC, choices_TC), (_, expected_TC, places_TC) in zip(ours, layers, strict=True):
