@@ -19,8 +19,8 @@ from lora_dist.measure.environment import describe_environment
 RECORDS = Path(__file__).resolve().parent / "records" / "plan"
 SEARCH = ("data=fake", "data.seq_len=2048", "loop.global_batch_size=16", "plan.search=true")
 OPEN = (
-    *("dtype=bf16", "data=fake", "data.seq_len=2048", "loop.global_batch_size=8", "plan.recompute=[none]"),
-    *("lora.target_modules=[all]", "lora.rank=16"),
+    *("dtype=bf16", "data=fake", "data.seq_len=2048", "loop.micro_batch_size=1", "loop.global_batch_size=8"),
+    *("lora.target_modules=[all]", "lora.rank=16", "plan.recompute=[none]"),
 )
 CASES: dict[str, tuple[str, ...]] = {
     "gpt3_175b_v100": ("experiment=gpt3_175b_v100",),
