@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hf_toy import build_run_config
 
-from lora_dist.base_shapes import count_parameters
+from lora_dist.base_shapes import count_parameters, count_stage_layers
 from lora_dist.cli.compose import compose_config
 from lora_dist.cli.schema import list_groups
 from lora_dist.config import HardwareConfig, LoraConfig, ModelConfig, PlanConfig, RunConfig, ZeroConfig
@@ -49,6 +49,17 @@ def test_stages_worth_executing() -> None:
     assert group_stages(uneven, with_first=True) == [(0, 1), (2,), (3,)]
     assert group_stages(replace(uneven, lora=LoraConfig()), with_first=True) == [(0, 1, 2), (3,)]
     assert [name_stage(0, 1), *(name_stage(i, 3) for i in range(3))] == ["only", "first", "middle", "last"]
+
+
+def test_stages_with_and_without_experts_or_of_unequal_length_are_kinds_of_their_own() -> None:
+    sizes = {"num_experts": 4, "experts_per_token": 2, "num_dense_layers": 3, "dense_ffn_size": 64}
+    model = replace(TINY, family="glm4_moe", num_layers=10, **sizes)
+    config = build_run_config(model)
+    config = replace(config, topology=replace(config.topology, pp_size=5))
+    assert group_stages(config) == [(0,), (1,), (2, 3), (4,)]
+    assert [count_stage_layers(number, 5) for number in (10, 11, 14)] == [[2] * 5, [2, 2, 2, 3, 2], [2, 3, 3, 3, 3]]
+    longer = replace(config, model=replace(model, num_layers=11, num_dense_layers=1))
+    assert group_stages(longer) == [(0,), (1, 2), (3,), (4,)]
 
 
 def test_executes_the_warm_up_and_three_more() -> None:
