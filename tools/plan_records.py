@@ -38,13 +38,6 @@ CASES: dict[str, tuple[str, ...]] = {
     "open_glm4_5_air": ("model=glm4_5_air", "topology=tp8_sp", "hardware=h100", *OPEN),
     "open_qwen3_235b": ("model=qwen3_235b_a22b", "topology=tp4_sp", "topology.pp_size=2", "hardware=h200", *OPEN),
     "open_glm4_5": ("model=glm4_5", "topology=tp8_sp", "hardware=h200", *OPEN),
-    **{
-        f"open_{model}_nf4": (
-            *(f"model={model}", "model.base_format=nf4", "compare.methods=[lora]", "topology=tp8_sp", "hardware=h100"),
-            *OPEN,
-        )
-        for model in ("glm4_5", "deepseek_v3")
-    },
     "search_h200_4": ("experiment=gpt3_175b_h200", *SEARCH, "plan.num_gpus=4"),
 }
 KEPT_OF_A_JOB = ("needed_bytes", "memory_bytes", "step_seconds", "tokens_per_sec_per_gpu", "num_trainable", "flops")

@@ -113,7 +113,7 @@ def build_search_tables() -> str:
 
 
 def build_open_models_table() -> str:
-    names = ("glm4_5_air", "qwen3_235b", "glm4_5", "glm4_5_nf4", "deepseek_v3_nf4")
+    names = ("glm4_5_air", "qwen3_235b", "glm4_5")
     return format_models([_read(f"plan/open_{name}") for name in names])
 
 
