@@ -204,9 +204,6 @@ CASES = {
         **{"topology": {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}, "num_microbatches": 2},
     },
     "full-pp3": {**FULL, "topology": {"pp_size": 3}, "num_microbatches": 4},
-    "shared-lora-nf4-tp2": {
-        **{"model": replace(SHARED, base_format="nf4"), "topology": {"tp_size": 2}, "lora": LoraConfig(rank=4)}
-    },
     "latent-lora": {"model": LATENT, "lora": LoraConfig(rank=4, target_modules=["all"]), "collate": "pack"},
     "latent-full-tp2": {**FULL, "model": LATENT, "topology": {"tp_size": 2}},
     "latent-lora-tp2-pp2-sp": {
