@@ -32,6 +32,11 @@ def read_value(one: TrainableParameter) -> dict[str, torch.Tensor]:
     return {"value": one.parameter.detach()}
 
 
+def with_constants(read: ReadState) -> ReadState:
+    """`read` for what does not train too, which has no state but its value."""
+    return lambda one: read_value(one) if one.kind == "constant" else read(one)
+
+
 def read_by_expert(read: ReadState) -> ReadState:
     """`read` for experts' single weights too: what holds a layer's is read once, when its first expert's turn comes."""
     last: dict[str, Mapping[str, torch.Tensor]] = {}

@@ -13,7 +13,7 @@ from lora_dist.lora.pissa import subtract_initial
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.parameters import TrainableParameter, find_source
 from lora_dist.topology import Topology
-from lora_dist.whole import ReadState, cut_shard, iterate_model, list_whole, read_value, write_together
+from lora_dist.whole import ReadState, cut_shard, iterate_model, list_whole, with_constants, write_together
 
 
 def write_adapter(
@@ -38,13 +38,12 @@ def write_adapter(
 
     `read` gives a parameter's local fp32 "value" (`ZeroEngine.read_state`, or `whole.read_value`). fp32 files hold
     what was trained bit for bit; where `constants` hold PiSSA's initial factors, those are subtracted from it in twice
-    the rank. OSError, on every
-    process, where the directory cannot be written.
+    the rank. OSError, on every process, where the directory cannot be written.
     """
-    everything = [*trainable, *constants]
+    everything, read_all = [*trainable, *constants], with_constants(read)
 
     def read_one(one: TrainableParameter) -> dict[str, torch.Tensor]:
-        return read_value(one) if one.kind == "constant" else {"value": read(one)["value"]}
+        return {"value": read_all(one)["value"]}
 
     stream = iterate_model(list_whole(everything, topology), everything, topology, read_one, torch.float32)
 

@@ -1,4 +1,4 @@
-"""Hugging Face's GLM-4.5 to 4.7: tensor names, and config.json read and written; pure."""
+"""Hugging Face's GLM-4.5 and 4.6: tensor names, and config.json read and written; pure."""
 
 import re
 from collections.abc import Mapping

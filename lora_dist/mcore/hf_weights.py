@@ -25,6 +25,7 @@ from lora_dist.whole import (
     read_by_expert,
     read_shard,
     read_value,
+    with_constants,
     write_together,
 )
 
@@ -119,11 +120,7 @@ def write_hf_checkpoint(
     names = dict.fromkeys(part.name for entry in entries for part in family.find_parts(entry.name, model))
     files = plan_files({name: shapes[name] for name in names}, max_shard_bytes, dtype.itemsize)
     dtypes = dict.fromkeys(names, dtype) | _find_kept_dtypes(entries, model)
-
-    def read_all(one: TrainableParameter) -> Mapping[str, torch.Tensor]:
-        return read_value(one) if one.kind == "constant" else read(one)
-
-    stream = iterate_model(entries, trainable, topology, read_by_expert(read_all), dtype)
+    stream = iterate_model(entries, trainable, topology, read_by_expert(with_constants(read)), dtype)
 
     def write() -> None:
         with open_new_directory(Path(directory)) as temporary:

@@ -89,10 +89,10 @@ class LatentAttention(nn.Module):
         return self.linear_proj(context)[0], None
 
     def _enter(self, hidden_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the ranks' heads are made of, of the whole sequence: the queries' latent (where there is none, this
-        rank's queries), the latent of keys and values, and the key [S, B, R] that is to be turned.
+        """Of the whole sequence: this rank's queries [S, B, A D], the latent of keys and values, and the key [S, B, R]
+        that is to be turned.
         """
-        kv_size, turned_size = self.kv_latent_layernorm.weight.shape[0], self.model.rotary_size
+        kv_size, turned_size = self.model.kv_latent_size, self.model.rotary_size
         kv_latent_SBL, turned_key = self.linear_kv_down_proj(hidden_SBH).split([kv_size, turned_size], dim=-1)
         parts = [self.kv_latent_layernorm(kv_latent_SBL), turned_key]
         if self.model.query_latent_size is None:
