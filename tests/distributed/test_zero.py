@@ -139,11 +139,22 @@ def test_experts_train_like_plain_torch(case: Case) -> None:
         )
 
 
+LARGE = {"num_layers": 2, "hidden_size": 256}
+LARGE_MODELS = {
+    "experts": replace(EXPERTS, **LARGE, ffn_hidden_size=208, num_experts=3, shared_ffn_size=208, dense_ffn_size=208),
+    "latents": replace(
+        LATENT, **LARGE, head_size=64, query_latent_size=400, kv_latent_size=400, rope_head_size=16, value_head_size=48
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_MODELS)
 @pytest.mark.parametrize("case", [EXPERT_LORA, EXPERT_FULL], ids=lambda case: case.method)
-def test_experts_that_zero_3_partitions_train_like_plain_torch(case: Case) -> None:
+def test_what_zero_3_partitions_trains_like_plain_torch(case: Case, name: str) -> None:
     """DeepSpeed keeps what has fewer than 100,000 elements whole on every process, as all that a toy has."""
-    large = replace(EXPERTS, num_layers=2, hidden_size=256, ffn_hidden_size=208, num_experts=3)
-    case = replace(case, model=large, dp_size=2, lora=replace(case.lora, rank=160))
+    targets = case.lora.target_modules if name == "experts" else ["all"]
+    lora = replace(case.lora, rank=160, target_modules=targets)
+    case = replace(case, model=LARGE_MODELS[name], dp_size=2, lora=lora)
     oracle = run_distributed(train_oracle, 1, replace(case, dp_size=1))[0]
     assert_trained_alike(run_distributed(train, 2, case, ZeroConfig(stage=3)), oracle)
 
