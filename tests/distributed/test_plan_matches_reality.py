@@ -125,7 +125,7 @@ def run_for_real(config: RunConfig) -> Reality:
         engine.train_step(batches, step=0, lr=1e-3)
     static = measure_static(engine.gpt, engine.trainable, engine.zero)
     peaks = []
-    for step_index in range(1, 5):
+    for step_index in range(1, 4):
         start_bytes = count_tensor_bytes() - before
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             engine.train_step(batches, step=step_index, lr=1e-3)
@@ -221,12 +221,12 @@ CASES = {
     "experts-full-dp2-stage3": {**FULL, "model": EXPERTS, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "full-dp2-stage3": {**FULL, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "llama-full-dp2-stage3": {**FULL, "model": LLAMA, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
-    "lora-pp2": {"topology": {"pp_size": 2}, "num_microbatches": 8},
-    "full-pp2-recompute": {**FULL, "topology": {"pp_size": 2}, "num_microbatches": 8, "recompute": "full"},
+    "lora-pp2": {"topology": {"pp_size": 2}, "num_microbatches": 4},
+    "full-pp2-recompute": {**FULL, "topology": {"pp_size": 2}, "num_microbatches": 4, "recompute": "full"},
     "llama-lora-packed": {"model": LLAMA, "lora": SEVEN, "collate": "pack"},
     "llama-lora-tp2-sp": {"model": LLAMA, "lora": SEVEN, "topology": {"tp_size": 2, "sequence_parallel": True}},
     "llama-lora-recompute": {"model": LLAMA, "recompute": "full"},
-    "llama-full-pp2": {**FULL, "model": LLAMA, "topology": {"pp_size": 2}, "num_microbatches": 8},
+    "llama-full-pp2": {**FULL, "model": LLAMA, "topology": {"pp_size": 2}, "num_microbatches": 4},
     "llama-full-bf16": {**FULL, "model": LLAMA, "dtype": "bf16", "recompute": "selective"},
     "qwen3-lora": {"model": replace(LLAMA, name="qwen3", family="qwen3", head_size=48)},
     "opt-lora": {"model": replace(MODEL, name="opt", family="opt")},
@@ -251,7 +251,7 @@ CASES = {
     "bitfit-tp2-sp": {"method": "bitfit", "topology": {"tp_size": 2, "sequence_parallel": True}},
     "adapter_h-tp2-sp": {"method": "adapter_h", "topology": {"tp_size": 2, "sequence_parallel": True}},
     "adapter_h-pp2-recompute": {
-        **{"method": "adapter_h", "topology": {"pp_size": 2}, "num_microbatches": 8, "recompute": "full"},
+        **{"method": "adapter_h", "topology": {"pp_size": 2}, "num_microbatches": 4, "recompute": "full"},
     },
     "adapter_l": {"method": "adapter_l"},
     "adapter_l-dp2-stage2": {"method": "adapter_l", "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=2)},
