@@ -11,8 +11,9 @@ import torch
 
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import read_json
+from lora_dist.files.fp8_blocks import dequantize_blocks, find_blocks, find_original_dtype, find_scales, read_block_size
 from lora_dist.files.hash_cache import find_sha256
-from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.files.hf_families import HF_FAMILIES, MODEL_TYPES
 from lora_dist.files.hf_gpt2 import PREFIX
 from lora_dist.files.hf_layout import TIED_HEAD, HfFamily
 from lora_dist.files.safetensors_stream import DTYPE_NAMES, read_header, read_part
@@ -38,7 +39,10 @@ _COMPARED = {
 
 
 class HfReader:
-    """Finds tensors by their names without `transformer.`, in one file or several, and reads parts of them."""
+    """Finds tensors by their names without `transformer.`, in one file or several, and reads parts of them.
+
+    What is stored in fp8 with scales appears as the one weight that it was, of the dtype that it had.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Reads every header. ValueError where a file is missing, damaged, or does not hold what the index says."""
@@ -51,9 +55,31 @@ class HfReader:
                     raise ValueError(f"{path} holds {stored_name} a second time; {self._places[name][0]} has it too")
                 self._places[name] = (path, stored_name)
                 self.shapes[name], self.dtypes[name] = info.shape, info.dtype
+        self._hide_scales()
+
+    def _hide_scales(self) -> None:
+        path = self.directory / CONFIG
+        config, files = read_json(path), {name: file for name, (file, _) in self._places.items()}
+        self._block_size = read_block_size(config, path)
+        self._scales = find_scales(self.shapes, self.dtypes, files, self._block_size)
+        for weight, scale in self._scales.items():
+            self.dtypes[weight] = find_original_dtype(config)
+            del self.shapes[scale], self.dtypes[scale]
 
     def read(self, name: str, *, dim: int | None = None, start: int = 0, size: int | None = None) -> torch.Tensor:
-        """One tensor, or `size` entries of it from `start` along `dim`."""
+        """One tensor, or `size` entries of it from `start` along `dim`; fp32 where it is stored in fp8."""
+        stored = self._read_stored(name, dim, start, size)
+        if name not in self._scales:
+            return stored
+        assert self._block_size is not None
+        if dim is None:
+            return dequantize_blocks(stored, self._read_stored(self._scales[name]), self._block_size)
+        block = self._block_size[dim]
+        first, count = find_blocks(start, stored.shape[dim], block)
+        scales, within = self._read_stored(self._scales[name], dim, first, count), start - first * block
+        return dequantize_blocks(stored, scales, self._block_size, (within, 0) if dim == 0 else (0, within))
+
+    def _read_stored(self, name: str, dim: int | None = None, start: int = 0, size: int | None = None) -> torch.Tensor:
         path, stored_name = self._places[name]
         return read_part(path, stored_name, dim=dim, start=start, size=size)
 
@@ -86,8 +112,9 @@ def read_model_fields(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"model.checkpoint={directory} is not a directory")
     path = directory / CONFIG
     config = read_json(path)
-    _check_setting(path, "model_type", config.get("model_type"), tuple(HF_FAMILIES))
-    family = HF_FAMILIES[config["model_type"]]
+    _check_setting(path, "model_type", config.get("model_type"), tuple(MODEL_TYPES))
+    family = HF_FAMILIES[MODEL_TYPES[config["model_type"]]]
+    read_block_size(config, path)
     for key, (default, allowed) in family.settings.items():
         _check_setting(path, key, config.get(key, default), allowed)
     return {"name": directory.resolve().name, **family.read_fields(config, path), "checkpoint": str(directory)}

@@ -46,7 +46,6 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "scoring_func": ("sigmoid", ("sigmoid",)),
     "topk_method": ("noaux_tc", ("noaux_tc",)),
     "moe_layer_freq": (1, (1,)),
-    "quantization_config": (None, (None,)),
 }
 """Those from scoring_func to moe_layer_freq are of the models' own code, which transformers' does not read."""
 _ABSENT: dict[str, Any] = {

@@ -35,7 +35,6 @@ QWEN3_MOE_NAMES = _build_names("mlp.gate", f"{_QWEN3}.gate_proj", f"{_QWEN3}.up_
 _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "hidden_act": ("silu", ("silu",)),
     "attention_bias": (False, (False,)),
-    "quantization_config": (None, (None,)),
 }
 _MIXTRAL_SETTINGS = _SETTINGS | {"router_jitter_noise": (0.0, (0.0,))}
 _QWEN3_SETTINGS = _SETTINGS | {

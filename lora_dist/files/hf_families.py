@@ -22,4 +22,6 @@ HF_FAMILIES: dict[str, HfFamily] = {
     "opt": OPT_FAMILY,
     "gpt_neox": NEOX_FAMILY,
 }
-"""By config.json's model_type, which is ModelConfig's family."""
+"""By ModelConfig's family."""
+MODEL_TYPES = {**{family: family for family in HF_FAMILIES}, "kimi_k2": "deepseek_v3"}
+"""config.json's model_type -> ModelConfig's family."""

@@ -35,7 +35,6 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "attn_logit_softcapping": (None, (None,)),
     "final_logit_softcapping": (None, (None,)),
     "use_bidirectional_attention": (False, (False, None)),
-    "quantization_config": (None, (None,)),
 }
 _ABSENT: dict[str, Any] = {
     **{"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256},

@@ -28,7 +28,6 @@ GLM4_MOE_NAMES = LayerNames(
 _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "hidden_act": ("silu", ("silu",)),
     "attention_bias": (False, (True,)),
-    "quantization_config": (None, (None,)),
 }
 _ABSENT: dict[str, Any] = {
     **{"num_experts_per_tok": 8, "moe_intermediate_size": 1408, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},

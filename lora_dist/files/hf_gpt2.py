@@ -67,7 +67,6 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "scale_attn_by_inverse_layer_idx": (False, (False,)),
     "tie_word_embeddings": (True, (True,)),
     "add_cross_attention": (False, (False,)),
-    "quantization_config": (None, (None,)),
 }
 
 

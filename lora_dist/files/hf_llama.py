@@ -37,7 +37,6 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "attention_bias": (False, (False,)),
     "mlp_bias": (False, (False,)),
     "use_sliding_window": (False, (False, True)),
-    "quantization_config": (None, (None,)),
 }
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

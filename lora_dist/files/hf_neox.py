@@ -35,7 +35,6 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "use_parallel_residual": (True, (True, False)),
     "attention_bias": (True, (True,)),
     "tie_word_embeddings": (False, (False,)),
-    "quantization_config": (None, (None,)),
 }
 
 

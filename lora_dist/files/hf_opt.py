@@ -36,7 +36,6 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "_remove_final_layer_norm": (False, (False,)),
     "enable_bias": (True, (True,)),
     "layer_norm_elementwise_affine": (True, (True,)),
-    "quantization_config": (None, (None,)),
 }
 
 

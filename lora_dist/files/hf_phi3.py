@@ -27,7 +27,6 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "attention_bias": (False, (False,)),
     "embd_pdrop": (0.0, (0.0,)),
     "resid_pdrop": (0.0, (0.0,)),
-    "quantization_config": (None, (None,)),
 }
 
 

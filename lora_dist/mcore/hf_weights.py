@@ -9,6 +9,7 @@ import torch
 
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import open_new_directory, read_json, write_json
+from lora_dist.files.fp8_blocks import QUANTIZATION
 from lora_dist.files.hf_checkpoint import CONFIG, INDEX, SINGLE_FILE, HfReader
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import HfPart, split_to_hf
@@ -34,6 +35,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tiktoken.model",
     CHAT_TEMPLATE,
     "vocab.json",
     "merges.txt",
@@ -188,12 +190,16 @@ def _split_stream(
 
 
 def _write_config(directory: Path, model: ModelConfig, dtype: torch.dtype) -> None:
-    """config.json (the source's where there is one) and the tokenizer's files."""
+    """config.json (the source's where there is one), the code that it names and the tokenizer's files."""
     source, family = None if model.checkpoint is None else Path(model.checkpoint), HF_FAMILIES[model.family]
     config = family.describe(model) if source is None else read_json(source / CONFIG)
     config.pop("torch_dtype", None)  # an older name of dtype
+    config.pop(QUANTIZATION, None)
     decided = {"architectures": [family.architecture], "dtype": str(dtype).removeprefix("torch.")}
     write_json(directory / CONFIG, config | decided | dict(family.without_extra))
+    if source is not None and "auto_map" in config:
+        for path in source.glob("*.py"):
+            shutil.copyfile(path, directory / path.name)
     tokenizer = source if model.tokenizer is None else Path(model.tokenizer)
     for name in TOKENIZER_FILES:
         if tokenizer is not None and (tokenizer / name).is_file():

@@ -15,7 +15,12 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint
         ("llama", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config with quant_method=None is not supported"),
+        (
+            "llama",
+            {"quantization_config": "fp8"},
+            "quantization_config='fp8' is no JSON object; convert the weights to",
+        ),
         ("gpt_neox", {"use_parallel_residual": False}, "model.parallel_residual=True but"),
         ("gpt_neox", {"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' is not supported, only default"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' is not supported, only default, linear, l"),
@@ -69,7 +74,7 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint
         (
             "deepseek_v3",
             {"quantization_config": {"quant_method": "fp8"}},
-            "quantization_config={'quant_method': 'fp8'}",
+            "weight_block_size=None is not supported, only rows and columns of a block as [128, 128]; convert the",
         ),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported, only 'sigmoid'"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported, only 1"),

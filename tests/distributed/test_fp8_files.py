@@ -1,0 +1,188 @@
+"""Checkpoints published in fp8, a scale a block: their values over shards, quantised again, trained and merged."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from demo_runs import ASSETS, call
+from family_toy import compute_family_logits, edit_family_config, read_family_config, write_family_checkpoint
+from fp8_files import write_fp8_checkpoint
+from hf_toy import build_shard, count_processes, draw_tokens
+from processes import run_distributed
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_families import EVERY_SPLIT, load_compute_and_write
+
+from lora_dist.config import ModelConfig
+from lora_dist.files import hf_checkpoint
+from lora_dist.files.hf_checkpoint import check_hf_checkpoint, read_dtype, read_model_fields
+from lora_dist.mcore.base_parameters import describe_weights
+from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
+
+CASES = [
+    ("deepseek_v3", {}, (8, 8)),
+    ("deepseek_v3", {"tp_size": 4}, (7, 5)),
+    ("deepseek_v3", EVERY_SPLIT, (128, 128)),
+    ("deepseek_v3_direct", EVERY_SPLIT, (5, 7)),
+    ("qwen3", {"tp_size": 4}, (5, 7)),
+    ("qwen3", {"pp_size": 3}, (16, 16)),
+    ("qwen3_moe", EVERY_SPLIT, (7, 5)),
+    ("glm4_moe", {"tp_size": 4}, (3, 128)),
+    ("phi3", EVERY_SPLIT, (9, 7)),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "block_size"), CASES, ids=str)
+def test_logits_and_files_are_those_of_the_values(
+    name: str, options: dict, block_size: tuple[int, int], tmp_path: Path
+) -> None:
+    """Shards that begin inside blocks, weights that end inside one, weights smaller than one."""
+    source, fp8, plain, target = (tmp_path / part for part in ("source", "fp8", "plain", "target"))
+    model = write_family_checkpoint(name, source)
+    values = write_fp8_checkpoint(source, fp8, plain, block_size=block_size)
+    check_hf_checkpoint(model, fp8)
+    expected = compute_family_logits(plain, draw_tokens())
+    assert (expected - compute_family_logits(source, draw_tokens())).abs().max() > 0.01
+    results = run_distributed(load_compute_and_write, count_processes(options), options, fp8, target)
+    logits = [result for result in results if result is not None]
+    assert logits
+    for actual in logits:
+        assert (actual - expected).abs().max() < 1e-4
+    written = {key: tensor for file in target.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    assert written.keys() == values.keys()
+    assert all(torch.equal(written[key], value) for key, value in values.items())
+    assert "quantization_config" not in json.loads((target / "config.json").read_text())
+    assert torch.equal(compute_family_logits(target, draw_tokens()), expected)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3", "qwen3_moe"])
+def test_transformers_reads_the_same_values(name: str, tmp_path: Path) -> None:
+    """Where blocks divide every weight, which its dequantisation on a CPU wants."""
+    source, fp8, plain, target = (tmp_path / part for part in ("source", "fp8", "plain", "target"))
+    write_family_checkpoint(name, source)
+    write_fp8_checkpoint(source, fp8, plain, block_size=(4, 4))
+    expected = compute_family_logits(fp8, draw_tokens())
+    (actual,) = run_distributed(load_compute_and_write, 1, {}, fp8, target)
+    assert (actual - expected).abs().max() < 1e-4
+
+
+def load_and_write(options: dict, source: Path, target: Path) -> None:
+    gpt = build_shard(options, read_family_config(source), torch.bfloat16)
+    load_hf_checkpoint(gpt, source)
+    write_hf_checkpoint(gpt, target, model=gpt.model)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu], ids=str)
+def test_values_are_rounded_once_to_the_dtype_of_the_model(scale_dtype: torch.dtype, tmp_path: Path) -> None:
+    source, fp8, plain, target = (tmp_path / part for part in ("source", "fp8", "plain", "target"))
+    write_family_checkpoint("deepseek_v3", source)
+    options = {"scale_dtype": scale_dtype, "dtype": torch.bfloat16}
+    values = write_fp8_checkpoint(source, fp8, plain, block_size=(8, 12), **options)
+    assert read_dtype(fp8) == torch.bfloat16
+    run_distributed(load_and_write, 2, {"tp_size": 2}, fp8, target)
+    written = load_file(target / "model.safetensors")
+    assert written.keys() == values.keys()
+    for name, value in values.items():
+        kept = value if "correction_bias" in name else value.bfloat16()
+        assert torch.equal(written[name], kept), name
+    assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def measure_reading(options: dict, directory: Path) -> tuple[int, int]:
+    """Bytes of weights in fp8 and of their scales that were read."""
+    weights, scales = 0, 0
+    real = hf_checkpoint.read_part
+
+    def counted(path: Path, name: str, **options: Any) -> torch.Tensor:
+        nonlocal weights, scales
+        part = real(path, name, **options)
+        weights += part.nbytes if part.dtype == torch.float8_e4m3fn else 0
+        scales += part.nbytes if name.endswith("_scale_inv") else 0
+        return part
+
+    hf_checkpoint.read_part = counted
+    load_hf_checkpoint(build_shard(options, read_family_config(directory)), directory)
+    hf_checkpoint.read_part = real
+    return weights, scales
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_processes_read_a_weight_once_between_them(name: str, tmp_path: Path) -> None:
+    source, fp8, plain = (tmp_path / part for part in ("source", "fp8", "plain"))
+    write_family_checkpoint(name, source)
+    write_fp8_checkpoint(source, fp8, plain, block_size=(2, 2))
+    stored = {key: tensor for file in fp8.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    read = run_distributed(measure_reading, 4, {"tp_size": 2, "pp_size": 2}, fp8)
+    assert sum(weights for weights, _ in read) == sum(one.nbytes for one in stored.values() if one.itemsize == 1)
+    assert sum(scales for _, scales in read) == sum(one.nbytes for key, one in stored.items() if "_scale_" in key)
+
+
+def quantize_again(directory: Path, model: ModelConfig) -> dict[str, torch.Tensor]:
+    gpt = build_shard({"tp_size": 2}, model)
+    load_hf_checkpoint(gpt, directory)
+    quantized = [one for one in describe_weights(gpt) if one.quantized is not None]
+    return {one.name: one.quantized.dequantize(torch.float32) for one in quantized}
+
+
+@pytest.mark.parametrize("base_format", ["nf4", "nf4_double", "fp8"])
+def test_a_quantised_base_is_made_of_the_exact_values(base_format: str, tmp_path: Path) -> None:
+    """Of a GPT-2, whose linears are stored the other way round."""
+    fp8, plain = tmp_path / "fp8", tmp_path / "plain"
+    write_fp8_checkpoint(ASSETS / "demo_base", fp8, plain, block_size=(128, 128))
+    model = replace(ModelConfig(**read_model_fields(fp8)), base_format=base_format)
+    both = [run_distributed(quantize_again, 2, directory, model) for directory in (fp8, plain)]
+    for ours, expected in zip(*both, strict=True):
+        assert len(expected) == 4 * model.num_layers
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[name], value) for name, value in expected.items())
+
+
+def test_it_is_trained_and_merged_as_peft_does(tmp_path: Path) -> None:
+    source, fp8, plain = (tmp_path / part for part in ("source", "fp8", "plain"))
+    write_family_checkpoint("qwen3_moe", source)
+    write_fp8_checkpoint(source, fp8, plain, block_size=(8, 8), dtype=torch.bfloat16)
+    run, words = tmp_path / "run", ["model=hf", f"model.checkpoint={fp8}"]
+    data = ["data=fake", "data.seq_len=16", "lora.target_modules=[all]", "optim.lr=0.05", "loop.num_steps=3"]
+    data += ["loop.micro_batch_size=1", "track=none", "device=cpu"]
+    assert run_distributed(call, 2, ["train", *words, *data, "topology=tp2", f"run_dir={run}"]) == [0, 0]
+    merge = ["merge", *words, f"adapter={run / 'adapter'}", f"output={tmp_path / 'merged'}"]
+    assert run_distributed(call, 1, merge) == [0]
+    with safe_open(tmp_path / "merged/model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    before = base.eval()(draw_tokens()).logits.detach()
+    expected = PeftModel.from_pretrained(base, run / "adapter").eval()(draw_tokens()).logits.detach()
+    merged = compute_family_logits(tmp_path / "merged", draw_tokens())
+    assert (expected - before).abs().max() > 0.1 * before.abs().max()
+    assert (merged - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_a_kimi_k2_is_a_deepseek_with_its_own_name_and_code(tmp_path: Path) -> None:
+    source, fp8, plain, target = (tmp_path / part for part in ("source", "fp8", "plain", "target"))
+    write_family_checkpoint("deepseek_v3", source)
+    yarn = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 1.0, "beta_slow": 1.0}
+    rope = {"rope_parameters": "gone", "rope_scaling": {**yarn, "mscale": 1.0, "mscale_all_dim": 1.0}}
+    edit_family_config(source, **rope, rope_theta=100.0)
+    write_fp8_checkpoint(source, fp8, plain, block_size=(7, 5))
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    edit_family_config(fp8, model_type="kimi_k2", auto_map=code)
+    for name in ("configuration_deepseek.py", "tiktoken.model"):
+        (fp8 / name).write_text(f"raise RuntimeError('{name} was run')")
+    assert read_family_config(fp8).family == "deepseek_v3"
+    check_hf_checkpoint(read_family_config(fp8), fp8)
+    expected = compute_family_logits(plain, draw_tokens())
+    (actual,) = run_distributed(load_compute_and_write, 1, {}, fp8, target)
+    assert (actual - expected).abs().max() < 1e-4
+    read, written = (json.loads((directory / "config.json").read_text()) for directory in (fp8, target))
+    decided = {"dtype": "float32", "num_nextn_predict_layers": 0}
+    assert written == {key: value for key, value in read.items() if key != "quantization_config"} | decided
+    for name in ("configuration_deepseek.py", "tiktoken.model"):
+        assert (target / name).read_text() == (fp8 / name).read_text()
+    edit_family_config(target, model_type="deepseek_v3", auto_map="gone")
+    assert torch.equal(compute_family_logits(target, draw_tokens()), expected)
