@@ -8,6 +8,7 @@ from lora_dist.config import ModelConfig
 from lora_dist.files.directories import read_json
 
 _JSON_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TIKTOKEN, _CONVERTER = "tiktoken.model", "transformers.integrations.tiktoken.convert_tiktoken_to_fast"
 _WORD_MARKER = "\u2581"
 """SentencePiece's sign for the space before a word; such a tokenizer begins every text with one."""
 
@@ -60,6 +61,11 @@ def _check_files(directory: Path) -> None:
     names = ("tokenizer.json",) if (directory / "tokenizer.json").is_file() else ("vocab.json", "merges.txt")
     for name in names:
         path = directory / name
+        if not path.is_file() and (directory / _TIKTOKEN).is_file():
+            raise ValueError(
+                f"{directory} has {_TIKTOKEN}, which code of its own reads, and a checkpoint's code is never run here;"
+                f" set model.tokenizer to a directory with its vocabulary as tokenizer.json ({_CONVERTER} writes one)"
+            )
         if not path.is_file():
             raise ValueError(
                 f"{path} does not exist; model.tokenizer (or model.checkpoint) must be a directory with tokenizer.json,"

@@ -73,6 +73,25 @@ def test_missing_directory() -> None:
         load_tokenizer("gpt2", 50257)
 
 
+def test_a_tokenizer_that_its_own_code_reads(tmp_path: Path) -> None:
+    """Kimi K2's."""
+    for name in ("tiktoken.model", "tokenization_kimi.py"):
+        (tmp_path / name).write_text("raise RuntimeError")
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_kimi.Kimi", null]}}')
+    with pytest.raises(
+        ValueError, match=r"has tiktoken.model, which code of its own reads.*; set model.tokenizer to a"
+    ):
+        load_tokenizer(str(tmp_path), VOCAB_SIZE, family="deepseek_v3")
+    write_llama_tokenizer(tmp_path / "written")
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "written/tokenizer.json").read_text())
+    with pytest.raises(ValueError, match=r"names no eos_token; add it to its tokenizer_config.json"):
+        load_tokenizer(str(tmp_path), 1000, family="deepseek_v3")
+    config = {"eos_token": "<|end|>", "auto_map": {"AutoTokenizer": ["tokenization_kimi.Kimi", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "TikTokenTokenizer"}))
+    (tmp_path / "config.json").write_text('{"model_type": "kimi_k2"}')
+    assert load_tokenizer(str(tmp_path), 1000, family="deepseek_v3").eos_token == "<|end|>"
+
+
 def test_truncated_file(tmp_path: Path) -> None:
     vocab = write_tokenizer(tmp_path) / "vocab.json"
     vocab.write_bytes(vocab.read_bytes()[:100])

@@ -1,4 +1,4 @@
-"""DeepSeek-V3's and Moonlight's config.json, as published and as written here, against the shapes in conf/model."""
+"""config.json of DeepSeek-V3, Kimi K2 and Moonlight, as published and as written here, against those in conf/model."""
 
 import json
 from dataclasses import replace
@@ -14,6 +14,7 @@ from lora_dist.config import ModelConfig
 from lora_dist.files.hf_checkpoint import read_model_fields
 from lora_dist.files.hf_families import HF_FAMILIES
 
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 DEEPSEEK_V3 = {
     **{"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432},
     **{"moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128},
@@ -26,21 +27,30 @@ DEEPSEEK_V3 = {
         **{"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1},
         "original_max_position_embeddings": 4096,
     },
+    "quantization_config": FP8,
 }
-"""As published, with the keys that the models' own code has, but for the fp8 weights' quantization_config."""
+"""As published, with the keys that the models' own code has."""
+KIMI_K2 = DEEPSEEK_V3 | {
+    **{"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 163840, "n_group": 1},
+    **{"num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384, "topk_group": 1},
+    **{"routed_scaling_factor": 2.827, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+    **{"max_position_embeddings": 131072, "rope_theta": 50000.0, "seq_aux": True, "aux_loss_alpha": 0.001},
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+}
 MOONLIGHT = DEEPSEEK_V3 | {
     **{"vocab_size": 163840, "hidden_size": 2048, "intermediate_size": 11264, "moe_intermediate_size": 1408},
     **{"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2},
     **{"n_routed_experts": 64, "routed_scaling_factor": 2.446, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
     **{"num_experts_per_tok": 6, "first_k_dense_replace": 1, "max_position_embeddings": 8192, "rope_theta": 50000.0},
-    **{"rms_norm_eps": 1e-5, "rope_scaling": None, "num_nextn_predict_layers": 0},
+    **{"rms_norm_eps": 1e-5, "rope_scaling": None, "num_nextn_predict_layers": 0, "quantization_config": None},
 }
 
 
 @pytest.mark.parametrize(
     ("name", "published", "billions"),
-    [("deepseek_v3", DEEPSEEK_V3, 671.03), ("moonlight_16b_a3b", MOONLIGHT, 15.96)],
-    ids=["v3", "moonlight"],
+    [("deepseek_v3", DEEPSEEK_V3, 671.03), ("kimi_k2", KIMI_K2, 1026.41), ("moonlight_16b_a3b", MOONLIGHT, 15.96)],
+    ids=["v3", "kimi_k2", "moonlight"],
 )
 def test_a_deepseek_of_this_projects_is_the_published_one(
     name: str, published: dict, billions: float, tmp_path: Path
