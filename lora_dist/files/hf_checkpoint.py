@@ -44,9 +44,12 @@ class HfReader:
     What is stored in fp8 with scales appears as the one weight that it was, of the dtype that it had.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Reads every header. ValueError where a file is missing, damaged, or does not hold what the index says."""
-        self.directory, self.shapes, self.dtypes = directory, {}, {}
+    def __init__(self, directory: Path, device: torch.device | str = "cpu") -> None:
+        """Reads every header; what is stored in fp8 is dequantised on `device`.
+
+        ValueError where a file is missing, damaged, or does not hold what the index says.
+        """
+        self.directory, self.shapes, self.dtypes, self._device = directory, {}, {}, device
         self._places: dict[str, tuple[Path, str]] = {}
         for path in find_weight_files(directory):
             for stored_name, info in read_header(path).items():
@@ -72,12 +75,13 @@ class HfReader:
         if name not in self._scales:
             return stored
         assert self._block_size is not None
-        if dim is None:
-            return dequantize_blocks(stored, self._read_stored(self._scales[name]), self._block_size)
-        block = self._block_size[dim]
-        first, count = find_blocks(start, stored.shape[dim], block)
-        scales, within = self._read_stored(self._scales[name], dim, first, count), start - first * block
-        return dequantize_blocks(stored, scales, self._block_size, (within, 0) if dim == 0 else (0, within))
+        first, count, within = 0, None, [0, 0]
+        if dim is not None:
+            first, count = find_blocks(start, stored.shape[dim], self._block_size[dim])
+            within[dim] = start - first * self._block_size[dim]
+        scales = self._read_stored(self._scales[name], dim, first, count)
+        stored, scales = (part.to(self._device) for part in (stored, scales))
+        return dequantize_blocks(stored, scales, self._block_size, (within[0], within[1]))
 
     def _read_stored(self, name: str, dim: int | None = None, start: int = 0, size: int | None = None) -> torch.Tensor:
         path, stored_name = self._places[name]

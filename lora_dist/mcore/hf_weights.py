@@ -59,7 +59,7 @@ def load_hf_checkpoint(gpt: ShardedGpt, directory: str | Path) -> None:
 
     Each process reads only its own part of one tensor at a time. Rows that pad the vocabulary become zero.
     """
-    reader = HfReader(Path(directory))
+    reader = HfReader(Path(directory), gpt.topology.device)
     for one in describe_weights(gpt):
         with open_value(one) as value:
             for part in HF_FAMILIES[gpt.model.family].find_parts(one.name, gpt.model):

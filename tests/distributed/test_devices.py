@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from demo_runs import ASSETS, DEMO, call
 from device_labels import LABELLED, label_devices
+from family_toy import write_family_checkpoint
+from fp8_files import write_fp8_checkpoint
 from processes import run_distributed
 from test_encoder_runs import describe_command
 
@@ -77,6 +79,13 @@ def test_a_run(name: str, tmp_path: Path) -> None:
     commands = [words, [*words, "loop.num_steps=2", "resume=must"]] if name in RESUMED else [words]
     for codes in run_distributed(call_labelled, count_processes(words), *commands):
         assert codes == [0] * len(commands)
+
+
+def test_a_base_published_in_fp8(tmp_path: Path) -> None:
+    write_family_checkpoint("qwen3", tmp_path / "source")
+    write_fp8_checkpoint(tmp_path / "source", tmp_path / "fp8", tmp_path / "plain", block_size=(5, 7))
+    words = [*TINY, "model=hf", f"model.checkpoint={tmp_path / 'fp8'}", "topology=tp2", f"run_dir={tmp_path / 'run'}"]
+    assert run_distributed(call_labelled, 2, words) == [[0], [0]]
 
 
 @pytest.mark.parametrize("topology", ["single", "tp2"])
