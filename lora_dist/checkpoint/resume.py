@@ -26,7 +26,7 @@ from lora_dist.files.directories import (
     write_json,
     write_manifest,
 )
-from lora_dist.files.safetensors_stream import open_writer, read_header, read_part
+from lora_dist.files.safetensors_stream import TensorInfo, open_writer, read_header, read_part
 from lora_dist.parameters import TrainableParameter, find_source
 from lora_dist.topology import Topology
 from lora_dist.whole import iterate_stage, list_whole, raise_together, read_shard, write_together
@@ -202,14 +202,13 @@ def load_checkpoint(
     return content
 
 
-def _index_files(path: Path, trainable: Sequence[TrainableParameter], topology: Topology) -> dict[str, Path]:
-    """Key -> file, once the keys and shapes of all stages are those of this model."""
-    files: dict[str, Path] = {}
-    found: dict[str, tuple[int, ...]] = {}
+def _index_files(path: Path, trainable: Sequence[TrainableParameter], topology: Topology) -> dict[str, TensorInfo]:
+    """Key -> where it is, once the keys and shapes of all stages are those of this model."""
+    files: dict[str, TensorInfo] = {}
     for name in read_json(path / MANIFEST)["sha256"]:
         if name.endswith(".safetensors"):
-            for key, info in read_header(path / name).items():
-                files[key], found[key] = path / name, info.shape
+            files |= read_header(path / name)
+    found = {key: info.shape for key, info in files.items()}
     entries = list_whole(trainable, topology)
     expected = {f"{key}/{entry.name}": entry.full_shape for entry in entries for key in STATE_KEYS}
     for key in sorted(expected.keys() | found.keys()):
@@ -220,10 +219,9 @@ def _index_files(path: Path, trainable: Sequence[TrainableParameter], topology: 
     return files
 
 
-def _read_shard(files: Mapping[str, Path], key: str, one: TrainableParameter, topology: Topology) -> torch.Tensor:
+def _read_shard(files: Mapping[str, TensorInfo], key: str, one: TrainableParameter, topology: Topology) -> torch.Tensor:
     """This TP rank's part; a copy of the tied embedding reads what its owner wrote."""
-    name = f"{key}/{find_source(one)}"
-    dim = one.shard_dim
+    info, dim = files[f"{key}/{find_source(one)}"], one.shard_dim
     if dim is None:
-        return read_part(files[name], name)
-    return read_shard(lambda start, size: read_part(files[name], name, dim=dim, start=start, size=size), one, topology)
+        return read_part(info)
+    return read_shard(lambda start, size: read_part(info, dim=dim, start=start, size=size), one, topology)

@@ -16,7 +16,7 @@ from lora_dist.files.hash_cache import find_sha256
 from lora_dist.files.hf_families import HF_FAMILIES, MODEL_TYPES
 from lora_dist.files.hf_gpt2 import PREFIX
 from lora_dist.files.hf_layout import TIED_HEAD, HfFamily
-from lora_dist.files.safetensors_stream import DTYPE_NAMES, read_header, read_part
+from lora_dist.files.safetensors_stream import DTYPE_NAMES, TensorInfo, read_header, read_part
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _ROWS_AT_ONCE = 4096
@@ -50,19 +50,19 @@ class HfReader:
         ValueError where a file is missing, damaged, or does not hold what the index says.
         """
         self.directory, self.shapes, self.dtypes, self._device = directory, {}, {}, device
-        self._places: dict[str, tuple[Path, str]] = {}
+        self._places: dict[str, TensorInfo] = {}
         for path in find_weight_files(directory):
             for stored_name, info in read_header(path).items():
                 name = stored_name.removeprefix(PREFIX)
                 if name in self._places:
-                    raise ValueError(f"{path} holds {stored_name} a second time; {self._places[name][0]} has it too")
-                self._places[name] = (path, stored_name)
+                    raise ValueError(f"{path} holds {stored_name} a second time; {self._places[name].path} has it too")
+                self._places[name] = info
                 self.shapes[name], self.dtypes[name] = info.shape, info.dtype
         self._hide_scales()
 
     def _hide_scales(self) -> None:
         path = self.directory / CONFIG
-        config, files = read_json(path), {name: file for name, (file, _) in self._places.items()}
+        config, files = read_json(path), {name: info.path for name, info in self._places.items()}
         self._block_size = read_block_size(config, path)
         self._scales = find_scales(self.shapes, self.dtypes, files, self._block_size)
         for weight, scale in self._scales.items():
@@ -84,8 +84,7 @@ class HfReader:
         return dequantize_blocks(stored, scales, self._block_size, (within[0], within[1]))
 
     def _read_stored(self, name: str, dim: int | None = None, start: int = 0, size: int | None = None) -> torch.Tensor:
-        path, stored_name = self._places[name]
-        return read_part(path, stored_name, dim=dim, start=start, size=size)
+        return read_part(self._places[name], dim=dim, start=start, size=size)
 
 
 def find_weight_files(directory: Path) -> list[Path]:

@@ -11,18 +11,27 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "BOOL": torch.bool,
+}
+"""What can be read, by its name in a header."""
 _MAX_HEADER_BYTES = 100_000_000
 """safetensors' own limit; a larger number is not a header's length."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One header entry."""
+    """One header entry: what a tensor is, and where."""
 
+    path: Path
+    start: int
+    """Of its first byte in the file."""
     dtype: str
     shape: tuple[int, ...]
 
@@ -36,7 +45,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise ValueError(
             f"{path} is damaged: its header promises {promised} bytes, the file has {actual}; copy the file again"
         )
-    return {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+    return {name: _describe(path, name, entry, data_start) for name, entry in entries.items()}
+
+
+def _describe(path: Path, name: str, entry: Mapping[str, Any], data_start: int) -> TensorInfo:
+    (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
+    if dtype in _DTYPES and end - start != prod(shape) * _DTYPES[dtype].itemsize:
+        raise ValueError(
+            f"{path} is damaged: its header gives {name}, {dtype} of shape {shape}, {end - start} bytes; copy the file"
+            " again"
+        )
+    return TensorInfo(path, data_start + start, dtype, shape)
 
 
 def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -57,21 +76,25 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
     return entries, 8 + length
 
 
-def read_part(
-    path: Path, name: str, *, dim: int | None = None, start: int = 0, size: int | None = None
-) -> torch.Tensor:
-    """One tensor, or its `size` entries from `start` along `dim`.
+def read_part(info: TensorInfo, *, dim: int | None = None, start: int = 0, size: int | None = None) -> torch.Tensor:
+    """One tensor, or its `size` entries from `start` along `dim`, all that follow without `size`; copied.
 
-    The file is opened for this one read, so that nothing of its other tensors stays mapped.
+    The file is mapped for this one read, so that nothing of it stays in memory, and the header is not parsed again: a
+    model of experts has a hundred thousand tensors. ValueError for a dtype that torch does not have.
     """
-    with safe_open(str(path), framework="pt") as file:
-        if dim is None:
-            whole: torch.Tensor = file.get_tensor(name)
-            return whole
-        part = file.get_slice(name)
-        stop = part.get_shape()[dim] if size is None else start + size
-        cut: torch.Tensor = part[(slice(None),) * dim + (slice(start, stop),)]
-        return cut
+    if info.dtype not in _DTYPES:
+        raise ValueError(f"{info.path} holds a tensor of {info.dtype}, not one of {', '.join(_DTYPES)}")
+    dtype, num_bytes = _DTYPES[info.dtype], prod(info.shape) * _DTYPES[info.dtype].itemsize
+    if num_bytes == 0:
+        return torch.empty(info.shape, dtype=dtype)
+    # Copy on write, since torch has no tensors that must not be written; nobody writes.
+    mapped = torch.from_numpy(np.memmap(info.path, np.uint8, "c", info.start, (num_bytes,)))
+    if info.start % dtype.itemsize:  # other programs need not align what they write
+        mapped = mapped.clone()
+    whole = mapped.view(dtype).view(info.shape)
+    if dim is None:
+        return whole.clone()
+    return whole.narrow(dim, start, whole.shape[dim] - start if size is None else size).clone()
 
 
 class SafetensorsWriter:

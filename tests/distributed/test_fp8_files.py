@@ -19,6 +19,7 @@ from test_families import EVERY_SPLIT, load_compute_and_write
 from lora_dist.config import ModelConfig
 from lora_dist.files import hf_checkpoint
 from lora_dist.files.hf_checkpoint import check_hf_checkpoint, read_dtype, read_model_fields
+from lora_dist.files.safetensors_stream import TensorInfo, read_header
 from lora_dist.mcore.base_parameters import describe_weights
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
 
@@ -94,14 +95,15 @@ def test_values_are_rounded_once_to_the_dtype_of_the_model(scale_dtype: torch.dt
 
 def measure_reading(options: dict, directory: Path) -> tuple[int, int]:
     """Bytes of weights in fp8 and of their scales that were read."""
-    weights, scales = 0, 0
-    real = hf_checkpoint.read_part
+    weights, scales, real = 0, 0, hf_checkpoint.read_part
+    headers = [read_header(file).items() for file in directory.glob("*.safetensors")]
+    infos_of_scales = {info for header in headers for name, info in header if name.endswith("_scale_inv")}
 
-    def counted(path: Path, name: str, **options: Any) -> torch.Tensor:
+    def counted(info: TensorInfo, **options: Any) -> torch.Tensor:
         nonlocal weights, scales
-        part = real(path, name, **options)
-        weights += part.nbytes if part.dtype == torch.float8_e4m3fn else 0
-        scales += part.nbytes if name.endswith("_scale_inv") else 0
+        part = real(info, **options)
+        weights += part.nbytes if info.dtype == "F8_E4M3" else 0
+        scales += part.nbytes if info in infos_of_scales else 0
         return part
 
     hf_checkpoint.read_part = counted

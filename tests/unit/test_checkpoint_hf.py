@@ -1,6 +1,8 @@
 """What is refused of a Hugging Face checkpoint before anything starts, the name map, and the safetensors stream."""
 
+import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from lora_dist.files.hf_checkpoint import (
     read_model_fields,
 )
 from lora_dist.files.hf_gpt2 import GPT2_FAMILY
-from lora_dist.files.safetensors_stream import open_writer, read_header
+from lora_dist.files.safetensors_stream import open_writer, read_header, read_part
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,42 @@ def test_names_cover_the_model(toy: tuple[Path, ModelConfig]) -> None:
     }
     canonical = compute_canonical_shapes(toy[1])
     assert {part.name for name in canonical for part in GPT2_FAMILY.find_parts(name, toy[1])} == shapes.keys()
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_parts_are_those_of_the_tensor_wherever_it_lies(start: int, tmp_path: Path) -> None:
+    """Other programs need not align what they write."""
+    value = torch.arange(60.0).view(3, 4, 5)
+    entries = {
+        "first": {"dtype": "U8", "shape": [start], "data_offsets": [0, start]},
+        "value": {"dtype": "F32", "shape": [3, 4, 5], "data_offsets": [start, start + 240]},
+        "flags": {"dtype": "BOOL", "shape": [], "data_offsets": [start + 240, start + 241]},
+    }
+    raw = json.dumps(entries).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(start) + value.numpy().tobytes() + b"\1")
+    header = read_header(path)
+    assert torch.equal(read_part(header["value"]), value)
+    for dim in range(3):
+        assert torch.equal(read_part(header["value"], dim=dim, start=1, size=2), value.narrow(dim, 1, 2))
+        assert torch.equal(read_part(header["value"], dim=dim, start=1), value.narrow(dim, 1, value.shape[dim] - 1))
+    assert torch.equal(read_part(header["first"]), torch.zeros(start, dtype=torch.uint8))
+    assert torch.equal(read_part(header["flags"]), torch.tensor(True))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 20]}, "damaged: its header gives value, F32 of shape"),
+        ({"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}, "holds a tensor of F4, not one of F64, F32, F16, BF16"),
+    ],
+)
+def test_what_cannot_be_read_is_named(entry: dict, message: str, tmp_path: Path) -> None:
+    raw, path = json.dumps({"value": entry}).encode(), tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(entry["data_offsets"][1]))
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_part(read_header(path)["value"])
+    assert str(path) in str(refusal.value)
 
 
 def test_a_good_checkpoint_passes(toy: tuple[Path, ModelConfig]) -> None:
