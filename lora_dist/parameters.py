@@ -43,7 +43,7 @@ class TrainableParameter:
     kept_dtype: torch.dtype | None = None
     """Of its values in files, where that is not the others'."""
     stack: "tuple[TrainableParameter, int] | None" = None
-    """Of one expert's weight: the parameter that holds those of all, and the expert's number."""
+    """Of one expert's weight, unless it is quantised: the parameter that holds all experts', and its number."""
     local_shape: tuple[int, ...] = field(init=False)
     """Of this process's shard, padding included; `parameter` itself is empty where ZeRO-3 partitions it."""
 

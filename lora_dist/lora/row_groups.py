@@ -4,16 +4,15 @@ Shapes: E experts, R rows, X and Y features.
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lora_dist.lora.function import BaseWeight, read_weight
+from lora_dist.quant.weight import QuantizedWeight
 
-ExpertWeights = torch.Tensor | nn.ModuleList
-"""Of one linear of all experts: [E, O, H], or a quantised weight each."""
+ExpertWeights = BaseWeight
+"""Of one linear of all experts: [E, O, H], or what is dequantised to it."""
 GROUPED_MULTIPLE = 8
 """Rows of 16-bit numbers that a grouped product reads begin at multiples of 16 bytes."""
 
@@ -23,26 +22,24 @@ def can_group(dtype: torch.dtype, *features: int, on_gpu: bool) -> bool:
     return on_gpu and dtype == torch.bfloat16 and all(size % GROUPED_MULTIPLE == 0 for size in features)
 
 
-def split_weights(weights: ExpertWeights) -> list[BaseWeight]:
-    """Each expert's [O, H]."""
-    return cast(list[BaseWeight], list(weights))
-
-
 @dataclass(frozen=True, slots=True)
 class RowGroups:
-    """Where each expert's rows end, and how many it has where its products are calls of their own."""
+    """Where each expert's rows end, and how many it has where the host must know."""
 
     ends_E: torch.Tensor
     """int32, on the device."""
     counts: list[int] | None
     """None: nobody waits for the device to know them."""
+    grouped: bool
+    """All experts' products are one call, or one for each part of a quantised weight."""
 
     @staticmethod
-    def find(sorted_choices_R: torch.Tensor, num_experts: int, *, grouped: bool) -> "RowGroups":
-        """Out of each row's expert, ascending. Not grouped, the host waits for the numbers."""
-        experts_E = torch.arange(num_experts, device=sorted_choices_R.device)
+    def find(sorted_choices_R: torch.Tensor, *weights: ExpertWeights, grouped: bool) -> "RowGroups":
+        """Out of each row's expert, ascending. The host waits for the numbers where it divides rows or `weights`."""
+        experts_E = torch.arange(weights[0].shape[0], device=sorted_choices_R.device)
         ends_E = torch.searchsorted(sorted_choices_R, experts_E, right=True, out_int32=True)
-        return RowGroups(ends_E, None if grouped else _read_counts(ends_E, len(sorted_choices_R)))
+        counted = not grouped or any(isinstance(one, QuantizedWeight) and one.is_divided for one in weights)
+        return RowGroups(ends_E, _read_counts(ends_E, len(sorted_choices_R)) if counted else None, grouped)
 
     def multiply(
         self,
@@ -53,17 +50,21 @@ class RowGroups:
         add_to: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[R, Y]: each expert's rows times its weight [X, Y], or [Y, X] where `transposed`; into `add_to`, in place."""
-        if self.counts is None:
-            assert isinstance(weights, torch.Tensor), "quantised weights are dequantised one by one"
-            product_RY = F.grouped_mm(rows_RX, weights.mT if transposed else weights, offs=self.ends_E)
+        if self.grouped and isinstance(weights, QuantizedWeight) and weights.is_divided:
+            assert add_to is None
+            return self._multiply_in_parts(rows_RX, weights, transposed=transposed)
+        if self.grouped:
+            whole = read_weight(weights, rows_RX.dtype)
+            product_RY = F.grouped_mm(rows_RX, whole.mT if transposed else whole, offs=self.ends_E)
             return product_RY if add_to is None else add_to.add_(product_RY)
-        of_experts, sum_RY = split_weights(weights), add_to
+        sum_RY = add_to
         if sum_RY is None:
-            sum_RY = rows_RX.new_empty(len(rows_RX), of_experts[0].shape[0 if transposed else 1])
-        for rows, product, weight in zip(*self._split(rows_RX, sum_RY), of_experts, strict=True):
+            sum_RY = rows_RX.new_empty(len(rows_RX), weights.shape[1 if transposed else 2])
+        of_experts = weights.unbind() if isinstance(weights, torch.Tensor) else weights
+        for expert, (rows, product) in enumerate(zip(*self._split(rows_RX, sum_RY), strict=True)):
             if len(rows) == 0:
                 continue
-            matrix = read_weight(weight, rows.dtype)
+            matrix = read_weight(of_experts[expert], rows.dtype)
             matrix = matrix.t() if transposed else matrix
             if add_to is None:
                 torch.mm(rows, matrix, out=product)
@@ -71,10 +72,24 @@ class RowGroups:
                 product.addmm_(rows, matrix)
         return sum_RY
 
+    def _multiply_in_parts(self, rows_RX: torch.Tensor, weights: QuantizedWeight, *, transposed: bool) -> torch.Tensor:
+        """As `multiply`: of the dequantised weights no more than one part is held."""
+        assert self.counts is not None
+        product_RY = rows_RX.new_empty(len(rows_RX), weights.shape[1 if transposed else 2])
+        end = 0
+        for first in range(0, len(self.counts), weights.experts_at_once):
+            experts = slice(first, first + weights.experts_at_once)
+            start, end = end, end + sum(self.counts[experts])
+            if start < end:
+                groups = RowGroups(self.ends_E[experts] - start, self.counts[experts], grouped=True)
+                product_RY[start:end] = groups.multiply(rows_RX[start:end], weights[experts], transposed=transposed)
+        return product_RY
+
     def multiply_outer(self, rows_RY: torch.Tensor, rows_RX: torch.Tensor) -> torch.Tensor:
         """[E, Y, X], the sum of its rows' outer products; zeros for an expert without rows."""
-        if self.counts is None:
+        if self.grouped:
             return F.grouped_mm(rows_RY.t(), rows_RX, offs=self.ends_E)
+        assert self.counts is not None
         outer_EYX = rows_RX.new_empty(len(self.counts), rows_RY.shape[1], rows_RX.shape[1])
         for left, right, outer in zip(*self._split(rows_RY, rows_RX), outer_EYX, strict=True):
             torch.mm(left.t(), right, out=outer)

@@ -84,7 +84,8 @@ def _split_experts(one: TrainableParameter) -> list[TrainableParameter]:
             parameter=nn.Parameter(_select_expert(one.parameter, expert), requires_grad=False),
             full_shape=one.full_shape[1:],
             shard_dim=one.shard_dim - 1,
-            stack=(one, expert),
+            stack=(one, expert) if one.quantized is None else None,
+            quantized=None if one.quantized is None else one.quantized[expert],
         )
         for expert in range(one.full_shape[0])
     ]
@@ -109,7 +110,7 @@ def _name_expert(name: str, expert: int) -> str:
 def describe_base_parameters(gpt: ShardedGpt) -> list[TrainableParameter]:
     """Every parameter of this rank's base shard, adapters left out, in the module's order.
 
-    A linear of experts is one parameter [E, O, H] a layer, where it is quantised one for each expert.
+    A linear of experts is one parameter [E, O, H] a layer.
     """
     described = []
     for local_name, parameter in gpt.named_parameters():
@@ -123,10 +124,8 @@ def _describe_quantized(gpt: ShardedGpt) -> list[TrainableParameter]:
     described = []
     for local_name, module in gpt.named_modules():
         if isinstance(module, QuantizedWeight):
-            name, shape_only = canonical_name(gpt, local_name), _show_shape(module.shape, gpt.config.params_dtype)
-            if (of_expert := re.fullmatch(r"(.+\.weight)\.(\d+)", name)) is not None:
-                name = _name_expert(of_expert[1], int(of_expert[2]))
-            one = _describe(gpt, name, nn.Parameter(shape_only, requires_grad=False))
+            shape_only = nn.Parameter(_show_shape(module.shape, gpt.config.params_dtype), requires_grad=False)
+            one = _describe(gpt, canonical_name(gpt, local_name), shape_only)
             one.quantized = module
             described.append(one)
     return described

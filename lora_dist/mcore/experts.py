@@ -21,7 +21,7 @@ from lora_dist.base_format import LinearShape
 from lora_dist.lora.experts import ExpertAdapter, ExpertShard, Factors
 from lora_dist.lora.function import BaseWeight
 from lora_dist.lora.layer import LoraShard
-from lora_dist.lora.row_groups import GROUPED_MULTIPLE, ExpertWeights, can_group, split_weights
+from lora_dist.lora.row_groups import GROUPED_MULTIPLE, ExpertWeights, can_group
 from lora_dist.mcore.layers import allocate, bring_to_ranks
 from lora_dist.mcore.mixing import mix_experts
 from lora_dist.mcore.router import Router
@@ -47,8 +47,7 @@ class ExpertMlp(nn.Module):
     def choose_products(self, *, on_gpu: bool) -> None:
         """One call for all experts where the device has one, which a plan knows and its tensors do not."""
         sizes = self.config.hidden_size, self.linear_fc1.local_out_features // 2
-        is_native = isinstance(self.linear_fc1.weight, torch.Tensor)
-        self.grouped = is_native and can_group(self.config.params_dtype, *sizes, on_gpu=on_gpu)
+        self.grouped = can_group(self.config.params_dtype, *sizes, on_gpu=on_gpu)
 
     def forward(self, hidden_SBH: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """The output, under sequence parallelism this rank's share as the input is, and no bias."""
@@ -79,7 +78,7 @@ class ExpertMlp(nn.Module):
 class ExpertLinears(nn.Module):
     """The same linear of all experts: this rank's slices of their weights, and the adapters on them.
 
-    A native weight is one tensor [E, O, X], so that what watches, reduces and steps parameters has one a layer.
+    The weight is one, [E, O, X], so that what watches, reduces, steps or dequantises weights has one a layer.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class ExpertLinears(nn.Module):
         else:
             shape = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
             device = torch.cuda.current_device()
-            self.weight = nn.ModuleList(QuantizedWeight(base_format, shape, device=device) for _ in range(num_experts))
+            self.weight = QuantizedWeight(base_format, shape, num_experts=num_experts, device=device)
         self.lora: ExpertShard | None = None
 
     def stack_factors(self, dtype: torch.dtype, multiple_of: int) -> Factors | None:
@@ -126,6 +125,6 @@ def split_by_expert(shards: Mapping[str, LoraShard]) -> dict[WeightPlace, LoraSh
 def list_weights(linear: nn.Module) -> Iterator[tuple[int | None, BaseWeight]]:
     """The weight of a linear, or each expert's, with the expert's number."""
     if isinstance(linear, ExpertLinears):
-        yield from enumerate(split_weights(linear.weight))
+        yield from ((expert, linear.weight[expert]) for expert in range(linear.weight.shape[0]))
     else:
         yield None, cast(BaseWeight, linear.weight)

@@ -63,7 +63,7 @@ class _MixedExperts(torch.autograd.Function):
         ctx.first, ctx.second = first, second
         ctx.are_trained = isinstance(first, torch.Tensor) and first.requires_grad
         sorted_R, order_R = choices_TC.flatten().sort(stable=True)
-        groups = ctx.groups = RowGroups.find(sorted_R, len(first), grouped=grouped)
+        groups = ctx.groups = RowGroups.find(sorted_R, first, second, grouped=grouped)
         weights_R = weights_TC.flatten()[order_R]
         rows_RH = tokens_TH.index_select(0, order_R // weights_TC.shape[1])
         gate_up_R2F, first_z = _apply(rows_RH, first, (first_a, first_b), groups)

@@ -200,7 +200,7 @@ def _resident(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _count_parameters(gpt: nn.Module) -> int:
-    quantized = sum(weight.linear_shape.num_elements for weight in find_quantized(gpt))
+    quantized = sum(weight.shape.numel() for weight in find_quantized(gpt))
     return quantized + sum(_count_elements(parameter) for parameter in gpt.parameters())
 
 

@@ -1,12 +1,17 @@
 """The weight of one frozen linear's shard, quantised: filled once, dequantised for each product and dropped again.
 
-Shapes: O output features of the shard, H input features of the shard, K = H / 64 blocks of a row.
+Or those of one linear of all experts, one after the other, each stored as it would be alone.
+
+Shapes: E experts, O output features of the shard, H input features of the shard, K = H / 64 blocks of a row.
 """
+
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from lora_dist.base_format import LinearShape, check_blocks, compute_buffer_bytes
+from lora_dist.base_format import BLOCK, LinearShape, check_blocks, compute_buffer_bytes
 from lora_dist.quant.blocks import (
     dequantize_fp8,
     dequantize_nf4,
@@ -18,6 +23,8 @@ from lora_dist.quant.scales import compress_scales, expand_scales
 
 _ELEMENTS_AT_ONCE = 2**24
 """Weights quantised in one go: it bounds what the kernels need beside them."""
+_STACK_AT_ONCE = 2**28
+"""Weights of several experts dequantised in one go: half a GiB in 16 bits."""
 
 
 class QuantizedWeight(nn.Module):
@@ -30,19 +37,29 @@ class QuantizedWeight(nn.Module):
     scales: torch.Tensor
     ranges: torch.Tensor
 
-    def __init__(self, base_format: str, shape: LinearShape, *, device: torch.device | None = None) -> None:
-        """ValueError where blocks would cross rows, or where bitsandbytes is needed and missing."""
+    def __init__(
+        self,
+        base_format: str,
+        shape: LinearShape,
+        *,
+        num_experts: int | None = None,
+        device: torch.device | None = None,
+        memory: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """`shape` is one expert's; `memory` holds its buffers where it is a part of another.
+
+        ValueError where blocks would cross rows, or where bitsandbytes is needed and missing.
+        """
         super().__init__()
         check_blocks(base_format, shape.in_features)
         if base_format != "fp8":
             import_bitsandbytes()
-        self.base_format, self.linear_shape = base_format, shape
+        self.base_format, self.linear_shape, self.num_experts = base_format, shape, num_experts
+        stack = () if num_experts is None else (num_experts,)
+        self.shape = torch.Size((*stack, shape.out_features, shape.in_features))
         for name, nbytes in compute_buffer_bytes(base_format, shape).items():
-            self.register_buffer(name, torch.empty(nbytes, dtype=torch.uint8, device=device))
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.linear_shape.out_features, self.linear_shape.in_features))
+            own = torch.empty(*stack, nbytes, dtype=torch.uint8, device=device) if memory is None else memory[name]
+            self.register_buffer(name, own)
 
     @property
     def nbytes(self) -> int:
@@ -52,37 +69,58 @@ class QuantizedWeight(nn.Module):
     def device(self) -> torch.device:
         return self.codes.device
 
+    def __getitem__(self, experts: int | slice) -> "QuantizedWeight":
+        """One expert's weight, or those of neighbours as a stack, as of a tensor [E, O, H]: the same memory."""
+        assert self.num_experts is not None
+        num_experts = len(range(self.num_experts)[experts]) if isinstance(experts, slice) else None
+        memory = {name: buffer[experts] for name, buffer in self.named_buffers()}
+        return QuantizedWeight(self.base_format, self.linear_shape, num_experts=num_experts, memory=memory)
+
+    @property
+    def experts_at_once(self) -> int:
+        """Experts of a stack that are dequantised in one go, so many that the parts are as equal as can be."""
+        assert self.num_experts is not None
+        most = max(1, _STACK_AT_ONCE // self.linear_shape.num_elements)
+        return math.ceil(self.num_experts / math.ceil(self.num_experts / most))
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether a stack is too large to be dequantised in one go."""
+        assert self.num_experts is not None
+        return self.experts_at_once < self.num_experts
+
     @torch.no_grad()
-    def fill(self, weight_OH: torch.Tensor) -> None:
+    def fill(self, weight: torch.Tensor) -> None:
         """Quantise the shard's weight, some rows at a time, on its device; it is rounded to fp32 at the most."""
-        assert weight_OH.shape == self.shape
+        assert weight.shape == self.shape
         quantize = quantize_fp8 if self.base_format == "fp8" else quantize_nf4
-        codes = self.codes.view(self.shape[0], -1)
-        scales_OK = torch.empty(self.shape[0], self.linear_shape.num_scales // self.shape[0], device=self.device)
-        num_rows = max(1, _ELEMENTS_AT_ONCE // self.shape[1])
-        for start in range(0, self.shape[0], num_rows):
+        weight_OH = weight.view(-1, self.linear_shape.in_features)
+        codes = self.codes.view(len(weight_OH), -1)
+        scales_OK = torch.empty(len(weight_OH), weight_OH.shape[1] // BLOCK, device=self.device)
+        num_rows = max(1, _ELEMENTS_AT_ONCE // weight_OH.shape[1])
+        for start in range(0, len(weight_OH), num_rows):
             rows = slice(start, start + num_rows)
             some_codes, scales_OK[rows] = quantize(weight_OH[rows].float())
             codes[rows] = some_codes.view_as(codes[rows])
         self._write_scales(scales_OK)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """A new tensor [O, H] in `dtype` (fp32, bf16 or fp16)."""
+        """A new tensor [O, H] or [E, O, H] in `dtype` (fp32, bf16 or fp16)."""
         dequantize = dequantize_fp8 if self.base_format == "fp8" else dequantize_nf4
-        return dequantize(self.codes, self._read_scales(), dtype)
+        return dequantize(self.codes, self._read_scales(), dtype).view(self.shape)
 
     def _write_scales(self, scales_OK: torch.Tensor) -> None:
         if self.base_format != "nf4_double":
-            self.scales.copy_(scales_OK.flatten().view(torch.uint8))
+            self.scales.copy_(scales_OK.view(torch.uint8).view_as(self.scales))
             return
         codes_NG, ranges_N2 = compress_scales(scales_OK, self.linear_shape)
-        self.scales.copy_(codes_NG.flatten())
-        self.ranges.copy_(ranges_N2.flatten().view(torch.uint8))
+        self.scales.copy_(codes_NG.reshape(self.scales.shape))
+        self.ranges.copy_(ranges_N2.view(torch.uint8).view_as(self.ranges))
 
     def _read_scales(self) -> torch.Tensor:
-        """fp32 [O, K]."""
+        """fp32 [O, K], the experts' one after the other."""
         if self.base_format != "nf4_double":
-            return self.scales.view(torch.float32).view(self.shape[0], -1)
+            return self.scales.view(torch.float32).view(-1, self.linear_shape.in_features // BLOCK)
         codes_NG = self.scales.view(-1, self.linear_shape.group_size)
         return expand_scales(codes_NG, self.ranges.view(torch.float32).view(-1, 2), self.linear_shape)
 

@@ -23,6 +23,7 @@ from lora_dist.config import (
     TopologyConfig,
     ZeroConfig,
 )
+from lora_dist.mcore import experts
 from lora_dist.mcore.parallel import build_topology
 from lora_dist.measure.collectives import Collective, count_collectives
 from lora_dist.measure.flops import count_flops
@@ -30,7 +31,9 @@ from lora_dist.measure.ledger import StaticLedger, StepLedger, measure_static, o
 from lora_dist.measure.optimizer_state import check_optimizer_state
 from lora_dist.plan.execute import build_batches, compute_world_size
 from lora_dist.plan.job import execute_all
-from lora_dist.plan.live_bytes import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, SAVED
+from lora_dist.plan.live_bytes import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, SAVED, TRANSIENT
+from lora_dist.plan.process_plan import ProcessPlan
+from lora_dist.quant import weight as quant_weight
 from lora_dist.run import build_engine
 
 TOLERANCE = 0.03
@@ -271,7 +274,23 @@ def is_close(planned: int, real: int) -> bool:
 
 @pytest.mark.parametrize("name", CASES)
 def test_plan_is_what_happens(name: str) -> None:
-    config = build_config(**CASES[name])
+    check_plan(build_config(**CASES[name]))
+
+
+def test_plan_is_what_happens_to_stacks_of_quantised_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one product for several of them, as on a GPU in bf16: for all eight, then for two each time."""
+    monkeypatch.setattr(experts, "can_group", lambda *_, **__: True)
+    model = replace(EXPERTS, num_layers=1, ffn_hidden_size=512, experts_per_token=1, base_format="nf4")
+    config = build_config(model=model, lora=EXPERT_LORA, topology={"tp_size": 2}, dtype="bf16")
+    largest = []
+    for at_once in (8, 2):
+        monkeypatch.setattr(quant_weight, "_STACK_AT_ONCE", at_once * 512 * 128)
+        largest.append(check_plan(config)[0].largest[TRANSIENT])
+    assert largest[0] > largest[1] + 4 * 2 * 512 * 128
+
+
+def check_plan(config: RunConfig) -> list[ProcessPlan]:
+    """Plan it and run it; the plans."""
     world_size = compute_world_size(config)
     stages = range(config.topology.pp_size)
     plans = execute_all([(config, world_size, stage) for stage in stages], 2)
@@ -293,3 +312,4 @@ def test_plan_is_what_happens(name: str) -> None:
         assert (1 - TOLERANCE) * least <= plan.peak_bytes <= (1 + TOLERANCE) * real.peaks.all
         if config.zero.stage < 3:
             assert sum(plan.ledger.values()) == plan.peak_bytes
+    return plans

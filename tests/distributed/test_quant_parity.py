@@ -10,9 +10,11 @@ from toy import MODEL, Case, build_batches, build_case, gather_whole
 from lora_dist.config import LoraConfig, OptimConfig, ZeroConfig
 from lora_dist.engine import Engine
 from lora_dist.lora.layer import LoraShard
+from lora_dist.mcore import experts
 from lora_dist.mcore.rounded import apply_rounding
 from lora_dist.mcore.schedule import forward_backward
 from lora_dist.measure.collectives import Collective, count_collectives
+from lora_dist.quant import weight as quant_weight
 from lora_dist.zero.engine import build_zero_engine
 
 NUM_STEPS = 3
@@ -140,6 +142,19 @@ def test_every_topology_trains_alike(
 def test_other_formats(adapters: str, base_format: str, options: dict, oracles: dict[tuple[str, str], Trained]) -> None:
     case = build(adapters, base_format, **options)
     assert_alike(run_distributed(train, case.world_size, case), oracles[adapters, base_format])
+
+
+@pytest.mark.parametrize("options", [{}, {"tp_size": 2, "sequence_parallel": True}, {"recompute": "full"}], ids=str)
+@pytest.mark.parametrize("at_once", [3, 1])
+def test_experts_are_dequantised_together_or_in_parts(
+    at_once: int, options: dict, oracles: dict[tuple[str, str], Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU in bf16; here in fp32, which is the most that the product for several experts takes."""
+    monkeypatch.setattr(experts, "can_group", lambda *_, **__: True)
+    case = build("experts", "nf4_double", **options)
+    sizes = 2 * case.model.ffn_hidden_size // options.get("tp_size", 1) * case.model.hidden_size
+    monkeypatch.setattr(quant_weight, "_STACK_AT_ONCE", at_once * sizes)
+    assert_alike(run_distributed(train, case.world_size, case), oracles["experts", "nf4_double"])
 
 
 def test_the_formats_are_told_apart(oracles: dict[tuple[str, str], Trained]) -> None:

@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lora_dist.base_format import BLOCK, LinearShape
 from lora_dist.lora.experts import Factors
 from lora_dist.mcore.mixing import mix_experts
 from lora_dist.measure.flops import count_flops
+from lora_dist.quant import weight as quant_weight
+from lora_dist.quant.weight import QuantizedWeight
 
 T, C, E, H, FEATURES, K = 7, 2, 4, 12, 8, 4
 
@@ -39,7 +42,7 @@ def mix_one_by_one(
             matrices.append(weights[expert] + update)
         gate, up = (matrices[0] @ tokens_TH[token]).chunk(2)
         rows.append(weights_TC[token, choice] * (matrices[1] @ (F.silu(gate) * up)))
-    return torch.stack(rows).view(T, C, H).sum(1)
+    return torch.stack(rows).view(T, C, -1).sum(1)
 
 
 @pytest.mark.parametrize("adapted", [(False, False), (True, False), (False, True), (True, True)], ids=str)
@@ -81,6 +84,38 @@ def test_output_and_gradients(
     assert all(grad.abs().max() > 0 for grad in computed[0][1 : 1 + 2 * below_trains])
     for actual, expected in zip(*computed, strict=True):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+def quantize(base_format: str, weights_EOH: torch.Tensor, *, column_parallel: bool) -> QuantizedWeight:
+    out_features, in_features = weights_EOH.shape[1:]
+    shape = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
+    quantized = QuantizedWeight(base_format, shape, num_experts=len(weights_EOH))
+    quantized.fill(weights_EOH)
+    return quantized
+
+
+@pytest.mark.parametrize("base_format", ["nf4", "nf4_double", "fp8"])
+@pytest.mark.parametrize(("grouped", "at_once"), [(False, None), (True, 5), (True, 2), (True, 1)], ids=str)
+def test_quantised_weights_are_those_they_are_dequantised_to(
+    base_format: str, grouped: bool, at_once: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once or in parts, of which one has no row, and one no row of its first expert."""
+    draw.generator.manual_seed(0)
+    monkeypatch.setattr(draw, "dtype", torch.float32)
+    if at_once is not None:
+        monkeypatch.setattr(quant_weight, "_STACK_AT_ONCE", at_once * 2 * BLOCK * BLOCK)
+    tokens_TH, weights_TC, doutput_TH = draw(T, BLOCK), draw(T, C), draw(T, BLOCK, requires_grad=False)
+    choices_TC = torch.tensor([[4, 1], [1, 4]] * 3 + [[1, 4]])  # none is the first one's, the third's or the fourth's
+    weights = [draw(5, *size, requires_grad=False) for size in ((2 * BLOCK, BLOCK), (BLOCK, BLOCK))]
+    factors = [(draw(5, 8, BLOCK), draw(5, size, 8)) for size in (2 * BLOCK, BLOCK)]
+    quantized = [quantize(base_format, one, column_parallel=one is weights[0]) for one in weights]
+    exact = [one.dequantize(torch.float32) for one in quantized]
+    inputs, computed = [tokens_TH, weights_TC, *factors[0], *factors[1]], []
+    for mix, given in ((partial(mix_experts, grouped=grouped), quantized), (mix_one_by_one, exact)):
+        output_TH = mix(tokens_TH, weights_TC, choices_TC, *given, *factors)
+        computed.append([output_TH.detach(), *torch.autograd.grad(output_TH, inputs, doutput_TH)])
+    for actual, expected in zip(*computed, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5 * expected.abs().max().item())
 
 
 def test_no_input_gradient_is_computed_where_none_is_asked_for() -> None:

@@ -90,6 +90,40 @@ def test_filling_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(quantize("nf4_double", draw_weight()).dequantize(torch.float32), whole)
 
 
+@pytest.mark.parametrize("column_parallel", [True, False])
+@pytest.mark.parametrize("base_format", FORMATS)
+def test_a_stack_holds_what_each_expert_alone_would(base_format: str, column_parallel: bool) -> None:
+    """nf4_double would have other groups of scales, over several experts, were 3 x 96 rows one weight's."""
+    weights_EOH = draw_weight(3 * 96).view(3, 96, H)
+    shape = LinearShape(out_features=96, in_features=H, column_parallel=column_parallel)
+    alone = [quantize(base_format, weight_OH, column_parallel=column_parallel) for weight_OH in weights_EOH]
+    at_once, one_by_one = (QuantizedWeight(base_format, shape, num_experts=3) for _ in range(2))
+    at_once.fill(weights_EOH)
+    for expert, weight_OH in enumerate(weights_EOH):
+        one_by_one[expert].fill(weight_OH)
+    for stack in (at_once, one_by_one):
+        assert stack.nbytes == 3 * compute_weight_bytes(base_format, shape, 2)
+        buffers = dict(stack.named_buffers())
+        for expert, own in enumerate(alone):
+            assert {name: buffer.shape for name, buffer in own.named_buffers()} == {
+                name: buffer[expert].shape for name, buffer in buffers.items()
+            }
+            assert all(torch.equal(buffers[name][expert], buffer) for name, buffer in own.named_buffers())
+        expected_EOH = torch.stack([own.dequantize(torch.bfloat16) for own in alone])
+        assert torch.equal(stack.dequantize(torch.bfloat16), expected_EOH)
+        assert torch.equal(stack[1:3].dequantize(torch.bfloat16), expected_EOH[1:])
+        assert torch.equal(stack[2].dequantize(torch.bfloat16), expected_EOH[2])
+
+
+@pytest.mark.parametrize(("most", "parts"), [(10, [10]), (9, [5, 5]), (4, [4, 4, 2]), (1, [1] * 10), (0.5, [1] * 10)])
+def test_a_stack_is_dequantised_in_equal_parts(most: float, parts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = QuantizedWeight("fp8", LinearShape(out_features=3, in_features=64, column_parallel=True), num_experts=10)
+    monkeypatch.setattr(quant_weight, "_STACK_AT_ONCE", int(most * 3 * 64))
+    starts = range(0, 10, stack.experts_at_once)
+    assert [stack[start : start + stack.experts_at_once].shape[0] for start in starts] == parts
+    assert stack.is_divided == (len(parts) > 1)
+
+
 @pytest.mark.parametrize(
     ("base_format", "column_parallel", "bits"),
     [
