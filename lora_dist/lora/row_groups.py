@@ -35,10 +35,15 @@ class RowGroups:
 
     @staticmethod
     def find(sorted_choices_R: torch.Tensor, *weights: ExpertWeights, grouped: bool) -> "RowGroups":
-        """Out of each row's expert, ascending. The host waits for the numbers where it divides rows or `weights`."""
+        """Out of each row's expert, ascending. The host waits for the numbers where it divides rows or `weights`.
+
+        Of quantised weights fewer rows than experts, as when a text is generated, leave most as they are.
+        """
         experts_E = torch.arange(weights[0].shape[0], device=sorted_choices_R.device)
         ends_E = torch.searchsorted(sorted_choices_R, experts_E, right=True, out_int32=True)
-        counted = not grouped or any(isinstance(one, QuantizedWeight) and one.is_divided for one in weights)
+        quantized = [one for one in weights if isinstance(one, QuantizedWeight)]
+        grouped = grouped and (not quantized or len(sorted_choices_R) >= len(experts_E))
+        counted = not grouped or any(one.is_divided for one in quantized)
         return RowGroups(ends_E, _read_counts(ends_E, len(sorted_choices_R)) if counted else None, grouped)
 
     def multiply(

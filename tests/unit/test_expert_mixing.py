@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from lora_dist.base_format import BLOCK, LinearShape
 from lora_dist.lora.experts import Factors
+from lora_dist.lora.row_groups import RowGroups
 from lora_dist.mcore.mixing import mix_experts
 from lora_dist.measure.flops import count_flops
 from lora_dist.quant import weight as quant_weight
@@ -116,6 +117,17 @@ def test_quantised_weights_are_those_they_are_dequantised_to(
         computed.append([output_TH.detach(), *torch.autograd.grad(output_TH, inputs, doutput_TH)])
     for actual, expected in zip(*computed, strict=True):
         torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5 * expected.abs().max().item())
+
+
+def test_few_rows_leave_most_quantised_experts_as_they_are() -> None:
+    draw.generator.manual_seed(0)
+    native = draw(4, BLOCK, BLOCK, requires_grad=False)
+    quantized, choices_R = quantize("fp8", native, column_parallel=True), torch.tensor([1, 1, 3])
+    few = RowGroups.find(choices_R, quantized, quantized, grouped=True)
+    assert (few.grouped, few.counts) == (False, [0, 2, 0, 1])
+    enough = RowGroups.find(torch.tensor([1, 1, 3, 3]), quantized, quantized, grouped=True)
+    assert (enough.grouped, enough.counts) == (True, None)
+    assert RowGroups.find(choices_R, native, native, grouped=True).grouped
 
 
 def test_no_input_gradient_is_computed_where_none_is_asked_for() -> None:
