@@ -5,6 +5,7 @@ quantised weight is a slice of the whole quantised weight on every topology.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from lora_dist.refusals import require
 
@@ -35,8 +36,7 @@ class LinearShape:
     @property
     def group_size(self) -> int:
         """Scales of one group of nf4_double: they lie along the dimension that TP leaves whole."""
-        length = self.in_features // BLOCK if self.column_parallel else self.out_features
-        return max(size for size in range(1, min(length, _MAX_GROUP) + 1) if length % size == 0)
+        return _find_group_size(self.in_features // BLOCK if self.column_parallel else self.out_features)
 
     def cut(self, tp_size: int) -> "LinearShape":
         """One of `tp_size` shards."""
@@ -46,6 +46,11 @@ class LinearShape:
             in_features=self.in_features // columns,
             column_parallel=self.column_parallel,
         )
+
+
+@cache
+def _find_group_size(length: int) -> int:
+    return max(size for size in range(1, min(length, _MAX_GROUP) + 1) if length % size == 0)
 
 
 def check_frozen(base_format: str, *, method: str, zero_stage: int) -> None:

@@ -51,15 +51,17 @@ class QuantizedWeight(nn.Module):
         ValueError where blocks would cross rows, or where bitsandbytes is needed and missing.
         """
         super().__init__()
-        check_blocks(base_format, shape.in_features)
-        if base_format != "fp8":
-            import_bitsandbytes()
         self.base_format, self.linear_shape, self.num_experts = base_format, shape, num_experts
         stack = () if num_experts is None else (num_experts,)
         self.shape = torch.Size((*stack, shape.out_features, shape.in_features))
-        for name, nbytes in compute_buffer_bytes(base_format, shape).items():
-            own = torch.empty(*stack, nbytes, dtype=torch.uint8, device=device) if memory is None else memory[name]
-            self.register_buffer(name, own)
+        if memory is None:
+            check_blocks(base_format, shape.in_features)
+            if base_format != "fp8":
+                import_bitsandbytes()
+            sizes = compute_buffer_bytes(base_format, shape)
+            memory = {name: torch.empty(*stack, size, dtype=torch.uint8, device=device) for name, size in sizes.items()}
+        for name, buffer in memory.items():
+            self.register_buffer(name, buffer)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +75,7 @@ class QuantizedWeight(nn.Module):
         """One expert's weight, or those of neighbours as a stack, as of a tensor [E, O, H]: the same memory."""
         assert self.num_experts is not None
         num_experts = len(range(self.num_experts)[experts]) if isinstance(experts, slice) else None
-        memory = {name: buffer[experts] for name, buffer in self.named_buffers()}
+        memory = {name: buffer[experts] for name, buffer in self.named_buffers(recurse=False)}
         return QuantizedWeight(self.base_format, self.linear_shape, num_experts=num_experts, memory=memory)
 
     @property

@@ -56,6 +56,7 @@ CASES = {
     "packed-graphs": (["cuda_graphs=true"], 1e-5),
     "experts": (EXPERTS, 1e-5),
     "experts-nf4": ([*EXPERTS, "model.base_format=nf4"], 1e-5),
+    "experts-nf4-bf16": ([*EXPERTS, "model.base_format=nf4", "dtype=bf16"], 2e-2),
     "experts-full": ([*EXPERTS, "method=full", "optim.lr=1e-3"], 1e-5),
     "experts-bf16": ([*EXPERTS, "dtype=bf16"], 2e-2),
     "latent": (LATENT, 1e-5),
