@@ -65,11 +65,11 @@ class RowGroups:
         sum_RY = add_to
         if sum_RY is None:
             sum_RY = rows_RX.new_empty(len(rows_RX), weights.shape[1 if transposed else 2])
-        of_experts = weights.unbind() if isinstance(weights, torch.Tensor) else weights
+        of_experts = weights if isinstance(weights, QuantizedWeight) else weights.unbind()
         for expert, (rows, product) in enumerate(zip(*self._split(rows_RX, sum_RY), strict=True)):
             if len(rows) == 0:
                 continue
-            matrix = read_weight(of_experts[expert], rows.dtype)
+            matrix = of_experts[expert] if isinstance(of_experts, tuple) else of_experts.dequantize(rows.dtype, expert)
             matrix = matrix.t() if transposed else matrix
             if add_to is None:
                 torch.mm(rows, matrix, out=product)
@@ -87,7 +87,9 @@ class RowGroups:
             start, end = end, end + sum(self.counts[experts])
             if start < end:
                 groups = RowGroups(self.ends_E[experts] - start, self.counts[experts], grouped=True)
-                product_RY[start:end] = groups.multiply(rows_RX[start:end], weights[experts], transposed=transposed)
+                product_RY[start:end] = groups.multiply(
+                    rows_RX[start:end], weights.dequantize(rows_RX.dtype, experts), transposed=transposed
+                )
         return product_RY
 
     def multiply_outer(self, rows_RY: torch.Tensor, rows_RX: torch.Tensor) -> torch.Tensor:

@@ -106,10 +106,12 @@ class QuantizedWeight(nn.Module):
             codes[rows] = some_codes.view_as(codes[rows])
         self._write_scales(scales_OK)
 
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """A new tensor [O, H] or [E, O, H] in `dtype` (fp32, bf16 or fp16)."""
+    def dequantize(self, dtype: torch.dtype, experts: int | slice = slice(None)) -> torch.Tensor:
+        """A new tensor [O, H] or [E, O, H] in `dtype` (fp32, bf16 or fp16); of a stack the whole, or these experts'."""
         dequantize = dequantize_fp8 if self.base_format == "fp8" else dequantize_nf4
-        return dequantize(self.codes, self._read_scales(), dtype).view(self.shape)
+        weight_OH = dequantize(self.codes[experts].view(-1), self._read_scales(experts), dtype)
+        is_stack = self.num_experts is not None and isinstance(experts, slice)
+        return weight_OH.view(-1, *self.shape[-2:]) if is_stack else weight_OH
 
     def _write_scales(self, scales_OK: torch.Tensor) -> None:
         if self.base_format != "nf4_double":
@@ -119,12 +121,13 @@ class QuantizedWeight(nn.Module):
         self.scales.copy_(codes_NG.reshape(self.scales.shape))
         self.ranges.copy_(ranges_N2.view(torch.uint8).view_as(self.ranges))
 
-    def _read_scales(self) -> torch.Tensor:
+    def _read_scales(self, experts: int | slice) -> torch.Tensor:
         """fp32 [O, K], the experts' one after the other."""
+        scales = self.scales[experts]
         if self.base_format != "nf4_double":
-            return self.scales.view(torch.float32).view(-1, self.linear_shape.in_features // BLOCK)
-        codes_NG = self.scales.view(-1, self.linear_shape.group_size)
-        return expand_scales(codes_NG, self.ranges.view(torch.float32).view(-1, 2), self.linear_shape)
+            return scales.view(torch.float32).view(-1, self.linear_shape.in_features // BLOCK)
+        codes_NG = scales.view(-1, self.linear_shape.group_size)
+        return expand_scales(codes_NG, self.ranges[experts].view(torch.float32).view(-1, 2), self.linear_shape)
 
 
 def build_quantized_weight(base_format: str, weight_OH: torch.Tensor, *, column_parallel: bool) -> QuantizedWeight:
