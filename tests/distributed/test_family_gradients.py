@@ -30,7 +30,7 @@ TOPOLOGIES = [
 
 
 def build_toy(family: str, **options: object) -> ModelConfig:
-    sizes = {"num_layers": 4, "hidden_size": 32, "num_heads": 8, "ffn_hidden_size": 40, "vocab_size": 101}
+    sizes = {"num_layers": 3, "hidden_size": 32, "num_heads": 8, "ffn_hidden_size": 40, "vocab_size": 101}
     return ModelConfig(name=family, family=family, max_position_embeddings=32, **sizes | options)  # type: ignore[arg-type]
 
 
@@ -83,7 +83,9 @@ def run_case(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def build_case_of(name: str, method: str, **options: object) -> Case:
-    there = {target for layer in range(4) for target in compute_linear_shapes(MODELS[name], layer)}
+    there = {
+        target for layer in range(MODELS[name].num_layers) for target in compute_linear_shapes(MODELS[name], layer)
+    }
     targets = [target for target in CANONICAL_TARGETS if target in there]
     lora = LoraConfig(rank=3, target_modules=targets)
     return Case(model=MODELS[name], method=method, lora=lora, **options)  # type: ignore[arg-type]

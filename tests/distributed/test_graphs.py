@@ -19,24 +19,28 @@ from lora_dist.mcore.graphs import MicrobatchGraphs
 from lora_dist.mcore.schedule import forward_backward
 
 NUM_STEPS = 3
-LLAMA = replace(MODEL, name="llama", family="llama", num_kv_heads=2)
+TOY = replace(MODEL, num_layers=2)
+LLAMA = replace(TOY, name="llama", family="llama", num_kv_heads=2)
 GEMMA = replace(
-    MODEL, name="gemma", family="gemma3_text", num_kv_heads=2, sliding_window=8, full_attention_layers=[2],
+    TOY, name="gemma", family="gemma3_text", num_kv_heads=2, sliding_window=8, full_attention_layers=[1],
     local_rope_theta=100.0,
 )  # fmt: skip
 ALL = LoraConfig(rank=3, target_modules=["all"])
 DROPOUT = LoraConfig(rank=3, target_modules=["q_proj", "v_proj", "down_proj"], dropout=0.3)
 CASES = {
-    "lora": Case(),
-    "dropout": Case(lora=DROPOUT),
-    "tp": Case(tp_size=2, lora=DROPOUT),
-    "sp": Case(tp_size=2, sequence_parallel=True, lora=DROPOUT),
-    "dp": Case(dp_size=2),
+    "lora": Case(model=TOY),
+    "dropout": Case(model=TOY, lora=DROPOUT),
+    "tp": Case(model=TOY, tp_size=2, lora=DROPOUT),
+    "sp": Case(model=TOY, tp_size=2, sequence_parallel=True, lora=DROPOUT),
+    "dp": Case(model=TOY, dp_size=2),
     "llama": Case(model=LLAMA, lora=ALL),
     "windows": Case(model=GEMMA, lora=ALL),
-    "dora": Case(lora=replace(ALL, use_dora=True)),
-    "full": Case(method="full", label_smoothing=0.1),
-    **{name: Case(method=name) for name in ("bitfit", "adapter_h", "adapter_l", "prefix_embed", "prefix_layer")},
+    "dora": Case(model=TOY, lora=replace(ALL, use_dora=True)),
+    "full": Case(model=TOY, method="full", label_smoothing=0.1),
+    **{
+        name: Case(model=TOY, method=name)
+        for name in ("bitfit", "adapter_h", "adapter_l", "prefix_embed", "prefix_layer")
+    },
 }
 Trained = tuple[list[float], list[dict[str, torch.Tensor]], tuple[int, int]]
 

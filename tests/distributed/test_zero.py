@@ -15,10 +15,11 @@ from lora_dist.zero.engine import build_zero_engine
 NUM_STEPS = 3
 # The gradient of a key's bias is zero but for rounding, which Adam would blow up to whole steps under a small eps.
 OPTIM = OptimConfig(lr=3e-3, clip_grad_norm=0.5, weight_decay=0.1, lora_plus_ratio=4.0, eps=1e-4)
-LORA = Case(dtype=torch.float32, lora=LoraConfig(rank=3, target_modules=["all"], dropout=0.2, bias="all"))
-FULL = Case(dtype=torch.float32, method="full")
+TOY = replace(MODEL, num_layers=2)
+LORA = Case(dtype=torch.float32, model=TOY, lora=LoraConfig(rank=3, target_modules=["all"], dropout=0.2, bias="all"))
+FULL = Case(dtype=torch.float32, model=TOY, method="full")
 EXPERTS = replace(
-    MODEL, family="glm4_moe", ffn_hidden_size=40, num_experts=5, experts_per_token=2, init_std=0.1, shared_ffn_size=24,
+    TOY, family="glm4_moe", ffn_hidden_size=40, num_experts=5, experts_per_token=2, init_std=0.1, shared_ffn_size=24,
     num_dense_layers=1, dense_ffn_size=48,
 )  # fmt: skip
 EXPERT_TARGETS = ["v_proj", "gate_proj", "up_proj", "down_proj", "shared_gate_proj", "shared_down_proj"]
@@ -139,7 +140,7 @@ def test_experts_train_like_plain_torch(case: Case) -> None:
         )
 
 
-LARGE = {"num_layers": 2, "hidden_size": 256}
+LARGE = {"hidden_size": 256}
 LARGE_MODELS = {
     "experts": replace(EXPERTS, **LARGE, ffn_hidden_size=208, num_experts=3, shared_ffn_size=208, dense_ffn_size=208),
     "latents": replace(
