@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from operations import find_tensors, identify_storage, note_waits
+from operations import identify_storage, note_waits
 from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_dist.plan.tensors import find_tensors
 
 LABELLED = torch.device("cpu", 0)
 """Stands for the GPU: torch computes on it as on `cpu`, and hands it on as it was asked for."""

@@ -1,4 +1,4 @@
-"""What tests that watch operations share: tensors among arguments, what waits for the device, and for a collective."""
+"""What tests that watch operations share: what a storage is, what waits for the device, and for a collective."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +12,6 @@ DEVICE_WAITS = {
     *(_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default, _aten.masked_select.default)
 }
 """What needs a value on the host."""
-
-
-def find_tensors(value: Any) -> list[torch.Tensor]:
-    """Those in tuples, lists and dictionaries; torch's own walk takes a multiple of most operations' time."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, tuple | list):
-        return []
-    return [tensor for part in value for tensor in find_tensors(part)]
 
 
 def identify_storage(tensor: torch.Tensor) -> int:

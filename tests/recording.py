@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from operations import DEVICE_WAITS, find_tensors, identify_storage, note_waits
+from operations import DEVICE_WAITS, identify_storage, note_waits
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_dist.plan.tensors import find_tensors
 
 _Operation = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from lora_dist.config import HardwareConfig
 from lora_dist.measure.collectives import Collective
 from lora_dist.measure.flops import build_flop_formulas
+from lora_dist.plan.tensors import find_tensors
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ALLOCATING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense"}
@@ -33,7 +33,7 @@ class ComputeClock:
         self.flops += flops
         if func.is_view or func._overloadpacket.__name__ in _ALLOCATING:
             return
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        tensors = find_tensors((args, kwargs, out))
         nbytes = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
         computing = flops / self._rate(tensors[0].dtype) if flops else 0.0
         self.seconds += max(computing, nbytes / self._bytes_per_s, self._launch_s)

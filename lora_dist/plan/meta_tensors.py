@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from lora_dist.plan.tensors import find_tensors
 
 _aten = torch.ops.aten
 _META = torch.device("meta")
@@ -73,7 +74,7 @@ def _are_new(outputs: Sequence[Any], inputs: Any) -> bool:
     """True where each output has a storage of its own and the others are plain numbers."""
     if not all(isinstance(one, torch.Tensor | int | float | None) for one in outputs):
         return False
-    tensors = [leaf for leaf in (*outputs, *tree_leaves(inputs)) if isinstance(leaf, torch.Tensor)]
+    tensors = find_tensors((outputs, inputs))
     storages = [tensor.untyped_storage()._cdata for tensor in tensors]
     made = [one.untyped_storage()._cdata for one in outputs if isinstance(one, torch.Tensor)]
     return all(storages.count(storage) == 1 for storage in made)

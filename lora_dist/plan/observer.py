@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lora_dist.plan.clock import ComputeClock
 from lora_dist.plan.live_bytes import LOGITS, TRANSIENT, LiveBytes
+from lora_dist.plan.tensors import find_tensors
 
 
 class Observer(TorchDispatchMode):
@@ -23,15 +22,11 @@ class Observer(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace == "c10d":
-            for tensor in _find_tensors(args):
+            for tensor in find_tensors(args):
                 self._live.note_communication(tensor)
             return out
-        for tensor in _find_tensors(out):
+        for tensor in find_tensors(out):
             has_vocab_columns = tensor.ndim > 1 and tensor.shape[-1] == self._num_vocab_rows
             self._live.see(tensor, LOGITS if has_vocab_columns else TRANSIENT)
         self._clock.add(func, args, kwargs, out)
         return out
-
-
-def _find_tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
