@@ -4,6 +4,7 @@ Shapes: S sequence, B rows, A attention heads of this rank, D features of a head
 fewer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import nn
 
 from lora_dist.batch import RowBlocks
 from lora_dist.generation.cache import LayerCache
+from lora_dist.mcore.layers import allocate
+from lora_dist.mcore.sinks import attend_with_sinks, choose_kernel
 
 _BIAS_ALIGNMENT = 8
 """Elements; the memory-efficient kernel takes rows that begin at multiples of so many, and copies others."""
@@ -76,12 +79,46 @@ class SdpaAttention(nn.Module):
     ) -> torch.Tensor:
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBAD, key_SBAD, value_SBAV))
         if isinstance(mask, tuple):
-            return _attend_in_blocks(query, key, value, mask, dropout, self.scale).flatten(2)
+            return _attend_in_blocks(query, key, value, mask, self._attend, dropout).flatten(2)
         if self.cache is not None:
             key, value = self.cache.append(key, value)
-        out = _attend(query, key, value, mask, dropout, self.scale)
+        out = self._attend(query, key, value, mask, dropout)
         # In a plain layout, or matmul would make one small product a position of the next linear's one large product.
         return out.permute(2, 0, 1, 3).flatten(0, 1).reshape(*query_SBAD.shape[:2], -1)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        return _attend(query, key, value, mask, dropout, self.scale)
+
+
+class SinkAttention(SdpaAttention):
+    """The same with a sink for each head (`lora_dist.mcore.sinks`)."""
+
+    def __init__(self, config: TransformerConfig, **options: Any) -> None:
+        super().__init__(config, **options)
+        num_heads = config.num_attention_heads // config.tensor_model_parallel_size
+        self.sinks = nn.Parameter(allocate(num_heads, config=config))
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        assert dropout == 0.0, "the configuration refuses it"
+        bias = None if mask is None else _as_bias(mask, query.dtype)
+        kernel = choose_kernel(query, bias)
+        if key.shape[1] < query.shape[1] and not kernel.takes_shared_heads:
+            key, value = write_out_heads(key, query), write_out_heads(value, query)
+        return attend_with_sinks(query, key, value, self.sinks, bias, self.scale, kernel)
 
 
 def _attend_in_blocks(
@@ -89,8 +126,8 @@ def _attend_in_blocks(
     key: torch.Tensor,
     value: torch.Tensor,
     row_blocks: RowBlocks,
+    attend: Callable[..., torch.Tensor],
     dropout: float,
-    scale: float | None,
 ) -> torch.Tensor:
     """[S, B, A, V] of [B, heads, S, D] and [B, heads, S, V]; scores of two positions in different blocks are never
     computed.
@@ -99,7 +136,7 @@ def _attend_in_blocks(
     # Split, not indexed: its backward joins the parts' gradients, where that of an index fills up a tensor for each.
     for lengths, q, k, v in zip(row_blocks, query.split(1), key.split(1), value.split(1), strict=True):
         blocks = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
-        rows.append(torch.cat([_attend(*block, None, dropout, scale).permute(2, 0, 1, 3) for block in blocks]))
+        rows.append(torch.cat([attend(*block, None, dropout).permute(2, 0, 1, 3) for block in blocks]))
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
@@ -149,11 +186,18 @@ def compute_attention_bias(
     Padding looks at itself, so that no row of the softmax is empty. One for all layers: of truth values, attention
     would make such a tensor in each layer, and keep it for backward.
     """
-    B, S = block_ids_BS.shape
+    S = block_ids_BS.shape[1]
     causal_SS = torch.ones(S, S, dtype=torch.bool, device=block_ids_BS.device).tril()
     if sliding_window is not None:
         causal_SS = causal_SS.triu(1 - sliding_window)
     same_BSS = block_ids_BS[:, :, None] == block_ids_BS[:, None, :]
-    may_look_B1SS = (same_BSS & causal_SS)[:, None]
-    room = torch.zeros(B, 1, S, -(-S // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT, dtype=dtype, device=block_ids_BS.device)
-    return room[..., :S].masked_fill_(~may_look_B1SS, float("-inf"))
+    return _as_bias((same_BSS & causal_SS)[:, None], dtype)
+
+
+def _as_bias(mask_B1SK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a position may look, else -inf; what is a bias already stays."""
+    if mask_B1SK.dtype != torch.bool:
+        return mask_B1SK
+    *sizes, K = mask_B1SK.shape
+    room = torch.zeros(*sizes, -(-K // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT, dtype=dtype, device=mask_B1SK.device)
+    return room[..., :K].masked_fill_(~mask_B1SK, float("-inf"))

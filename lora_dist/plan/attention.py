@@ -8,13 +8,15 @@ from torch.overrides import TorchFunctionMode
 
 from lora_dist.config import HardwareConfig
 from lora_dist.mcore.attention import write_out_heads
+from lora_dist.mcore.sinks import EFFICIENT, FLASH, ON_CPU, SinkKernel, choose_kernel
 
 _aten = torch.ops.aten
 _FLASH_CAPABILITY = 8.0
 
 
 class AttentionKernel(TorchFunctionMode):
-    """Replaces scaled_dot_product_attention by the kernel behind it, which fake tensors do not say.
+    """Replaces scaled_dot_product_attention by the kernel behind it, which fake tensors do not say, and chooses that of
+    attention with sinks.
 
     On a GPU flash attention (8.0 and above, 16 bits, no mask) or the memory-efficient one, which wants keys for every
     query head; cuDNN's, which Hopper may take instead of flash attention, saves the same. On a CPU its flash attention,
@@ -30,9 +32,19 @@ class AttentionKernel(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is choose_kernel:
+            return self._choose_with_sinks(*args)
         if func is not F.scaled_dot_product_attention or (self._on_cpu and kwargs["dropout_p"] > 0):
             return func(*args, **kwargs)
         return (_attend_on_cpu if self._on_cpu else self._attend_on_gpu)(*args, **kwargs)
+
+    def _choose_with_sinks(self, query: torch.Tensor, bias: torch.Tensor | None) -> SinkKernel:
+        if self._on_cpu:
+            return ON_CPU
+        return FLASH if self._takes_flash(query, bias) else EFFICIENT
+
+    def _takes_flash(self, query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        return self._has_flash and mask is None and query.dtype != torch.float32
 
     def _attend_on_gpu(
         self,
@@ -46,7 +58,7 @@ class AttentionKernel(TorchFunctionMode):
         enable_gqa: bool,
         scale: float | None,
     ) -> torch.Tensor:
-        if self._has_flash and attn_mask is None and query.dtype != torch.float32:
+        if self._takes_flash(query, attn_mask):
             return _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
         if enable_gqa:
             key, value = write_out_heads(key, query), write_out_heads(value, query)
