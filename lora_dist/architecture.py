@@ -29,6 +29,10 @@ class Architecture:
     """The MLP's activation is f(gate) * up (arXiv:2002.05202)."""
     gate_activation: str = "silu"
     """f: silu or gelu_tanh."""
+    bounded_gate: bool = False
+    """Instead f is (up + 1) gate sigmoid(swiglu_alpha gate), gate and up bounded by swiglu_limit (arXiv:2508.10925)."""
+    attention_sinks: bool = False
+    """Each head has a learned score that joins the softmax's denominator (arXiv:2508.10925)."""
     latent_attention: bool = False
     """Keys and values, and in most models queries too, come from narrow vectors, their latents, one for all heads
     (arXiv:2405.04434, section 2.1)."""
@@ -48,7 +52,7 @@ class Architecture:
     windows: bool = False
     """A model may bound how far back a position sees."""
     linear_biases: bool = True
-    """Every linear of a layer has a bias."""
+    """Every linear of a layer has a bias, a router too."""
     qkv_biases: bool = False
     """Those of q, k and v have one, whatever linear_biases says."""
     fused_targets: tuple[tuple[str, ...], ...] = ()
@@ -81,6 +85,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v3": replace(
         _LLAMA, grouped_query=False, latent_attention=True, experts=True, shared_expert=True, sigmoid_router=True
     ),
+    "gpt_oss": replace(_LLAMA, linear_biases=True, windows=True, experts=True, bounded_gate=True, attention_sinks=True),
     "phi3": replace(_LLAMA, windows=True, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
     "gemma3_text": replace(
         _LLAMA,

@@ -63,11 +63,12 @@ def compute_layer_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int,
         linears[f"{mlp}.linear_fc2"] = (h, size, kind.linear_biases)
     shapes = _norm("input_layernorm", h, model) | _norm("pre_mlp_layernorm", h, model)
     if model.has_experts(layer):
-        linears["mlp.router"] = (model.num_experts or 0, h, False)
+        linears["mlp.router"] = (model.num_experts or 0, h, kind.linear_biases)
         shapes |= {CHOICE_OFFSETS: (model.num_experts or 0,)} if kind.sigmoid_router else {}
     for name, (num_out, num_in, has_bias) in linears.items():
         shapes[f"{name}.weight"] = (num_out, num_in)
         shapes |= {f"{name}.bias": (num_out,)} if has_bias else {}
+    shapes |= {"self_attention.core_attention.sinks": (model.num_heads,)} if kind.attention_sinks else {}
     if kind.output_norms:
         shapes |= _norm("self_attention.output_layernorm", h, model) | _norm("mlp.output_layernorm", h, model)
     if model.has_qk_norm:

@@ -217,6 +217,12 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
         method != "bitfit" or model.architecture.has_biases,
         f"method=bitfit trains biases, and model.family={model.family} has none; use method=lora",
     )
+    trains_all_biases = method == "bitfit" or (method in LORA_METHODS and lora.bias == "all")
+    require(
+        not (trains_all_biases and model.architecture.experts and model.architecture.linear_biases),
+        f"{'method=bitfit' if method == 'bitfit' else 'lora.bias=all'} trains every bias, but those of the experts of"
+        f" model.family={model.family} train with method=full alone; use method=lora with lora.bias=lora_only or none",
+    )
     if method not in LORA_METHODS:
         return
     require(

@@ -16,7 +16,10 @@ ROPE_SCALINGS: dict[str, frozenset[str]] = {
     "yarn": frozenset({"factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor"}),
     "longrope": frozenset({"attention_factor"}),
 }
-"""Keys of model.rope_scaling by what transformers calls the rule."""
+"""Keys of model.rope_scaling by what transformers calls the rule; YaRN's may be beside NOT_ROUNDED."""
+NOT_ROUNDED = {"truncate": 0.0}
+_KERNEL_MULTIPLE = 8
+"""Of a head's features, in torch's fused attention on GPUs."""
 _ONLY_WITH_SHARED_EXPERTS: dict[str, object] = {
     **{"shared_ffn_size": None, "num_dense_layers": 0, "dense_ffn_size": None},
     **{"expert_weight_scale": 1.0, "num_expert_groups": 1, "groups_per_token": 1},
@@ -68,6 +71,8 @@ def check_model(model: "ModelConfig") -> None:
         f"model.qk_norm={model.qk_norm}: all models of {model.family} are alike in that; leave it null",
     )
     _check_experts(model)
+    _check_gate(model)
+    _check_sinks(model)
     _check_windows(model)
     _check_heads(model)
     _check_latents(model)
@@ -108,6 +113,30 @@ def _check_experts(model: "ModelConfig") -> None:
         (model.num_dense_layers > 0) == (model.dense_ffn_size is not None),
         f"model.num_dense_layers={model.num_dense_layers} and dense_ffn_size={model.dense_ffn_size}: give both or"
         " neither",
+    )
+
+
+def _check_gate(model: "ModelConfig") -> None:
+    for key in ("swiglu_alpha", "swiglu_limit"):
+        value = getattr(model, key)
+        if model.architecture.bounded_gate:
+            require(value is not None and value > 0, f"model.family={model.family} needs a positive model.{key}")
+        else:
+            require(value is None, f"model.{key}={value}: {model.family} has none of it; leave it null")
+
+
+def _check_sinks(model: "ModelConfig") -> None:
+    if not model.architecture.attention_sinks:
+        return
+    require(
+        model.head_dim % _KERNEL_MULTIPLE == 0,
+        f"model.head_size={model.head_dim} of {model.family} must be a multiple of {_KERNEL_MULTIPLE}, which is what"
+        " attention's fused kernels take",
+    )
+    require(
+        model.attention_dropout == 0,
+        f"model.attention_dropout={model.attention_dropout}: attention with sinks, of {model.family}, is computed"
+        " without dropout; set it to 0",
     )
 
 
@@ -204,8 +233,14 @@ def _check_rotary(model: "ModelConfig") -> None:
     )
     require(model.rope_theta > 0, f"model.rope_theta={model.rope_theta} must be positive")
     ways = " or ".join("{" + ", ".join(sorted(keys)) + "}" for keys in ROPE_SCALINGS.values())
+    truncate = model.rope_scaling.get("truncate", 0.0)
     require(
-        set(model.rope_scaling) in ROPE_SCALINGS.values(),
+        truncate == 0,
+        f"model.rope_scaling: truncate={truncate} can be 0 alone; leave it out where YaRN's ramp is rounded",
+    )
+    keys = set(model.rope_scaling) - NOT_ROUNDED.keys()
+    require(
+        keys in ROPE_SCALINGS.values() and (keys == ROPE_SCALINGS["yarn"] or keys == set(model.rope_scaling)),
         f"model.rope_scaling has {', '.join(sorted(model.rope_scaling))}; it takes {ways}",
     )
     if set(model.rope_scaling) == ROPE_SCALINGS["longrope"] or model.rope_divisors:

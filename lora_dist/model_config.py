@@ -14,7 +14,7 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, glm4_moe, deepseek_v3, phi3,
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, glm4_moe, deepseek_v3, gpt_oss, phi3,
     gemma3_text, opt or gpt_neox: what its layers consist of."""
     num_layers: int
     hidden_size: int
@@ -46,7 +46,7 @@ class ModelConfig:
     """Queries and keys are normalised head by head, where a family has models with and without: glm4_moe; null means
     as the family usually does."""
     num_experts: int | None = None
-    """Experts of a layer, of mixtral, qwen3_moe, glm4_moe and deepseek_v3."""
+    """Experts of a layer, of mixtral, qwen3_moe, glm4_moe, deepseek_v3 and gpt_oss."""
     experts_per_token: int | None = None
     """Of them those that the router picks for each token."""
     normalize_expert_weights: bool = True
@@ -64,6 +64,10 @@ class ModelConfig:
     """First layers that have one MLP in the place of experts, of glm4_moe and deepseek_v3."""
     dense_ffn_size: int | None = None
     """Features inside theirs."""
+    swiglu_alpha: float | None = None
+    """What multiplies the gate inside its sigmoid, of gpt_oss."""
+    swiglu_limit: float | None = None
+    """What bounds gate and up before they are multiplied, of gpt_oss."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
@@ -74,7 +78,8 @@ class ModelConfig:
     rope_scaling: dict[str, float] = field(default_factory=dict)
     """{factor: ...} divides every frequency; with low_freq_factor, high_freq_factor and
     original_max_position_embeddings as well, Llama 3's rule; with beta_fast, beta_slow,
-    original_max_position_embeddings and attention_factor YaRN's. attention_factor multiplies cosines and sines."""
+    original_max_position_embeddings and attention_factor YaRN's, with truncate: 0 too without rounding where its ramp
+    begins and ends. attention_factor multiplies cosines and sines."""
     rope_divisors: list[float] = field(default_factory=list)
     """What divides each frequency: LongRoPE's short factors. Empty means none."""
     sliding_window: int | None = None

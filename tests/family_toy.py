@@ -14,6 +14,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MinistralConfig,
@@ -167,6 +169,32 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             rms_norm_eps=1e-3,  # which the latents' norms do not have
         )
     ),
+    "gpt_oss": lambda: GptOssForCausalLM(
+        GptOssConfig(
+            **_SIZES,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=5,
+            swiglu_limit=1.2,
+            rope_parameters={**_YARN, "truncate": False},
+        )
+    ),
+    "gpt_oss_listed": lambda: GptOssForCausalLM(
+        GptOssConfig(
+            **_SIZES,
+            head_dim=16,
+            num_local_experts=6,
+            num_experts_per_tok=3,
+            sliding_window=3,
+            layer_types=[_FULL, _WINDOW, _WINDOW, _FULL],
+            swiglu_alpha=0.8,
+            swiglu_limit=2.0,
+            rms_norm_eps=1e-3,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        )
+    ),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES, partial_rotary_factor=0.5, sliding_window=9)),
     "phi3_long": lambda: Phi3ForCausalLM(
         Phi3Config(**_SIZES, tie_word_embeddings=True, original_max_position_embeddings=48, rope_parameters=_LONG)
@@ -203,7 +231,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 """Name -> a model of that family; where there are two, they differ in what a checkpoint may choose."""
 _SECOND = (
     *("llama_tied", "mistral_listed", "qwen2_windows", "qwen3_moe_shares", "glm4_moe_flat", "deepseek_v3_direct"),
-    *("phi3_long", "gpt_neox_serial"),
+    *("gpt_oss_listed", "phi3_long", "gpt_neox_serial"),
 )
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
 
@@ -218,6 +246,7 @@ def build_family_model(name: str, seed: int = 0) -> PreTrainedModel:
     for parameter_name, parameter in model.named_parameters():
         drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
         is_factor = "norm" in parameter_name and parameter_name.endswith("weight") and name != "gemma3_text"
+        drawn = drawn / 0.3 if parameter_name.endswith("sinks") else drawn  # as large as scores
         parameter.copy_(1 + drawn if is_factor else drawn)
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("e_score_correction_bias"):
@@ -227,7 +256,7 @@ def build_family_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 def name_as_stored(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
     """What transformers holds in memory by the names of its files, where it stacks the experts of a layer."""
-    if model.num_experts is None:
+    if model.num_experts is None or model.family == "gpt_oss":  # whose files have them so too
         return dict(tensors)
     gate, up, down = ("w1", "w3", "w2") if model.family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     stored = {}

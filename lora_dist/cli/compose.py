@@ -54,8 +54,8 @@ def compose_as(
 
 
 def _shrink(composed: DictConfig) -> None:
-    """What `shrink` asks for: the kind of topology kept, its sizes at most two, and few experts where there are some.
-    No file of conf/ can say it.
+    """What `shrink` asks for: the kind of topology kept, its sizes at most two, and few experts where there are some;
+    of the layers without a window those that are left. No file of conf/ can say it.
     """
     if not composed.get("shrink"):
         return
@@ -71,6 +71,8 @@ def _shrink(composed: DictConfig) -> None:
     ):
         for key in keys:
             node[key] = node[key] and min(node[key], most)
+    full_layers, num_layers = composed.model.full_attention_layers, composed.model.num_layers
+    composed.model.full_attention_layers = [layer for layer in full_layers if layer < num_layers]
 
 
 def _register(owner: type, on_paper: bool) -> str:

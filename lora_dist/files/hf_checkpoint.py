@@ -26,12 +26,13 @@ _EXPERT_SETTINGS = (
     *("normalize_expert_weights", "expert_weight_scale", "num_expert_groups", "groups_per_token"),
     *("shared_ffn_size", "num_dense_layers", "dense_ffn_size"),
 )
+_GATE_SETTINGS = ("swiglu_alpha", "swiglu_limit")
 _LATENT_SETTINGS = ("query_latent_size", "kv_latent_size", "rope_head_size", "value_head_size", "rope_interleaved")
 _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
     **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
     **{key: key for key in ("sliding_window", "full_attention_layers", *_LATENT_SETTINGS)},
-    **{key: key for key in ("num_experts", "experts_per_token", *_EXPERT_SETTINGS)},
+    **{key: key for key in ("num_experts", "experts_per_token", *_EXPERT_SETTINGS, *_GATE_SETTINGS)},
     **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
     **{"activation": "mlp_activation", "qk_norm": "has_qk_norm"},
 }
@@ -69,9 +70,11 @@ class HfReader:
             self.dtypes[weight] = find_original_dtype(config)
             del self.shapes[scale], self.dtypes[scale]
 
-    def read(self, name: str, *, dim: int | None = None, start: int = 0, size: int | None = None) -> torch.Tensor:
-        """One tensor, or `size` entries of it from `start` along `dim`; fp32 where it is stored in fp8."""
-        stored = self._read_stored(name, dim, start, size)
+    def read(
+        self, name: str, *, dim: int | None = None, start: int = 0, size: int | None = None, entry: int | None = None
+    ) -> torch.Tensor:
+        """As `read_part`, one tensor or a part of it; fp32 where it is stored in fp8."""
+        stored = self._read_stored(name, dim, start, size, entry)
         if name not in self._scales:
             return stored
         assert self._block_size is not None
@@ -79,12 +82,12 @@ class HfReader:
         if dim is not None:
             first, count = find_blocks(start, stored.shape[dim], self._block_size[dim])
             within[dim] = start - first * self._block_size[dim]
-        scales = self._read_stored(self._scales[name], dim, first, count)
+        scales = self._read_stored(self._scales[name], dim, first, count, entry)
         stored, scales = (part.to(self._device) for part in (stored, scales))
         return dequantize_blocks(stored, scales, self._block_size, (within[0], within[1]))
 
-    def _read_stored(self, name: str, dim: int | None = None, start: int = 0, size: int | None = None) -> torch.Tensor:
-        return read_part(self._places[name], dim=dim, start=start, size=size)
+    def _read_stored(self, name: str, dim: int | None, start: int, size: int | None, entry: int | None) -> torch.Tensor:
+        return read_part(self._places[name], dim=dim, start=start, size=size, entry=entry)
 
 
 def find_weight_files(directory: Path) -> list[Path]:
@@ -221,6 +224,8 @@ def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
             shape += [model.has_qk_norm, *(getattr(model, key) for key in _EXPERT_SETTINGS)]
         if model.architecture.latent_attention:
             shape += [getattr(model, key) for key in _LATENT_SETTINGS]
+        if model.architecture.bounded_gate:
+            shape += [getattr(model, key) for key in _GATE_SETTINGS]
         if model.attention_scale is not None:
             shape += [model.attention_scale]
         if model.architecture.partial_rotary:

@@ -5,6 +5,7 @@ from lora_dist.files.hf_experts import EXPERT_FAMILIES
 from lora_dist.files.hf_gemma3 import GEMMA3_FAMILY
 from lora_dist.files.hf_glm4_moe import GLM4_MOE_FAMILY
 from lora_dist.files.hf_gpt2 import GPT2_FAMILY
+from lora_dist.files.hf_gpt_oss import GPT_OSS_FAMILY
 from lora_dist.files.hf_layout import HfFamily
 from lora_dist.files.hf_llama import LLAMA_FAMILIES
 from lora_dist.files.hf_neox import NEOX_FAMILY
@@ -17,6 +18,7 @@ HF_FAMILIES: dict[str, HfFamily] = {
     **EXPERT_FAMILIES,
     "glm4_moe": GLM4_MOE_FAMILY,
     "deepseek_v3": DEEPSEEK_V3_FAMILY,
+    "gpt_oss": GPT_OSS_FAMILY,
     "phi3": PHI3_FAMILY,
     "gemma3_text": GEMMA3_FAMILY,
     "opt": OPT_FAMILY,

@@ -44,6 +44,10 @@ class HfPart:
     first: int = 0
     """Output feature of the stored tensor where they begin."""
     transposed: bool = False
+    interleaved: bool = False
+    """Gate and up alternate in the stored tensor, where the parameter has all of gate before all of up."""
+    expert: int | None = None
+    """Whose entry it is of a stored tensor that holds all experts'."""
     layer: int = 0
     """That the target is of."""
 
@@ -102,6 +106,9 @@ class LayerNames:
     with the same one lie in it one after the other. {expert} stands for the number of an expert."""
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Canonical tensor of a layer that is neither a weight nor a bias -> the stored one."""
+    stacks: Mapping[str, str] = field(default_factory=dict)
+    """Where a layer's experts are stored together: tensor of an expert's linear -> the stored one of all, whose weights
+    are [in, out] and which has gate and up by turns."""
     others: Mapping[str, str]
     """Canonical parameters outside the layers -> stored names; the output layer's where it is not tied."""
 
@@ -115,6 +122,8 @@ class LayerNames:
         if f"{module}.{kind}" in self.tensors:
             return [HfPart(name=self.layers.format(layer=layer) + self.tensors[f"{module}.{kind}"])]
         expert = re.search(r"\.experts\.(\d+)\.", module)
+        if expert is not None and self.stacks:
+            return [self._find_in_stack(int(layer), int(expert[1]), f"{module[expert.end() :]}.{kind}")]
         if expert is not None:
             module = module.replace(expert[0], ".experts.{expert}.")
 
@@ -131,13 +140,21 @@ class LayerNames:
             filled[name] += linears[target][1]
         return parts
 
+    def _find_in_stack(self, layer: int, expert: int, tensor: str) -> HfPart:
+        name = self.layers.format(layer=layer) + self.stacks[tensor]
+        is_weight, is_first = tensor.endswith(".weight"), tensor.startswith("linear_fc1.")
+        return HfPart(name=name, transposed=is_weight, interleaved=is_first, expert=expert, layer=layer)
+
     def compute_shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every stored tensor."""
         shapes, linears = {}, [compute_linear_shapes(model, layer) for layer in range(model.num_layers)]
         for canonical_name, shape in compute_canonical_shapes(model).items():
             for part in self.find_parts(canonical_name, model):  # the last part of a tensor ends where it does
                 own_rows = shape[:1] if part.target is None else (part.first + linears[part.layer][part.target][1],)
-                shapes[part.name] = own_rows + shape[1:]
+                own_shape = own_rows + shape[1:]
+                if part.expert is not None:
+                    own_shape = (model.num_experts or 0, *(own_shape[::-1] if part.transposed else own_shape))
+                shapes[part.name] = own_shape
         return shapes
 
     def list_target_names(self) -> dict[str, str]:
@@ -154,15 +171,23 @@ class LayerNames:
 
 
 def split_to_hf(whole: torch.Tensor, parts: Sequence[HfPart], model: ModelConfig) -> dict[str, torch.Tensor]:
-    """A whole canonical tensor as Hugging Face stores it, by stored name."""
+    """A whole canonical tensor as Hugging Face stores it, by stored name; of experts that are stored together the one
+    entry that it is.
+    """
     blocks: dict[str, list[torch.Tensor]] = {}
     for part in sorted(parts, key=lambda part: part.first):
         rows = None if part.target is None else compute_fused_rows(part.target, model, part.layer)
         block = whole if rows is None or part.target is None else whole[rows[part.target]]
         blocks.setdefault(part.name, []).append(block)
     joined = {name: block[0] if len(block) == 1 else torch.cat(block) for name, block in blocks.items()}
-    transposed = {part.name for part in parts if part.transposed}
-    return {name: tensor.t() if name in transposed else tensor for name, tensor in joined.items()}
+    return {part.name: _lay_out(joined[part.name], part) for part in parts}
+
+
+def _lay_out(tensor: torch.Tensor, part: HfPart) -> torch.Tensor:
+    if part.interleaved:
+        tensor = torch.stack(tensor.chunk(2), dim=1).flatten(0, 1)
+    tensor = tensor.t() if part.transposed else tensor
+    return tensor if part.expert is None else tensor[None]
 
 
 def join_from_hf(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.files.hf_layout import get_number, get_size
-from lora_dist.model_checks import ROPE_SCALINGS
+from lora_dist.model_checks import NOT_ROUNDED, ROPE_SCALINGS
 from lora_dist.model_config import ModelConfig
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -26,9 +26,11 @@ def read_rope(config: Mapping[str, Any], path: Path, kinds: Collection[str]) -> 
     missing = [key for key in sorted(ROPE_SCALINGS[kind]) if not isinstance(rope.get(key), int | float)]
     if missing:
         raise ValueError(f"{path}: rope type {kind!r} has no number {missing[0]}")
+    is_rounded = kind != "yarn" or rope["truncate"]
     return {
         "rope_theta": float(get_number(rope if rope.get("rope_theta") else config, "rope_theta", _THETA, path)),
-        "rope_scaling": {key: float(rope[key]) for key in sorted(ROPE_SCALINGS[kind])},
+        "rope_scaling": {key: float(rope[key]) for key in sorted(ROPE_SCALINGS[kind])}
+        | ({} if is_rounded else NOT_ROUNDED),
         "rope_divisors": [float(divisor) for divisor in rope["short_factor"]] if kind == "longrope" else [],
     }
 
@@ -67,8 +69,9 @@ def _complete(rule: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
 
 def _complete_yarn(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """What transformers takes where nothing is said (YaRN, arXiv:2309.00071, sections 3.2 and 3.4)."""
-    if rope.get("truncate", True) is not True:
-        raise ValueError(f"{path}: rope type 'yarn' with truncate={rope['truncate']} is not supported, only True")
+    truncate = rope.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ValueError(f"{path}: rope type 'yarn' with truncate={truncate!r}, which is neither true nor false")
     original, factor = find_original(config, path), find_factor(rope, config, path)
     mscale, all_dims = (get_number(rope, key, 0.0, path) for key in ("mscale", "mscale_all_dim"))
     sharper = compute_mscale(factor, 1.0)
@@ -76,6 +79,7 @@ def _complete_yarn(rope: Mapping[str, Any], config: Mapping[str, Any], path: Pat
         sharper = compute_mscale(factor, mscale) / compute_mscale(factor, all_dims)
     return {
         **rope,
+        "truncate": truncate,
         "factor": factor,
         _ORIGINAL: original,
         "beta_fast": rope.get("beta_fast") or 32,
@@ -117,7 +121,10 @@ def find_original(config: Mapping[str, Any], path: Path) -> int:
 
 def describe_rope(model: ModelConfig) -> dict[str, Any]:
     """`rope_parameters`; the inverse of `read_rope` but for LongRoPE, whose factors beyond its context are not kept."""
-    kind = next(kind for kind, keys in ROPE_SCALINGS.items() if keys == set(model.rope_scaling))
+    rounds = "truncate" not in model.rope_scaling
+    keys = set(model.rope_scaling) - NOT_ROUNDED.keys()
+    kind = next(kind for kind, its_keys in ROPE_SCALINGS.items() if its_keys == keys)
     assert kind != "longrope", "such a model comes from a checkpoint, whose config.json is kept"
     scaling = {key: int(value) if key == _ORIGINAL else value for key, value in model.rope_scaling.items()}
+    scaling |= {} if rounds else {"truncate": False}
     return {"rope_type": kind, "rope_theta": model.rope_theta, **scaling}  # the original context as an integer

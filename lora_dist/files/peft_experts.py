@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_dist.config import ModelConfig
+from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.imported import find_block_owners, scale_alpha
 from lora_dist.files.peft_base import KEY_PREFIX
 from lora_dist.files.peft_fused import PeftModule, assign_columns
@@ -20,7 +21,7 @@ from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.targets import compute_mlp_shapes
 
 TARGETS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""Parameter of transformers' experts -> what is stacked in it, one after the other."""
+"""Parameter of transformers' experts -> what is stacked in it, one after the other or by turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,16 @@ def _group(specs: Sequence[AdapterSpec], model: ModelConfig) -> Iterator[tuple[E
 
 def find_rows(parameter: ExpertParameter, model: ModelConfig) -> dict[str, torch.Tensor]:
     """Of each target, in an expert's matrix of the parameter."""
-    shapes, first, rows = compute_mlp_shapes(model, parameter.layer), 0, {}
-    for target in TARGETS[parameter.name]:
-        rows[target] = torch.arange(first, first + shapes[target][1])
-        first += shapes[target][1]
-    return rows
+    shapes, targets = compute_mlp_shapes(model, parameter.layer), TARGETS[parameter.name]
+    all_rows = torch.arange(sum(shapes[target][1] for target in targets))
+    alternate = len(targets) > 1 and _has_interleaved_gates(parameter.layer, model)
+    parts = all_rows.view(-1, len(targets)).t() if alternate else all_rows.view(len(targets), -1)
+    return dict(zip(targets, parts, strict=True))
+
+
+def _has_interleaved_gates(layer: int, model: ModelConfig) -> bool:
+    first = f"decoder.layers.{layer}.mlp.experts.0.linear_fc1.weight"
+    return any(part.interleaved for part in HF_FAMILIES[model.family].find_parts(first, model))
 
 
 def describe_parameters(specs: Sequence[AdapterSpec], model: ModelConfig) -> dict[str, tuple[int, float]]:

@@ -76,8 +76,11 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
     return entries, 8 + length
 
 
-def read_part(info: TensorInfo, *, dim: int | None = None, start: int = 0, size: int | None = None) -> torch.Tensor:
-    """One tensor, or its `size` entries from `start` along `dim`, all that follow without `size`; copied.
+def read_part(
+    info: TensorInfo, *, dim: int | None = None, start: int = 0, size: int | None = None, entry: int | None = None
+) -> torch.Tensor:
+    """One tensor, or that entry of it along its first dimension; of this its `size` entries from `start` along `dim`,
+    all that follow without `size`; copied.
 
     The file is mapped for this one read, so that nothing of it stays in memory, and the header is not parsed again: a
     model of experts has a hundred thousand tensors. ValueError for a dtype that torch does not have.
@@ -92,13 +95,17 @@ def read_part(info: TensorInfo, *, dim: int | None = None, start: int = 0, size:
     if info.start % dtype.itemsize:  # other programs need not align what they write
         mapped = mapped.clone()
     whole = mapped.view(dtype).view(info.shape)
+    if entry is not None:
+        whole = whole[entry]
     if dim is None:
         return whole.clone()
     return whole.narrow(dim, start, whole.shape[dim] - start if size is None else size).clone()
 
 
 class SafetensorsWriter:
-    """Writes tensors of known shapes in the announced order, and hashes the file on the way."""
+    """Writes tensors of known shapes in the announced order, whole or some entries of one at a time, and hashes the
+    file on the way.
+    """
 
     def __init__(
         self,
@@ -108,17 +115,27 @@ class SafetensorsWriter:
         metadata: Mapping[str, str],
     ) -> None:
         self._dtypes, self._shapes, self._waiting = dtypes, dict(shapes), list(shapes)
-        self._sha256 = hashlib.sha256()
+        self._num_written, self._sha256 = 0, hashlib.sha256()
         self._file = path.open("xb")
         self._append(_build_header(shapes, dtypes, metadata))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor, converted to its dtype in the file."""
-        expected = self._waiting.pop(0)
-        assert name == expected, f"{name} is written where {expected} is due"
         assert tuple(tensor.shape) == self._shapes[name], f"{name} is {tuple(tensor.shape)}, not {self._shapes[name]}"
+        self.write_entries(name, tensor)
+
+    def write_entries(self, name: str, tensor: torch.Tensor) -> None:
+        """Append the next entries, along its first dimension, of the next tensor."""
+        expected, whole = self._waiting[0], self._shapes[name]
+        assert name == expected, f"{name} is written where {expected} is due"
+        assert tuple(tensor.shape[1:]) == whole[1:], f"{name} has entries {tuple(tensor.shape[1:])}, not {whole[1:]}"
         flat = tensor.detach().to(device="cpu", dtype=self._dtypes[name]).contiguous().flatten()
         self._append(flat.view(torch.uint8).numpy().data)
+        self._num_written += tensor.numel()
+        assert self._num_written <= prod(whole), f"{name} has more entries than {whole[0]}"
+        if self._num_written == prod(whole):
+            self._waiting.pop(0)
+            self._num_written = 0
 
     def close(self) -> str:
         """Flush to the disk; the file's sha256. Everything announced must have been written."""

@@ -102,6 +102,13 @@ class RowGroups:
             torch.mm(left.t(), right, out=outer)
         return outer_EYX
 
+    def sum_rows(self, rows_RY: torch.Tensor) -> torch.Tensor:
+        """[E, Y], in the same order each time."""
+        if self.grouped:
+            ones_RX = rows_RY.new_ones(len(rows_RY), GROUPED_MULTIPLE)
+            return F.grouped_mm(ones_RX.t(), rows_RY, offs=self.ends_E)[:, 0]
+        return torch.stack([rows.sum(0) for (rows,) in zip(*self._split(rows_RY), strict=True)])
+
     def _split(self, *rows: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
         assert self.counts is not None
         return [one.split(self.counts) for one in rows]

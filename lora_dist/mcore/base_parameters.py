@@ -33,6 +33,7 @@ _SHARD_DIMS = {
     "linear_fc1.bias": 0,
     "linear_proj.weight": 1,
     "linear_fc2.weight": 1,
+    "core_attention.sinks": 0,
 }
 _BLOCK_SIZE = 2**24
 """Elements drawn from one generator: one thread draws some 1e8 a second, and GPT-3 has 1.75e11."""
@@ -41,15 +42,15 @@ _ON_SEQUENCE_SHARD = (
     *("linear_q_down_proj.weight", "linear_kv_down_proj.weight"),
 )
 """Replicated parameters that act on the local sequence shard under sequence parallelism."""
-_ON_OWN_SLICE = ("q_layernorm.weight", "k_layernorm.weight", "router.weight")
+_ON_OWN_SLICE = ("q_layernorm.weight", "k_layernorm.weight", "router.weight", "router.bias")
 """Replicated parameters that act on this rank's heads alone, or for its slices of the experts."""
 _ADDED = ("lora_", "_bottleneck.", "prefix_vectors.")
 """Parts of the names of what methods put beside the base."""
 
 
 def describe_weights(gpt: ShardedGpt) -> list[TrainableParameter]:
-    """As `describe_base_parameters`, but experts' weights one by one and with what no method trains: how files and the
-    seeded start have them.
+    """As `describe_base_parameters`, but experts' weights and biases one by one and with what no method trains: how
+    files and the seeded start have them.
 
     To be filled and read, not to be trained: an expert's parameter is a part of its layer's.
     """
@@ -74,21 +75,25 @@ def _describe_offsets(gpt: ShardedGpt) -> list[TrainableParameter]:
 
 
 def _split_experts(one: TrainableParameter) -> list[TrainableParameter]:
-    if len(one.full_shape) < 3:
+    if not _is_of_experts(one.name, one.full_shape):
         return [one]
-    assert one.shard_dim is not None
     return [
         replace(
             one,
             name=_name_expert(one.name, expert),
             parameter=nn.Parameter(_select_expert(one.parameter, expert), requires_grad=False),
             full_shape=one.full_shape[1:],
-            shard_dim=one.shard_dim - 1,
+            shard_dim=None if one.shard_dim is None else one.shard_dim - 1,
             stack=(one, expert) if one.quantized is None else None,
             quantized=None if one.quantized is None else one.quantized[expert],
         )
         for expert in range(one.full_shape[0])
     ]
+
+
+def _is_of_experts(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter holds those of all experts of a layer, which come first."""
+    return len(shape) == (2 if name.endswith(".bias") else 3)
 
 
 def _select_expert(stacked: nn.Parameter, expert: int) -> torch.Tensor:
@@ -110,7 +115,7 @@ def _name_expert(name: str, expert: int) -> str:
 def describe_base_parameters(gpt: ShardedGpt) -> list[TrainableParameter]:
     """Every parameter of this rank's base shard, adapters left out, in the module's order.
 
-    A linear of experts is one parameter [E, O, H] a layer.
+    A linear of experts is one parameter [E, O, H] a layer, and its bias one [E, O].
     """
     described = []
     for local_name, parameter in gpt.named_parameters():
@@ -161,8 +166,9 @@ def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableP
     shard_dim = find_shard_dim(name)
     full_shape = list(find_shape(parameter))
     tp_ranges = find_shared_ranges(gpt.model, topology.tp_size).get("fused") if ".linear_qkv." in name else None
+    is_of_experts = _is_of_experts(name, full_shape)
     if shard_dim is not None:
-        shard_dim += len(full_shape) == 3  # experts come first
+        shard_dim += is_of_experts
         full_shape[shard_dim] *= topology.tp_size
     if tp_ranges is not None:
         full_shape[0] = gpt.model.query_size + 2 * gpt.model.kv_size
@@ -170,7 +176,8 @@ def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableP
     if is_embedding:
         full_shape[0] = gpt.true_vocab_size
     on_sequence_shard = topology.sequence_parallel and name.endswith(_ON_SEQUENCE_SHARD)
-    on_own_slice = topology.tp_size > 1 and name.endswith(_ON_OWN_SLICE)
+    adds_share = is_of_experts and shard_dim is None  # of a bias, each rank the same
+    on_own_slice = topology.tp_size > 1 and (name.endswith(_ON_OWN_SLICE) or adds_share)
     is_gated = gpt.config.gated_linear_unit and ".linear_fc1." in name
     is_tied = is_embedding and gpt.share_embeddings_and_output_weights
     return TrainableParameter(

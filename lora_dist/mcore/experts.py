@@ -22,6 +22,7 @@ from lora_dist.lora.experts import ExpertAdapter, ExpertShard, Factors
 from lora_dist.lora.function import BaseWeight
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.row_groups import GROUPED_MULTIPLE, ExpertWeights, can_group
+from lora_dist.mcore.gates import GateBounds
 from lora_dist.mcore.layers import allocate, bring_to_ranks
 from lora_dist.mcore.mixing import mix_experts
 from lora_dist.mcore.router import Router
@@ -41,6 +42,9 @@ class ExpertMlp(nn.Module):
         size = config.model.ffn_hidden_size // config.tensor_model_parallel_size
         self.linear_fc1 = ExpertLinears(config, 2 * size, config.hidden_size, column_parallel=True)
         self.linear_fc2 = ExpertLinears(config, config.hidden_size, size, column_parallel=False)
+        self.bounds: GateBounds | None = None
+        if config.model.architecture.bounded_gate:
+            self.bounds = GateBounds(config.model.swiglu_alpha, config.model.swiglu_limit)
         self.shared_experts = None if config.model.shared_ffn_size is None else SharedExpert(config)
         self.choose_products(on_gpu=self.router.weight.device.type == "cuda")
 
@@ -61,12 +65,19 @@ class ExpertMlp(nn.Module):
             choices_TC,
             *(one.weight for one in linears),
             *(one.stack_factors(tokens_TH.dtype, multiple_of) for one in linears),
+            biases=self._share_biases(),
+            bounds=self.bounds,
             grouped=self.grouped,
         )
         partial_SBH = output_TH.view_as(hidden_SBH)
         if self.shared_experts is not None:
             partial_SBH = partial_SBH + self.shared_experts(hidden_SBH)
         return self._leave(partial_SBH), None
+
+    def _share_biases(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of the second linears, whose outputs are summed over the ranks, this rank's equal share."""
+        first, second = self.linear_fc1.bias, self.linear_fc2.bias
+        return None if first is None or second is None else (first, second / self.config.tensor_model_parallel_size)
 
     def _leave(self, partial_SBH: torch.Tensor) -> torch.Tensor:
         group = ps.get_tensor_model_parallel_group()
@@ -76,9 +87,10 @@ class ExpertMlp(nn.Module):
 
 
 class ExpertLinears(nn.Module):
-    """The same linear of all experts: this rank's slices of their weights, and the adapters on them.
+    """The same linear of all experts: this rank's slices of their weights, their biases and the adapters on them.
 
-    The weight is one, [E, O, X], so that what watches, reduces, steps or dequantises weights has one a layer.
+    The weight is one, [E, O, X], and so are the biases, [E, O], so that what watches, reduces, steps or dequantises
+    weights has one a layer.
     """
 
     def __init__(
@@ -94,6 +106,9 @@ class ExpertLinears(nn.Module):
             shape = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
             device = torch.cuda.current_device()
             self.weight = QuantizedWeight(base_format, shape, num_experts=num_experts, device=device)
+        bias = nn.Parameter(allocate(num_experts, out_features, config=config)) if config.add_bias_linear else None
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
         self.lora: ExpertShard | None = None
 
     def stack_factors(self, dtype: torch.dtype, multiple_of: int) -> Factors | None:

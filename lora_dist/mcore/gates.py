@@ -3,6 +3,7 @@
 Shapes: N leading dimensions, F features of the MLP on this rank.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -106,3 +107,70 @@ def _join_weighted_grad(
 
 compute_weighted_grad = Chain(_write_weighted_grad, compiled=_join_weighted_grad)
 """Of weights_N silu(gate) * up: the gradients of [gate | up] and of the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateBounds:
+    """Of (up + 1) gate sigmoid(alpha gate), where gate is at most `limit`, and up that far from zero (gpt-oss,
+    arXiv:2508.10925).
+    """
+
+    alpha: float
+    limit: float
+
+
+def gate_rows(gate_up_N2F: torch.Tensor, bounds: GateBounds | None) -> torch.Tensor:
+    """Silu(gate) * up, or as the bounds say."""
+    if bounds is None:
+        return compute_gated(gate_up_N2F, False)
+    return _compute_bounded(gate_up_N2F, bounds.alpha, bounds.limit)
+
+
+def compute_row_grads(
+    doutput_NF: torch.Tensor, gate_up_N2F: torch.Tensor, weights_N: torch.Tensor, bounds: GateBounds | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of weights_N times `gate_rows`: the gradients of [gate | up] and of the weights."""
+    if bounds is None:
+        return compute_weighted_grad(doutput_NF, gate_up_N2F, weights_N)
+    return _compute_bounded_grad(doutput_NF, gate_up_N2F, weights_N, bounds.alpha, bounds.limit)
+
+
+@Chain
+def _compute_bounded(gate_up_N2F: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    gate_NF = gate_NF.clamp(max=limit)
+    return (gate_NF * alpha).sigmoid_().mul_(gate_NF).mul_(up_NF.clamp(-limit, limit).add_(1))
+
+
+def _write_bounded_grad(
+    doutput_NF: torch.Tensor, gate_up_N2F: torch.Tensor, weights_N: torch.Tensor, alpha: float, limit: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    dgate_up_N2F = torch.empty_like(gate_up_N2F)
+    dgate_NF, dup_NF = dgate_up_N2F.chunk(2, dim=-1)
+    bounded_NF = gate_NF.clamp(max=limit)
+    sigmoid_NF = (bounded_NF * alpha).sigmoid_()
+    torch.mul(doutput_NF, sigmoid_NF, out=dgate_NF)
+    torch.mul(dgate_NF, bounded_NF, out=dup_NF)
+    factor_NF = up_NF.clamp(-limit, limit).add_(1)
+    dweights_N = (dup_NF * factor_NF).sum(-1)
+    slope_NF = bounded_NF.mul_(alpha).mul_(sigmoid_NF.neg_().add_(1)).add_(1)  # of the gate's part, over the sigmoid
+    dgate_NF.mul_(factor_NF).mul_(slope_NF).mul_(weights_N[:, None]).masked_fill_(gate_NF > limit, 0)
+    dup_NF.mul_(weights_N[:, None]).masked_fill_(up_NF.abs() > limit, 0)
+    return dgate_up_N2F, dweights_N
+
+
+def _join_bounded_grad(
+    doutput_NF: torch.Tensor, gate_up_N2F: torch.Tensor, weights_N: torch.Tensor, alpha: float, limit: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    bounded_NF, factor_NF = gate_NF.clamp(max=limit), up_NF.clamp(-limit, limit) + 1
+    sigmoid_NF = (bounded_NF * alpha).sigmoid()
+    dup_NF = doutput_NF * bounded_NF * sigmoid_NF
+    slope_NF = sigmoid_NF * (1 + alpha * bounded_NF * (1 - sigmoid_NF))
+    dgate_NF = (doutput_NF * factor_NF * slope_NF * weights_N[:, None]).masked_fill(gate_NF > limit, 0)
+    weighted_NF = (dup_NF * weights_N[:, None]).masked_fill(up_NF.abs() > limit, 0)
+    return torch.cat([dgate_NF, weighted_NF], dim=-1), (dup_NF * factor_NF).sum(-1)
+
+
+_compute_bounded_grad = Chain(_write_bounded_grad, compiled=_join_bounded_grad)

@@ -63,7 +63,9 @@ def load_hf_checkpoint(gpt: ShardedGpt, directory: str | Path) -> None:
     for one in describe_weights(gpt):
         with open_value(one) as value:
             for part in HF_FAMILIES[gpt.model.family].find_parts(one.name, gpt.model):
-                if part.target is None:
+                if part.interleaved:
+                    _load_interleaved(gpt, value, part, reader)
+                elif part.target is None:
                     _load_plain(gpt, one, value, part, reader)
                 else:
                     _load_rows(gpt, value, part, reader)
@@ -85,15 +87,23 @@ def _load_rows(gpt: ShardedGpt, value: torch.Tensor, part: HfPart, reader: HfRea
 def _load_plain(gpt: ShardedGpt, one: TrainableParameter, value: torch.Tensor, part: HfPart, reader: HfReader) -> None:
     dim = one.shard_dim
     if dim is None:
-        value.copy_(_to_local(reader.read(part.name), part, value))
+        value.copy_(_to_local(reader.read(part.name, entry=part.expert), part, value))
         return
     stored_dim = 1 - dim if part.transposed else dim
 
     def read(start: int, size: int) -> torch.Tensor:
-        stored = reader.read(part.name, dim=stored_dim, start=start, size=size)
+        stored = reader.read(part.name, dim=stored_dim, start=start, size=size, entry=part.expert)
         return _to_local(stored, part, value)
 
     value.copy_(read_shard(read, one, gpt.topology))
+
+
+def _load_interleaved(gpt: ShardedGpt, value: torch.Tensor, part: HfPart, reader: HfReader) -> None:
+    """This rank's rows of gate and of up, which lie as pairs in one range."""
+    size, dim = len(value), 1 if part.transposed else 0
+    stored = reader.read(part.name, dim=dim, start=gpt.topology.tp_rank * size, size=size, entry=part.expert)
+    local = _to_local(stored, part, value)
+    value.copy_(torch.cat([local[::2], local[1::2]]))
 
 
 def _to_local(stored: torch.Tensor, part: HfPart, value: torch.Tensor) -> torch.Tensor:
@@ -169,9 +179,11 @@ def _write_weights(
         stored = {prefix + name: shape for name, shape in shapes.items()}
         own_dtypes = {prefix + name: dtypes[name] for name in shapes}
         with open_writer(directory / file_name, stored, own_dtypes) as writer:
-            for _ in shapes:
+            num_elements = sum(map(prod, shapes.values()))
+            while num_elements:
                 name, tensor = next(tensors)
-                writer.write(prefix + name, tensor)
+                writer.write_entries(prefix + name, tensor)
+                num_elements -= tensor.numel()
             writer.close()
     if len(files) > 1:
         weight_map = {prefix + name: file_name for file_name, shapes in files.items() for name in shapes}
@@ -182,7 +194,7 @@ def _write_weights(
 def _split_stream(
     stream: Iterator[tuple[str, torch.Tensor | None]], model: ModelConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Stored names and tensors out of canonical ones, in their order."""
+    """Stored names and tensors, or entries of tensors, out of canonical ones, in their order."""
     for canonical_name, whole in stream:
         assert whole is not None
         parts = HF_FAMILIES[model.family].find_parts(canonical_name, model)

@@ -23,7 +23,7 @@ from torch import nn
 from lora_dist.base_shapes import list_stage_layers
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
-from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention, compute_attention_bias
+from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention, SinkAttention, compute_attention_bias
 from lora_dist.mcore.experts import ExpertMlp
 from lora_dist.mcore.gates import GeGlu, SwiGlu
 from lora_dist.mcore.head_loss import compute_target_loss
@@ -259,7 +259,7 @@ def _build_layer_spec(model: ModelConfig, number: int) -> ModuleSpec:
     mlp = layer.mlp.submodules
     norm = _find_norm(model)
     layer.input_layernorm = layer.pre_mlp_layernorm = norm
-    attention.core_attention = SdpaAttention
+    attention.core_attention = SinkAttention if architecture.attention_sinks else SdpaAttention
     attention.linear_qkv = mlp.linear_fc1 = LoraColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = LoraRowParallelLinear
     if model.has_experts(number):

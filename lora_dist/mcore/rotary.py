@@ -85,7 +85,7 @@ def _scale_as_llama3(
 def _scale_as_yarn(frequencies_F: torch.Tensor, model: ModelConfig) -> torch.Tensor:
     """Frequencies up to the one with `beta_fast` turns in the original context stay, those from the one with
     `beta_slow` turns on are divided by `factor`; linear in the frequency's index between (YaRN, arXiv:2309.00071,
-    section 3.2, its bounds rounded outwards to whole features as its reference code does).
+    section 3.2, its bounds rounded outwards to whole features as its reference code does, but for truncate: 0).
     """
     scaling = model.rope_scaling
 
@@ -93,8 +93,10 @@ def _scale_as_yarn(frequencies_F: torch.Tensor, model: ModelConfig) -> torch.Ten
         wavelength = scaling["original_max_position_embeddings"] / num_turns
         return model.rotary_size * math.log(wavelength / (2 * math.pi)) / (2 * math.log(model.rope_theta))
 
-    first = max(math.floor(find_index(scaling["beta_fast"])), 0)
-    last = min(math.ceil(find_index(scaling["beta_slow"])), model.rotary_size - 1)
+    first, last = find_index(scaling["beta_fast"]), find_index(scaling["beta_slow"])
+    if "truncate" not in scaling:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, model.rotary_size - 1)
     index_F = torch.arange(len(frequencies_F), dtype=torch.float32)
     divided_F = ((index_F - first) / max(last - first, 0.001)).clamp(0.0, 1.0)
     return divided_F * frequencies_F / scaling["factor"] + (1 - divided_F) * frequencies_F

@@ -16,13 +16,15 @@ _ALL_TOO_SMALL = 1e-20
 
 
 class Router(nn.Module):
-    """Whole on every TP rank, which all pick the same; the gradient of its weight is one rank's summand."""
+    """Whole on every TP rank, which all pick the same; its gradients are one rank's summands."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.model: ModelConfig = config.model
         num_experts = config.model.num_experts
         self.weight = nn.Parameter(allocate(num_experts, config.hidden_size, config=config))
+        bias_E = nn.Parameter(allocate(num_experts, config=config)) if config.add_bias_linear else None
+        self.register_parameter("bias", bias_E)
         self.choice_offsets_E: torch.Tensor | None = None
         """In fp32 whatever the model's dtype, as transformers keeps them; no parameter, since nothing trains them."""
         if config.model.architecture.sigmoid_router:
@@ -43,7 +45,7 @@ class Router(nn.Module):
         """In fp32 at least. Of sigmoids the product is too, since each stands for itself."""
         dtype = torch.promote_types(tokens_TH.dtype, torch.float32)
         if self.choice_offsets_E is None:
-            return F.linear(tokens_TH, self.weight).softmax(-1, dtype=dtype)
+            return F.linear(tokens_TH, self.weight, self.bias).softmax(-1, dtype=dtype)
         return F.linear(tokens_TH.to(dtype), self.weight.to(dtype)).sigmoid()
 
     def _choose(self, scores_TE: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ from lora_dist.topology import Topology
 def build_groups(
     trainable: list[TrainableParameter], optim: OptimConfig, topology: Topology
 ) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
-    """Matrices decay, vectors do not; lora_B has its own learning rate where LoRA+ asks for one.
+    """Matrices decay, vectors do not, and biases of experts are vectors too; lora_B has its own learning rate where
+    LoRA+ asks for one.
 
     DeepSpeed adds up the gradients' norm group by group over the stages of a pipeline, so that each has every group
     that any might have: those without a tensor of its own get a placeholder, which never has a gradient. The second
@@ -25,7 +26,7 @@ def build_groups(
         key: [] for key in ((optim.weight_decay, 1.0), (0.0, 1.0), (optim.weight_decay, optim.lora_plus_ratio))
     }
     for one in trainable:
-        decay = optim.weight_decay if len(one.full_shape) > 1 else 0.0
+        decay = optim.weight_decay if len(one.full_shape) > 1 and one.kind != "bias" else 0.0
         ratio = optim.lora_plus_ratio if one.kind == "lora_B" else 1.0
         groups[decay, ratio].append(one.parameter)
     dtype = trainable[0].parameter.dtype if trainable else torch.float32

@@ -43,6 +43,11 @@ ADAPTED = {
         *("model.query_latent_size=16", "model.kv_latent_size=8", "model.rope_head_size=4", "model.value_head_size=8"),
         *("model.shared_ffn_size=16", "model.tied_output=false", "lora.target_modules=[all]"),
     ],
+    "sinks": [
+        *("topology=tp2_sp", "model.family=gpt_oss", "model.num_experts=4", "model.experts_per_token=2"),
+        *("model.swiglu_alpha=1.7", "model.swiglu_limit=7", "model.sliding_window=5", "model.tied_output=false"),
+        "lora.target_modules=[all,gate_proj,down_proj]",
+    ],
     "gpt_neox": ["topology=pp2", "model.family=gpt_neox", "loop.recompute=selective"],
     "opt": ["topology=tp2_sp", "model.family=opt"],
     "dora": ["topology=tp2", "method=dora"],

@@ -82,7 +82,7 @@ def write_drawn(options: dict, source: Path, target: Path) -> None:
     write_hf_checkpoint(gpt, target, model=model)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "gpt_neox_serial", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "gpt_neox_serial", "deepseek_v3", "gpt_oss"])
 def test_a_drawn_model_is_the_same_at_every_topology_and_transformers_reads_it(name: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     model = write_family_checkpoint(name, source)
@@ -98,7 +98,7 @@ def weigh(options: dict, source: Path) -> int:
     return sum(parameter.nbytes for parameter in build_shard(options, read_family_config(source)).parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "glm4_moe", "deepseek_v3", "gpt_oss"])
 def test_the_planned_weights_are_the_fullest_processs(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
     for tp_size, pp_size in ((2, 2), (4, 1), (1, 3)):

@@ -72,6 +72,19 @@ MODELS = {
     "glm4_moe": build_toy("glm4_moe", num_kv_heads=4, rotary_fraction=0.5, qk_norm=True, **PICKED),
     "deepseek_v3": build_toy("deepseek_v3", query_latent_size=20, rope_interleaved=True, **LATENT, **PICKED),
     "deepseek_v3_direct": build_toy("deepseek_v3", **LATENT, **PICKED),
+    "gpt_oss": build_toy(
+        "gpt_oss",
+        num_kv_heads=4,
+        head_size=8,
+        ffn_hidden_size=12,
+        num_experts=4,
+        experts_per_token=2,
+        sliding_window=5,
+        full_attention_layers=[1, 3],
+        swiglu_alpha=1.702,
+        swiglu_limit=0.1,  # which some gates exceed, and some do not
+        tied_output=False,
+    ),
     "phi3": build_toy("phi3", num_kv_heads=4, rotary_fraction=0.5, sliding_window=12),
     "opt": build_toy("opt"),
     "gpt_neox": build_toy("gpt_neox", tied_output=False, rotary_fraction=0.5),
@@ -97,7 +110,7 @@ CASES = [
     ("qwen2", "full", TOPOLOGIES[1:4:2]),
     *(("gemma3_text", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
     *((name, method, TOPOLOGIES[1:4:2]) for name in ("mixtral", "qwen3_moe") for method in ("lora", "full")),
-    *((name, method, TOPOLOGIES) for name in ("glm4_moe", "deepseek_v3") for method in ("lora", "full")),
+    *((name, method, TOPOLOGIES) for name in ("glm4_moe", "deepseek_v3", "gpt_oss") for method in ("lora", "full")),
     *(("deepseek_v3_direct", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
@@ -152,8 +165,10 @@ def compute_packed_gradients(options: dict, source: Path) -> tuple[float, dict[s
     stored, family = {}, HF_FAMILIES[model.family]
     for name, gradient in reduce_gradients(describe_base_parameters(gpt), gpt.topology).items():
         of_experts = {name.replace(".mlp.", f".mlp.experts.{expert}."): one for expert, one in enumerate(gradient)}
-        for each, one in of_experts.items() if gradient.ndim == 3 else [(name, gradient)]:
-            stored |= split_to_hf(one, family.find_parts(each, model), model)
+        is_stacked = gradient.ndim == (2 if name.endswith(".bias") else 3)
+        for each, one in of_experts.items() if is_stacked else [(name, gradient)]:
+            for key, part in split_to_hf(one, family.find_parts(each, model), model).items():
+                stored[key] = torch.cat([stored[key], part]) if key in stored else part  # one expert after the other
     return loss, {f"{family.find_module(name)}.{name.rpartition('.')[2]}": one for name, one in stored.items()}
 
 

@@ -189,21 +189,23 @@ def sum_bytes(collectives: list[Collective]) -> int:
 def test_experts_communicate_what_a_dense_layer_does(sequence_parallel: bool) -> None:
     """Bytes too; and adapters on the experts add nothing to it but what is summed once a step."""
     picked, shared = {"num_experts": 3, "experts_per_token": 2}, {"shared_ffn_size": 24}
-    mixtral, glm, dense = (
+    bounds = {"swiglu_alpha": 1.7, "swiglu_limit": 7.0, "num_kv_heads": MODEL.num_heads}
+    mixtral, glm, gpt_oss, dense = (
         Case(model=replace(MODEL, **sizes), tp_size=2, sequence_parallel=sequence_parallel)
         for sizes in (
             {"family": "mixtral", **picked},
             {"family": "glm4_moe", **picked, **shared, "num_dense_layers": 1, "dense_ffn_size": 40},
+            {"family": "gpt_oss", **picked, **bounds},
             {"family": "mistral"},
         )
     )
     attention = ["q_proj", "v_proj"]
-    frozen, also, alike = (
-        run_distributed(count_step, 2, case, attention, True)[0][0] for case in (mixtral, glm, dense)
+    frozen, *alike = (
+        run_distributed(count_step, 2, case, attention, True)[0][0] for case in (mixtral, glm, gpt_oss, dense)
     )
     assert frozen
-    assert frozen == also == alike
-    for case, targets in ((mixtral, ["v_proj"]), (glm, ["all"])):
+    assert alike == [frozen] * 3
+    for case, targets in ((mixtral, ["v_proj"]), (glm, ["all"]), (gpt_oss, ["v_proj"])):
         targets = [*targets, "gate_proj", "up_proj", "down_proj"]
         adapted, after = run_distributed(count_step, 2, case, targets, True)[0]
         assert count_by_kind(adapted) == count_by_kind(frozen)

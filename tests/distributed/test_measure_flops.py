@@ -86,10 +86,18 @@ SHARED_TARGETS = (
 )
 
 
+BOUNDED = {**EXPERTS, "head_size": 16, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+
+
 @pytest.mark.parametrize(
     ("family", "sizes", "all_targets"),
-    [("mixtral", EXPERTS, TARGETS), ("qwen3_moe", EXPERTS, TARGETS), ("glm4_moe", SHARED, TARGETS + SHARED_TARGETS)],
-    ids=["mixtral", "qwen3_moe", "glm4_moe"],
+    [
+        ("mixtral", EXPERTS, TARGETS),
+        ("qwen3_moe", EXPERTS, TARGETS),
+        ("glm4_moe", SHARED, TARGETS + SHARED_TARGETS),
+        ("gpt_oss", BOUNDED, TARGETS),
+    ],
+    ids=["mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"],
 )
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_experts_share_the_tokens(family: str, sizes: dict, all_targets: tuple, recompute: str) -> None:

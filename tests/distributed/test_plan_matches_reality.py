@@ -59,6 +59,10 @@ LATENT = replace(
     SHARED, name="latent", family="deepseek_v3", num_kv_heads=None, rotary_fraction=1.0, head_size=48,
     query_latent_size=192, kv_latent_size=64, rope_head_size=16, value_head_size=32,
 )  # fmt: skip
+SINKS = replace(
+    EXPERTS, name="sinks", family="gpt_oss", sliding_window=48, full_attention_layers=[1, 3], swiglu_alpha=1.702,
+    swiglu_limit=7.0,
+)  # fmt: skip
 HARDWARE = HardwareConfig(
     name="here", kind="cpu", memory_gib=16, reserved_gib=0.5, peak_tflops={"fp32": 0.09, "bf16": 0.02},
     achievable_fraction=0.8, memory_gb_s=12, memory_fraction=0.8, gpus_per_node=8, link_gb_s=1, network_gb_s=1,
@@ -221,6 +225,13 @@ CASES = {
         **{"model": replace(LATENT, base_format="nf4"), "topology": {"tp_size": 2}},
         "lora": LoraConfig(rank=4, target_modules=["q_a_proj", "kv_b_proj"]),
     },
+    "sinks-lora-tp2-sp": {
+        **{"model": SINKS, "lora": EXPERT_LORA, "topology": {"tp_size": 2, "sequence_parallel": True}},
+    },
+    "sinks-lora-packed-recompute": {"model": SINKS, "recompute": "full", "collate": "pack"},
+    "sinks-lora-nf4": {"model": replace(SINKS, base_format="nf4"), "lora": EXPERT_LORA},
+    "sinks-full-pp2": {**FULL, "model": SINKS, "topology": {"pp_size": 2}, "num_microbatches": 4},
+    "sinks-full-dp2-stage3": {**FULL, "model": SINKS, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "experts-full-dp2-stage3": {**FULL, "model": EXPERTS, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "full-dp2-stage3": {**FULL, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "llama-full-dp2-stage3": {**FULL, "model": LLAMA, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},

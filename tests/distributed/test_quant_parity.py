@@ -27,6 +27,7 @@ ADAPTERS = {
     "llama": LoraConfig(rank=3, target_modules=["k_proj", "gate_proj", "down_proj"], layers=["1"]),
     "latent": LoraConfig(rank=3, target_modules=["all"], dropout=0.2),
     "experts": LoraConfig(rank=3, target_modules=["q_proj", "gate_proj", "down_proj", "shared_up_proj"]),
+    "sinks": LoraConfig(rank=3, target_modules=["o_proj", "gate_proj", "down_proj"]),
 }
 FAMILIES = {
     "llama": {"family": "llama", "num_kv_heads": 2},
@@ -39,6 +40,10 @@ FAMILIES["latent"] = {
     **FAMILIES["experts"],
     **{"family": "deepseek_v3", "num_kv_heads": None, "query_latent_size": 192, "kv_latent_size": 64},
     **{"rope_head_size": 8, "value_head_size": 32},
+}
+FAMILIES["sinks"] = {
+    **{"family": "gpt_oss", "num_kv_heads": 2, "num_experts": 3, "experts_per_token": 2, "tied_output": False},
+    **{"ffn_hidden_size": 128, "swiglu_alpha": 1.702, "swiglu_limit": 0.2},
 }
 FORMATS = ["nf4", "nf4_double", "fp8"]
 Trained = tuple[list[float], list[float], dict[str, torch.Tensor]]
@@ -125,6 +130,8 @@ GRID = [
     ("latent", {"tp_size": 2}, 1),
     ("latent", EVERYTHING, 1),
     ("experts", EVERYTHING, 1),
+    ("sinks", {"tp_size": 2}, 1),
+    ("sinks", EVERYTHING, 1),
 ]
 
 

@@ -95,6 +95,15 @@ def test_units_a_gated_layer(targets: list[str], expected: int, factors: float) 
     assert expected <= units < expected + factors
 
 
+@pytest.mark.parametrize("window", [None, 16])
+def test_sinks_keep_no_scores(window: int | None) -> None:
+    """Of a layer: what the one above has, with [gate | up] of two experts a token. Scores would be one unit more."""
+    experts = {"num_experts": 4, "experts_per_token": 2, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+    targets, kind = ["q_proj", "v_proj"], {"num_kv_heads": 1, "sliding_window": window}
+    units = measure_units_a_layer(targets, family="gpt_oss", **kind, **experts)
+    assert 1 + 2 + 1 + 1 + 2 * 8 <= units < 1 + 2 + 1 + 1 + 2 * 8 + 0.5
+
+
 @pytest.mark.parametrize("blocks", [True, False])
 def test_packing_keeps_nothing_more_in_a_layer(blocks: bool) -> None:
     """Block by block, and under one bias for all layers."""

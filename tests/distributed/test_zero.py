@@ -29,6 +29,12 @@ LATENT = replace(
     EXPERTS, family="deepseek_v3", head_size=10, query_latent_size=20, kv_latent_size=12, rope_head_size=4,
     value_head_size=6,
 )  # fmt: skip
+BIASED = replace(
+    MODEL, family="gpt_oss", num_kv_heads=2, ffn_hidden_size=40, num_experts=5, experts_per_token=2, init_std=0.15,
+    sliding_window=5, full_attention_layers=[1, 3], swiglu_alpha=1.702, swiglu_limit=0.5,
+)  # fmt: skip
+BIASED_LORA = replace(LORA, model=BIASED, lora=LoraConfig(rank=3, alpha=3, target_modules=EXPERT_TARGETS[:4]))
+BIASED_FULL = replace(FULL, model=BIASED)
 LATENT_LORA = replace(LORA, model=LATENT, lora=LoraConfig(rank=3, alpha=3, target_modules=["all"], dropout=0.2))
 LATENT_FULL = replace(FULL, model=LATENT)
 
@@ -41,7 +47,7 @@ def train_oracle(case: Case) -> Trained:
     groups = [
         {
             "params": [one.parameter],
-            "weight_decay": OPTIM.weight_decay if one.parameter.ndim > 1 else 0.0,
+            "weight_decay": OPTIM.weight_decay if one.parameter.ndim > 1 and not one.name.endswith("bias") else 0.0,
             "lr": OPTIM.lr * (OPTIM.lora_plus_ratio if one.kind == "lora_B" else 1.0),
         }
         for one in trainable
@@ -129,7 +135,11 @@ def test_latents_train_like_plain_torch(case: Case) -> None:
         )
 
 
-@pytest.mark.parametrize("case", [EXPERT_LORA, EXPERT_FULL], ids=lambda case: case.method)
+@pytest.mark.parametrize(
+    "case",
+    [EXPERT_LORA, EXPERT_FULL, BIASED_LORA, BIASED_FULL],
+    ids=lambda case: f"{case.model.family}-{case.method}",
+)
 def test_experts_train_like_plain_torch(case: Case) -> None:
     """Each replica's tokens go to experts of their own: some have rows on one replica alone."""
     oracle = run_distributed(train_oracle, 1, case)[0]

@@ -129,6 +129,8 @@ HF_NAMES = [
     "qwen3_235b_a22b",
     "glm4_5",
     "glm4_5_air",
+    "gpt_oss_20b",
+    "gpt_oss_120b",
     "phi4",
     "gemma3_1b",
     "opt_125m",

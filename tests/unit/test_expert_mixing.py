@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lora_dist.base_format import BLOCK, LinearShape
 from lora_dist.lora.experts import Factors
 from lora_dist.lora.row_groups import RowGroups
+from lora_dist.mcore.gates import GateBounds
 from lora_dist.mcore.mixing import mix_experts
 from lora_dist.measure.flops import count_flops
 from lora_dist.quant import weight as quant_weight
@@ -33,6 +34,9 @@ def mix_one_by_one(
     second: torch.Tensor,
     first_factors: Factors | None,
     second_factors: Factors | None,
+    *,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bounds: GateBounds | None = None,
 ) -> torch.Tensor:
     rows = []
     for token, choice in itertools.product(range(T), range(C)):
@@ -41,14 +45,20 @@ def mix_one_by_one(
         for weights, factors in ((first, first_factors), (second, second_factors)):
             update = 0 if factors is None else factors[1][expert] @ factors[0][expert]
             matrices.append(weights[expert] + update)
-        gate, up = (matrices[0] @ tokens_TH[token]).chunk(2)
-        rows.append(weights_TC[token, choice] * (matrices[1] @ (F.silu(gate) * up)))
+        added = (0, 0) if biases is None else (biases[0][expert], biases[1][expert])
+        gate, up = (matrices[0] @ tokens_TH[token] + added[0]).chunk(2)
+        inner = F.silu(gate) * up
+        if bounds is not None:
+            gate, up = gate.clamp(max=bounds.limit), up.clamp(-bounds.limit, bounds.limit)
+            inner = gate * torch.sigmoid(bounds.alpha * gate) * (up + 1)
+        rows.append(weights_TC[token, choice] * (matrices[1] @ inner + added[1]))
     return torch.stack(rows).view(T, C, -1).sum(1)
 
 
 @pytest.mark.parametrize("adapted", [(False, False), (True, False), (False, True), (True, True)], ids=str)
 @pytest.mark.parametrize("below_trains", [False, True])
 @pytest.mark.parametrize("experts_train", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     ("grouped", "dtype", "tolerance"), [(False, torch.float64, 1e-12), (True, torch.float32, 2e-5)], ids=str
 )
@@ -56,12 +66,13 @@ def test_output_and_gradients(
     adapted: tuple[bool, bool],
     below_trains: bool,
     experts_train: bool,
+    biased: bool,
     grouped: bool,
     dtype: torch.dtype,
     tolerance: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A CPU has the grouped product too, in fp32 at the most."""
+    """A CPU has the grouped product too, in fp32 at the most. With biases the gate has bounds, which some exceed."""
     draw.generator.manual_seed(0)
     monkeypatch.setattr(draw, "dtype", dtype)
     tokens_TH, weights_TC = draw(T, H, requires_grad=below_trains), draw(T, C, requires_grad=below_trains)
@@ -72,14 +83,18 @@ def test_output_and_gradients(
         (draw(E, K, size[1]), draw(E, size[0], K)) if wanted else None
         for size, wanted in zip(sizes, adapted, strict=True)
     ]
-    inputs = [tokens_TH, weights_TC, *weights, *(factors[0] or ()), *(factors[1] or ())]
+    options = {}
+    if biased:
+        biases = tuple(draw(E, size[0], requires_grad=experts_train) for size in sizes)
+        options = {"biases": biases, "bounds": GateBounds(alpha=1.702, limit=2.0)}
+    inputs = [tokens_TH, weights_TC, *weights, *options.get("biases", ()), *(factors[0] or ()), *(factors[1] or ())]
     inputs = [one for one in inputs if one.requires_grad]
     if not inputs:
         return
     doutput_TH = draw(T, H, requires_grad=False)
     computed = []
     for mix in (partial(mix_experts, grouped=grouped), mix_one_by_one):
-        output_TH = mix(tokens_TH, weights_TC, choices_TC, *weights, *factors)
+        output_TH = mix(tokens_TH, weights_TC, choices_TC, *weights, *factors, **options)
         grads = torch.autograd.grad(output_TH, inputs, doutput_TH, materialize_grads=True)
         computed.append([output_TH.detach(), *grads])
     assert all(grad.abs().max() > 0 for grad in computed[0][1 : 1 + 2 * below_trains])

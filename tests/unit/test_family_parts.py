@@ -59,14 +59,15 @@ def test_every_target_is_a_linear_of_transformers(name: str, tmp_path: Path) -> 
     assert list(names) == [target for target in CANONICAL_TARGETS if target in found]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss"])
 def test_every_target_of_experts_is_in_a_parameter_of_transformers(name: str, tmp_path: Path) -> None:
     model, theirs = write_family_checkpoint(name, tmp_path), build_family_model(name)
     for parameter, targets in PEFT_TARGETS.items():
         (in_features,) = {compute_linear_shapes(model, 2)[target][0] for target in targets}
         num_rows = sum(len(rows) for rows in find_rows(ExpertParameter(2, parameter), model).values())
         stacked = theirs.get_parameter(ExpertParameter(2, parameter).full_name)
-        assert stacked.shape == (find_num_experts(targets[0], model, 2), num_rows, in_features)
+        matrix = (in_features, num_rows) if name == "gpt_oss" else (num_rows, in_features)
+        assert stacked.shape == (find_num_experts(targets[0], model, 2), *matrix)
 
 
 def test_older_configurations_say_the_same(tmp_path: Path) -> None:
@@ -194,6 +195,7 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
     sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "ffn_hidden_size": 8, "vocab_size": 9}
     latent = {"num_experts": 2, "experts_per_token": 1}
     latent |= {"kv_latent_size": 6, "rope_head_size": 2, "value_head_size": 4}
+    bounded = {"head_size": 8, "num_experts": 2, "experts_per_token": 1, "swiglu_alpha": 1.7, "swiglu_limit": 7.0}
     models = [
         ModelConfig(name="x", family=family, max_position_embeddings=4, **sizes, **more)  # type: ignore[arg-type]
         for family, more in (
@@ -216,12 +218,15 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
             ("deepseek_v3", {**latent, "query_latent_size": 4}),
             ("deepseek_v3", {**latent, "value_head_size": 2}),
             ("deepseek_v3", {**latent, "rope_interleaved": True}),
+            ("gpt_oss", {**bounded}),
+            ("gpt_oss", {**bounded, "swiglu_alpha": 2.0}),
+            ("gpt_oss", {**bounded, "swiglu_limit": 2.0}),
         )
     ]
     assert len({compute_base_fingerprint(model, 0) for model in models}) == len(models)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long", "deepseek_v3", "gpt_oss"])
 def test_angles_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
     theirs = LlamaRotaryEmbedding(build_family_model(name).config)
@@ -235,7 +240,9 @@ def test_angles_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("head_size", [32, 128])
 @pytest.mark.parametrize("theta", [1e4, 1e6])
-@pytest.mark.parametrize("options", [{}, {"beta_fast": 16, "beta_slow": 2}, {"attention_factor": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"beta_fast": 16, "beta_slow": 2}, {"attention_factor": 1.5}, {"truncate": False}], ids=str
+)
 def test_yarn_is_that_of_transformers(options: dict, theta: float, head_size: int) -> None:
     """At the sizes of real heads, where its bounds lie inside."""
     rope = {"rope_type": "yarn", "rope_theta": theta, "factor": 4.0, "original_max_position_embeddings": 4096} | options

@@ -9,13 +9,22 @@ from processes import run_distributed
 
 from lora_dist.fusion import Chain, compile_chains
 from lora_dist.lora.dropout import _drop
-from lora_dist.mcore.gates import _compute_grad, compute_gated, compute_weighted_grad
+from lora_dist.mcore.gates import (
+    _compute_bounded,
+    _compute_bounded_grad,
+    _compute_grad,
+    compute_gated,
+    compute_weighted_grad,
+)
 from lora_dist.mcore.head_loss import _exponentiate, _find_max
+from lora_dist.mcore.mixing import _add_biases, _add_weighted_biases, _multiply_biases
 from lora_dist.mcore.norm import _compute_norm_input_grad, _compute_rms_grads, _divide_by_rms
 from lora_dist.mcore.rotary import _turn
+from lora_dist.mcore.sinks import _compute_sink_grad, _join_sinks
 from lora_dist.quant.blocks import _scale_blocks
 
 N, H = 6, 64
+EXPERTS = torch.tensor([0, 0, 1, 1, 1, 2])
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -50,6 +59,22 @@ CHAINS: dict[str, tuple[Chain, Arguments]] = {
         compute_weighted_grad,
         lambda dtype: (draw(N, H, dtype=dtype), draw(N, 2 * H, dtype=dtype), draw(N, dtype=dtype)),
     ),
+    "bounded_gate": (_compute_bounded, lambda dtype: (draw(N, 2 * H, dtype=dtype), 1.702, 1.5)),
+    "bounded_grad": (
+        _compute_bounded_grad,
+        lambda dtype: (draw(N, H, dtype=dtype), draw(N, 2 * H, dtype=dtype), draw(N, dtype=dtype), 1.702, 1.5),
+    ),
+    "biases": (_add_biases, lambda dtype: (draw(N, H, dtype=dtype), draw(3, H, dtype=dtype), EXPERTS)),
+    "weighted_biases": (
+        _add_weighted_biases,
+        lambda dtype: (draw(N, H, dtype=dtype), draw(3, H, dtype=dtype), EXPERTS, draw(N, dtype=dtype)),
+    ),
+    "bias_weights": (_multiply_biases, lambda dtype: (draw(N, H, dtype=dtype), draw(3, H, dtype=dtype), EXPERTS)),
+    "sinks": (_join_sinks, lambda dtype: (draw(2, 3, N, H, dtype=dtype), draw(2, 3, N + 2), draw(3, dtype=dtype))),
+    "sink_grad": (
+        _compute_sink_grad,
+        lambda dtype: (*(draw(2, 3, N, H, dtype=dtype) for _ in range(2)), draw(2, 3, N + 2), draw(3, dtype=dtype)),
+    ),
     "turn": (
         _turn,
         lambda dtype: (draw(N, 2, 3, H, dtype=dtype), *(draw(N, 2, 1, H // 2, dtype=dtype) for _ in range(2))),
@@ -68,7 +93,8 @@ def run_both(chain: Chain, arguments: Arguments, dtype: torch.dtype) -> list[tup
         given = arguments(dtype)
         result = function(*given)
         overwritten = tuple(one for one in given if isinstance(one, torch.Tensor))
-        outcomes.append((*(result if isinstance(result, tuple) else (result,)), *overwritten))
+        results = result if isinstance(result, tuple) else () if result is None else (result,)
+        outcomes.append((*results, *overwritten))
     return outcomes
 
 
