@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,19 @@ import torch
 
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import read_json
-from lora_dist.files.fp8_blocks import dequantize_blocks, find_blocks, find_original_dtype, find_scales, read_block_size
+from lora_dist.files.fp8_blocks import (
+    QUANTIZATION,
+    dequantize_blocks,
+    find_blocks,
+    find_original_dtype,
+    find_scales,
+    read_block_size,
+)
 from lora_dist.files.hash_cache import find_sha256
 from lora_dist.files.hf_families import HF_FAMILIES, MODEL_TYPES
 from lora_dist.files.hf_gpt2 import PREFIX
 from lora_dist.files.hf_layout import TIED_HEAD, HfFamily
+from lora_dist.files.mxfp4_blocks import BLOCK, compute_shape, dequantize, find_packed, is_mxfp4
 from lora_dist.files.safetensors_stream import DTYPE_NAMES, TensorInfo, read_header, read_part
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -42,11 +51,12 @@ _COMPARED = {
 class HfReader:
     """Finds tensors by their names without `transformer.`, in one file or several, and reads parts of them.
 
-    What is stored in fp8 with scales appears as the one weight that it was, of the dtype that it had.
+    What is stored in fp8 with scales appears as the one weight that it was, of the dtype that it had; what is in MXFP4
+    as the one that it is, in bf16.
     """
 
     def __init__(self, directory: Path, device: torch.device | str = "cpu") -> None:
-        """Reads every header; what is stored in fp8 is dequantised on `device`.
+        """Reads every header; what is stored in fp8 or MXFP4 is dequantised on `device`.
 
         ValueError where a file is missing, damaged, or does not hold what the index says.
         """
@@ -59,21 +69,34 @@ class HfReader:
                     raise ValueError(f"{path} holds {stored_name} a second time; {self._places[name].path} has it too")
                 self._places[name] = info
                 self.shapes[name], self.dtypes[name] = info.shape, info.dtype
-        self._hide_scales()
-
-    def _hide_scales(self) -> None:
-        path = self.directory / CONFIG
-        config, files = read_json(path), {name: info.path for name, info in self._places.items()}
-        self._block_size = read_block_size(config, path)
+        config = read_json(directory / CONFIG)
+        files = {name: info.path for name, info in self._places.items()}
+        self._packed = find_packed(self.shapes, self.dtypes, files)
+        self._hide_codes(config)
+        self._block_size = None if is_mxfp4(config) else read_block_size(config, directory / CONFIG)
         self._scales = find_scales(self.shapes, self.dtypes, files, self._block_size)
         for weight, scale in self._scales.items():
             self.dtypes[weight] = find_original_dtype(config)
             del self.shapes[scale], self.dtypes[scale]
 
+    def _hide_codes(self, config: Mapping[str, Any]) -> None:
+        if self._packed and not is_mxfp4(config):
+            raise ValueError(
+                f"{self.directory} holds {next(iter(self._packed))} in MXFP4, of which the {QUANTIZATION} in {CONFIG}"
+                f" says nothing; copy {CONFIG} again"
+            )
+        for weight, parts in self._packed.items():
+            self.shapes[weight], self.dtypes[weight] = compute_shape(self.shapes[parts[1]]), "BF16"
+            for part in parts:
+                del self.shapes[part], self.dtypes[part]
+
     def read(
         self, name: str, *, dim: int | None = None, start: int = 0, size: int | None = None, entry: int | None = None
     ) -> torch.Tensor:
-        """As `read_part`, one tensor or a part of it; fp32 where it is stored in fp8."""
+        """As `read_part`, one tensor or a part of it, of MXFP4 an entry or a part; fp32 where it is stored in fp8."""
+        if name in self._packed:
+            assert entry is not None
+            return self._read_packed(name, entry, dim, start, size)
         stored = self._read_stored(name, dim, start, size, entry)
         if name not in self._scales:
             return stored
@@ -85,6 +108,19 @@ class HfReader:
         scales = self._read_stored(self._scales[name], dim, first, count, entry)
         stored, scales = (part.to(self._device) for part in (stored, scales))
         return dequantize_blocks(stored, scales, self._block_size, (within[0], within[1]))
+
+    def _read_packed(self, name: str, entry: int, dim: int | None, start: int, size: int | None) -> torch.Tensor:
+        """[in, out] of one expert, whose codes are those of the transpose, with blocks along its rows."""
+        if dim != 0:
+            return self._dequantize(name, 0, start, size, entry).t()
+        size = self.shapes[name][1] - start if size is None else size
+        first, count = find_blocks(start, size, BLOCK)
+        return self._dequantize(name, 1, first, count, entry).t().narrow(0, start - first * BLOCK, size)
+
+    def _dequantize(self, name: str, dim: int, start: int, size: int | None, entry: int) -> torch.Tensor:
+        parts = (self._read_stored(part, dim, start, size, entry) for part in self._packed[name])
+        codes, scales = (part.to(self._device) for part in parts)
+        return dequantize(codes, scales)
 
     def _read_stored(self, name: str, dim: int | None, start: int, size: int | None, entry: int | None) -> torch.Tensor:
         return read_part(self._places[name], dim=dim, start=start, size=size, entry=entry)
@@ -120,7 +156,8 @@ def read_model_fields(directory: str | Path) -> dict[str, Any]:
     config = read_json(path)
     _check_setting(path, "model_type", config.get("model_type"), tuple(MODEL_TYPES))
     family = HF_FAMILIES[MODEL_TYPES[config["model_type"]]]
-    read_block_size(config, path)
+    if not (family.in_mxfp4 and is_mxfp4(config)):
+        read_block_size(config, path)
     for key, (default, allowed) in family.settings.items():
         _check_setting(path, key, config.get(key, default), allowed)
     return {"name": directory.resolve().name, **family.read_fields(config, path), "checkpoint": str(directory)}

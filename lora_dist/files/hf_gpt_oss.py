@@ -100,4 +100,5 @@ GPT_OSS_FAMILY = HfFamily(
     compute_shapes=GPT_OSS_NAMES.compute_shapes,
     ignored=re.compile(r"(?!)"),  # nothing
     embedding="model.embed_tokens.weight",
+    in_mxfp4=True,
 )

@@ -74,6 +74,8 @@ class HfFamily:
     """Buffers of old checkpoints, which every implementation makes for itself."""
     embedding: str
     """The tensor that a stored output layer must equal where it is tied."""
+    in_mxfp4: bool = False
+    """Its experts' weights may be stored so."""
     wider: re.Pattern[str] | None = None
     """Tensors that transformers keeps in fp32 whatever the others have."""
     extra_layers: re.Pattern[str] | None = None
