@@ -56,7 +56,7 @@ def write_merged(config: LiveConfig, adapter: str, output: str) -> None:
 
     A chat template that the run trained with goes with it.
 
-    Under model.base_format nf4, nf4_double or fp8 the base is what the format makes of it, since the adapter was
+    Under another model.base_format than native the base is what the format makes of it, since the adapter was
     trained on that.
     """
     base_format, model = config.model.base_format, replace(config.model, base_format="native")

@@ -1,7 +1,7 @@
 """How the frozen linears' weights may be stored: the formats, the shapes they take, their bytes; standard library only.
 
-nf4 and fp8 keep one scale for 64 neighbouring weights of a row. Blocks never cross rows or shards, so a shard of the
-quantised weight is a slice of the whole quantised weight on every topology.
+nf4 and fp8 keep one scale for 64 neighbouring weights of a row, mxfp4 one for 32. Blocks never cross rows or shards, so
+a shard of the quantised weight is a slice of the whole quantised weight on every topology.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ from functools import cache
 
 from lora_dist.refusals import require
 
-BASE_FORMATS = ("native", "nf4", "nf4_double", "fp8")
+BASE_FORMATS = ("native", "nf4", "nf4_double", "fp8", "mxfp4")
 BLOCK = 64
-"""Weights that share a scale (QLoRA, arXiv:2305.14314, section 3)."""
+"""Weights that share a scale (QLoRA, arXiv:2305.14314, section 3), but in mxfp4."""
+MXFP4_BLOCK = 32
+"""OCP Microscaling Formats, version 1.0, section 5.2."""
 _MAX_GROUP = 256
 """Scales that share a range in nf4_double (the paper's block size of the second level)."""
 
@@ -28,10 +30,6 @@ class LinearShape:
     @property
     def num_elements(self) -> int:
         return self.out_features * self.in_features
-
-    @property
-    def num_scales(self) -> int:
-        return self.num_elements // BLOCK
 
     @property
     def group_size(self) -> int:
@@ -53,6 +51,16 @@ def _find_group_size(length: int) -> int:
     return max(size for size in range(1, min(length, _MAX_GROUP) + 1) if length % size == 0)
 
 
+def find_block(base_format: str) -> int:
+    """Weights that share a scale."""
+    return MXFP4_BLOCK if base_format == "mxfp4" else BLOCK
+
+
+def find_linear_format(base_format: str, *, of_experts: bool) -> str:
+    """Of one linear: mxfp4 is for those of experts alone, as gpt-oss is published."""
+    return "native" if base_format == "mxfp4" and not of_experts else base_format
+
+
 def check_frozen(base_format: str, *, method: str, zero_stage: int) -> None:
     """ValueError where a run trains or partitions what `base_format` freezes."""
     if base_format != "native":
@@ -63,12 +71,12 @@ def check_frozen(base_format: str, *, method: str, zero_stage: int) -> None:
 
 def check_blocks(base_format: str, *in_features: int, tp_size: int = 1) -> None:
     """ValueError, with the numbers, where blocks would cross the ends of a row whose inputs TP splits."""
-    lower = "lower topology.tp_size or " if tp_size > 1 else ""
+    lower, block = "lower topology.tp_size or " if tp_size > 1 else "", find_block(base_format)
     for size in in_features:
         require(
-            base_format == "native" or size % (BLOCK * tp_size) == 0,
-            f"model.base_format={base_format} keeps one scale for {BLOCK} weights of a row, and {size} inputs over"
-            f" tp {tp_size} are no multiple of {BLOCK}; {lower}use model.base_format=native",
+            base_format == "native" or size % (block * tp_size) == 0,
+            f"model.base_format={base_format} keeps one scale for {block} weights of a row, and {size} inputs over"
+            f" tp {tp_size} are no multiple of {block}; {lower}use model.base_format=native",
         )
 
 
@@ -80,8 +88,11 @@ def compute_weight_bytes(base_format: str, shape: LinearShape, native_itemsize: 
 
 
 def compute_buffer_bytes(base_format: str, shape: LinearShape) -> dict[str, int]:
-    """Of each buffer of a quantised weight: 8.5 bits a weight (fp8), 4.5 (nf4), or 4.125 + 1 / group_size."""
+    """Of each buffer of a quantised weight: 8.5 bits a weight (fp8), 4.5 (nf4), 4.25 (mxfp4), or 4.125 +
+    1 / group_size.
+    """
     codes = shape.num_elements if base_format == "fp8" else shape.num_elements // 2
-    if base_format != "nf4_double":
-        return {"codes": codes, "scales": 4 * shape.num_scales}
-    return {"codes": codes, "scales": shape.num_scales, "ranges": 8 * (shape.num_scales // shape.group_size)}
+    num_scales = shape.num_elements // find_block(base_format)
+    if base_format == "nf4_double":
+        return {"codes": codes, "scales": num_scales, "ranges": 8 * (num_scales // shape.group_size)}
+    return {"codes": codes, "scales": num_scales if base_format == "mxfp4" else 4 * num_scales}

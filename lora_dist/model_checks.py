@@ -30,6 +30,10 @@ def check_model(model: "ModelConfig") -> None:
     """ValueError, with the value and the remedy, for sizes and settings that no model has together."""
     require_one_of("model.family", model.family, tuple(ARCHITECTURES))
     require_one_of("model.base_format", model.base_format, BASE_FORMATS)
+    require(
+        model.base_format != "mxfp4" or model.architecture.experts,
+        f"model.base_format=mxfp4 is for the weights of experts, and {model.family} has none; use nf4 or fp8",
+    )
     for key in (
         "num_layers",
         "hidden_size",

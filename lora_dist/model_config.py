@@ -105,7 +105,7 @@ class ModelConfig:
     attention_dropout: float = 0.0
     init_std: float = 0.02
     base_format: str = "native"
-    """Of the linears' frozen weights: native (the run's dtype), nf4, nf4_double or fp8."""
+    """Of the linears' frozen weights: native (the run's dtype), nf4, nf4_double, fp8, or mxfp4 of experts' alone."""
 
     def __post_init__(self) -> None:
         check_model(self)
@@ -178,13 +178,16 @@ class ModelConfig:
 
     @property
     def split_sizes(self) -> tuple[int, ...]:
-        """Features into the linears whose inputs TP splits."""
+        """Features into the linears that base_format is for and whose inputs TP splits."""
+        if self.base_format == "mxfp4":
+            return (self.ffn_hidden_size,)
         return (self.context_size, *self.mlp_sizes)
 
     @property
-    def latent_sizes(self) -> tuple[int, ...]:
-        """Features of the latents that there are."""
-        return tuple(filter(None, (self.query_latent_size, self.kv_latent_size)))
+    def whole_sizes(self) -> tuple[int, ...]:
+        """Features into those whose inputs TP leaves whole."""
+        latents = () if self.base_format == "mxfp4" else (self.query_latent_size, self.kv_latent_size)
+        return tuple(filter(None, (self.hidden_size, *latents)))
 
     @property
     def kv_size(self) -> int:

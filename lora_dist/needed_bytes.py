@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lora_dist.base_format import LinearShape, compute_weight_bytes
+from lora_dist.base_format import LinearShape, compute_weight_bytes, find_linear_format
 from lora_dist.base_shapes import compute_layer_shapes, count_elements, list_stage_layers
 from lora_dist.config import ModelConfig, RunConfig, compute_dp_size
 from lora_dist.lora.targets import WHOLE_TARGETS, compute_linear_shapes, find_num_experts
@@ -47,9 +47,10 @@ def compute_format_savings(model: ModelConfig, native_itemsize: int, tp_size: in
             column_parallel = not target.endswith(("o_proj", "down_proj"))
             whole = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
             shard = whole.cut(1 if target in WHOLE_TARGETS else tp_size)
-            stored = compute_weight_bytes(model.base_format, shard, native_itemsize)
-            smaller = shard.num_elements * native_itemsize - stored
-            saved += smaller * (find_num_experts(target, model, layer) or 1)
+            num_experts = find_num_experts(target, model, layer)
+            base_format = find_linear_format(model.base_format, of_experts=num_experts is not None)
+            stored = compute_weight_bytes(base_format, shard, native_itemsize)
+            saved += (shard.num_elements * native_itemsize - stored) * (num_experts or 1)
     return saved
 
 

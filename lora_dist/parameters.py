@@ -39,7 +39,7 @@ class TrainableParameter:
     owned: bool = True
     """False for the last stage's copy of the tied embedding: left out of the norm, of counts and of files."""
     quantized: QuantizedWeight | None = None
-    """A frozen linear's weight under model.base_format nf4, nf4_double or fp8; it never trains."""
+    """A frozen linear's weight under another model.base_format than native; it never trains."""
     kept_dtype: torch.dtype | None = None
     """Of its values in files, where that is not the others'."""
     stack: "tuple[TrainableParameter, int] | None" = None

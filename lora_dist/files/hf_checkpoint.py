@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lora_dist.base_format import MXFP4_BLOCK
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import read_json
 from lora_dist.files.fp8_blocks import (
@@ -24,8 +25,9 @@ from lora_dist.files.hash_cache import find_sha256
 from lora_dist.files.hf_families import HF_FAMILIES, MODEL_TYPES
 from lora_dist.files.hf_gpt2 import PREFIX
 from lora_dist.files.hf_layout import TIED_HEAD, HfFamily
-from lora_dist.files.mxfp4_blocks import BLOCK, compute_shape, dequantize, find_packed, is_mxfp4
+from lora_dist.files.mxfp4_blocks import compute_shape, find_packed, is_mxfp4
 from lora_dist.files.safetensors_stream import DTYPE_NAMES, TensorInfo, read_header, read_part
+from lora_dist.quant.blocks import dequantize_mxfp4
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _ROWS_AT_ONCE = 4096
@@ -114,13 +116,13 @@ class HfReader:
         if dim != 0:
             return self._dequantize(name, 0, start, size, entry).t()
         size = self.shapes[name][1] - start if size is None else size
-        first, count = find_blocks(start, size, BLOCK)
-        return self._dequantize(name, 1, first, count, entry).t().narrow(0, start - first * BLOCK, size)
+        first, count = find_blocks(start, size, MXFP4_BLOCK)
+        return self._dequantize(name, 1, first, count, entry).t().narrow(0, start - first * MXFP4_BLOCK, size)
 
     def _dequantize(self, name: str, dim: int, start: int, size: int | None, entry: int) -> torch.Tensor:
         parts = (self._read_stored(part, dim, start, size, entry) for part in self._packed[name])
         codes, scales = (part.to(self._device) for part in parts)
-        return dequantize(codes, scales)
+        return dequantize_mxfp4(codes.flatten(), scales, torch.bfloat16)
 
     def _read_stored(self, name: str, dim: int | None, start: int, size: int | None, entry: int | None) -> torch.Tensor:
         return read_part(self._places[name], dim=dim, start=start, size=size, entry=entry)

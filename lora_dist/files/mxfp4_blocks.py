@@ -9,17 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lora_dist.base_format import MXFP4_BLOCK
 from lora_dist.files.fp8_blocks import QUANTIZATION
 
-BLOCK = 32
-"""Values that share a scale."""
 _METHOD = "mxfp4"
 _CODES, _SCALES = "_blocks", "_scales"
-_BYTES, _BIAS = 16, 127
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Of a code's three low bits; its fourth one is the sign."""
+_BYTES = MXFP4_BLOCK // 2
 
 
 def is_mxfp4(config: Mapping[str, Any]) -> bool:
@@ -53,13 +48,4 @@ def find_packed(
 def compute_shape(scales: tuple[int, ...]) -> tuple[int, ...]:
     """Of the weight, from that of its scales."""
     E, O, G = scales  # noqa: E741
-    return E, G * BLOCK, O
-
-
-def dequantize(codes_OGB: torch.Tensor, scales_OG: torch.Tensor) -> torch.Tensor:
-    """Values [O, 32 G] of one expert, in bf16, which holds them exactly."""
-    values = torch.tensor([*_MAGNITUDES, *(-one for one in _MAGNITUDES)], device=codes_OGB.device)
-    low_and_high = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1).bfloat16()
-    pairs_OGB2 = low_and_high.index_select(0, codes_OGB.flatten().int()).view(*codes_OGB.shape, 2)
-    exponents_OG = scales_OG.float().sub_(_BIAS)
-    return (pairs_OGB2.flatten(2) * exponents_OG.exp2_().bfloat16()[..., None]).flatten(1)
+    return E, G * MXFP4_BLOCK, O

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
+from lora_dist.base_format import find_linear_format
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.function import NO_COMMUNICATION, BaseWeight, ShardCommunication, frozen_linear
 from lora_dist.lora.layer import LoraShard
@@ -32,7 +33,7 @@ def allocate(*sizes: int, config: TransformerConfig) -> torch.Tensor:
 
 def _replace_weight(linear: "LoraColumnParallelLinear | LoraRowParallelLinear | LoraLocalLinear") -> None:
     """A quantised weight in place of the one just allocated, where the model's base_format says so."""
-    base_format = linear.config.model.base_format
+    base_format = find_linear_format(linear.config.model.base_format, of_experts=False)
     if base_format != "native":
         quantized = build_quantized_weight(base_format, linear.weight, column_parallel=linear.column_parallel)
         del linear.weight

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from lora_dist.base_format import find_linear_format
 from lora_dist.lora.experts import ExpertAdapter
 from lora_dist.lora.layer import LoraShard
 from lora_dist.mcore.experts import ExpertLinears, list_weights, split_by_expert
@@ -35,7 +36,8 @@ class RoundingError:
 
 @torch.no_grad()
 def apply_rounding(gpt: ShardedGpt, base_format: str, shards: Mapping[str, LoraShard] | None = None) -> RoundingError:
-    """Quantise every linear's native weight, dequantise it, add `shards` (by linear's local name), round once.
+    """Quantise every linear's native weight that the format is for, dequantise it, add `shards` (by linear's local
+    name), round once.
 
     The sum is formed in fp32: W = dequantised + B A is the model that trained over the quantised base. What rounding
     it to the model's dtype changes is returned, the same on every process. Collective.
@@ -46,9 +48,12 @@ def apply_rounding(gpt: ShardedGpt, base_format: str, shards: Mapping[str, LoraS
             continue
         for expert, weight in list_weights(linear):
             assert isinstance(weight, torch.Tensor), "only a native base is rounded"
-            quantized = build_quantized_weight(base_format, weight, column_parallel=linear.column_parallel)
-            quantized.fill(weight)
-            weight_OH = quantized.dequantize(torch.float32)
+            own_format = find_linear_format(base_format, of_experts=expert is not None)
+            weight_OH = weight.float()
+            if own_format != "native":
+                quantized = build_quantized_weight(own_format, weight, column_parallel=linear.column_parallel)
+                quantized.fill(weight)
+                weight_OH = quantized.dequantize(torch.float32)
             if (shard := adapters.get((name, expert))) is not None:
                 _merge(shard, weight_OH)
             weight.copy_(weight_OH)

@@ -2,7 +2,7 @@
 
 Or those of one linear of all experts, one after the other, each stored as it would be alone.
 
-Shapes: E experts, O output features of the shard, H input features of the shard, K = H / 64 blocks of a row.
+Shapes: E experts, O output features of the shard, H input features of the shard, K blocks of a row.
 """
 
 import math
@@ -11,16 +11,20 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lora_dist.base_format import BLOCK, LinearShape, check_blocks, compute_buffer_bytes
+from lora_dist.base_format import LinearShape, check_blocks, compute_buffer_bytes, find_block
 from lora_dist.quant.blocks import (
     dequantize_fp8,
+    dequantize_mxfp4,
     dequantize_nf4,
     import_bitsandbytes,
     quantize_fp8,
+    quantize_mxfp4,
     quantize_nf4,
 )
 from lora_dist.quant.scales import compress_scales, expand_scales
 
+_QUANTIZE = {"nf4": quantize_nf4, "nf4_double": quantize_nf4, "fp8": quantize_fp8, "mxfp4": quantize_mxfp4}
+_DEQUANTIZE = {"nf4": dequantize_nf4, "nf4_double": dequantize_nf4, "fp8": dequantize_fp8, "mxfp4": dequantize_mxfp4}
 _ELEMENTS_AT_ONCE = 2**24
 """Weights quantised in one go: it bounds what the kernels need beside them."""
 _STACK_AT_ONCE = 2**28
@@ -28,7 +32,7 @@ _STACK_AT_ONCE = 2**28
 
 
 class QuantizedWeight(nn.Module):
-    """Stands where a linear's weight Parameter would; `model.base_format` nf4, nf4_double or fp8.
+    """Stands where a linear's weight Parameter would; `model.base_format` nf4, nf4_double, fp8 or mxfp4.
 
     The buffers are plain bytes, fp32 and fp8 numbers too, so that no cast of the model's floats touches them.
     """
@@ -56,7 +60,7 @@ class QuantizedWeight(nn.Module):
         self.shape = torch.Size((*stack, shape.out_features, shape.in_features))
         if memory is None:
             check_blocks(base_format, shape.in_features)
-            if base_format != "fp8":
+            if base_format in ("nf4", "nf4_double"):
                 import_bitsandbytes()
             sizes = compute_buffer_bytes(base_format, shape)
             memory = {name: torch.empty(*stack, size, dtype=torch.uint8, device=device) for name, size in sizes.items()}
@@ -95,23 +99,26 @@ class QuantizedWeight(nn.Module):
     def fill(self, weight: torch.Tensor) -> None:
         """Quantise the shard's weight, some rows at a time, on its device; it is rounded to fp32 at the most."""
         assert weight.shape == self.shape
-        quantize = quantize_fp8 if self.base_format == "fp8" else quantize_nf4
         weight_OH = weight.view(-1, self.linear_shape.in_features)
         codes = self.codes.view(len(weight_OH), -1)
-        scales_OK = torch.empty(len(weight_OH), weight_OH.shape[1] // BLOCK, device=self.device)
+        num_blocks = weight_OH.shape[1] // find_block(self.base_format)
+        scales_OK = torch.empty(len(weight_OH), num_blocks, dtype=self._scale_dtype, device=self.device)
         num_rows = max(1, _ELEMENTS_AT_ONCE // weight_OH.shape[1])
         for start in range(0, len(weight_OH), num_rows):
             rows = slice(start, start + num_rows)
-            some_codes, scales_OK[rows] = quantize(weight_OH[rows].float())
+            some_codes, scales_OK[rows] = _QUANTIZE[self.base_format](weight_OH[rows].float())
             codes[rows] = some_codes.view_as(codes[rows])
         self._write_scales(scales_OK)
 
     def dequantize(self, dtype: torch.dtype, experts: int | slice = slice(None)) -> torch.Tensor:
         """A new tensor [O, H] or [E, O, H] in `dtype` (fp32, bf16 or fp16); of a stack the whole, or these experts'."""
-        dequantize = dequantize_fp8 if self.base_format == "fp8" else dequantize_nf4
-        weight_OH = dequantize(self.codes[experts].view(-1), self._read_scales(experts), dtype)
+        weight_OH = _DEQUANTIZE[self.base_format](self.codes[experts].view(-1), self._read_scales(experts), dtype)
         is_stack = self.num_experts is not None and isinstance(experts, slice)
         return weight_OH.view(-1, *self.shape[-2:]) if is_stack else weight_OH
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.base_format == "mxfp4" else torch.float32
 
     def _write_scales(self, scales_OK: torch.Tensor) -> None:
         if self.base_format != "nf4_double":
@@ -122,10 +129,11 @@ class QuantizedWeight(nn.Module):
         self.ranges.copy_(ranges_N2.view(torch.uint8).view_as(self.ranges))
 
     def _read_scales(self, experts: int | slice) -> torch.Tensor:
-        """fp32 [O, K], the experts' one after the other."""
+        """[O, K], fp32 but for mxfp4's exponents, the experts' one after the other."""
         scales = self.scales[experts]
         if self.base_format != "nf4_double":
-            return scales.view(torch.float32).view(-1, self.linear_shape.in_features // BLOCK)
+            num_blocks = self.linear_shape.in_features // find_block(self.base_format)
+            return scales.view(self._scale_dtype).view(-1, num_blocks)
         codes_NG = scales.view(-1, self.linear_shape.group_size)
         return expand_scales(codes_NG, self.ranges[experts].view(torch.float32).view(-1, 2), self.linear_shape)
 

@@ -145,7 +145,7 @@ def compute_logits_beside(base: Path, adapter: Path, base_format: str) -> torch.
     return compute_logits(gpt)
 
 
-@pytest.mark.parametrize("base_format", ["native", "nf4", "fp8"])
+@pytest.mark.parametrize("base_format", ["native", "nf4", "fp8", "mxfp4"])
 def test_the_merged_model_is_the_one_beside_the_base(base_format: str, tmp_path: Path) -> None:
     """The base as its format holds it, where it is quantised: what `merge` writes and what runs beside it."""
     base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"

@@ -1,6 +1,7 @@
 """gpt-oss: routing in bf16 as transformers routes, and experts' weights in MXFP4, read as published."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from test_family_adapters import compute_peft_logits
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
 from lora_dist.config import LoraConfig
 from lora_dist.files.hf_checkpoint import check_hf_checkpoint, compute_base_fingerprint, read_dtype
+from lora_dist.lora.function import read_weight
 from lora_dist.lora.targets import build_adapter_specs
-from lora_dist.mcore.experts import ExpertMlp
+from lora_dist.mcore.experts import ExpertLinears, ExpertMlp
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
 
 
@@ -76,6 +78,30 @@ def test_weights_in_mxfp4_are_read_as_published(options: dict, tmp_path: Path) -
     assert written.keys() == values.keys()
     assert all(torch.equal(written[name], value.float()) for name, value in values.items())
     assert "quantization_config" not in json.loads((target / "config.json").read_text())
+
+
+def read_experts(options: dict, source: Path) -> tuple[list[torch.Tensor], int, torch.Tensor | None]:
+    """This rank's experts' weights in bf16, their bytes as they are held, and logits."""
+    model = replace(read_family_config(source), **options.pop("model", {}))
+    gpt = build_shard(options, model)
+    load_hf_checkpoint(gpt, source)
+    weights = [module.weight for module in gpt.modules() if isinstance(module, ExpertLinears)]
+    values = [read_weight(weight, torch.bfloat16).clone() for weight in weights]
+    return values, sum(weight.nbytes for weight in weights), compute_logits(gpt)
+
+
+def test_a_base_in_mxfp4_is_the_published_one(tmp_path: Path) -> None:
+    """Every value, in 4.25 bits; attention, which is published in bf16, stays native."""
+    published = tmp_path / "published"
+    write_published(published, tmp_path / "plain")
+    packed, native = (
+        run_distributed(read_experts, 2, {"tp_size": 2, "model": {"base_format": name}}, published)
+        for name in ("mxfp4", "native")
+    )
+    for (mine, num_bytes, logits), (expected, native_bytes, expected_logits) in zip(packed, native, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(mine, expected, strict=True))
+        assert num_bytes / native_bytes == 4.25 / 32
+        assert torch.equal(logits, expected_logits)
 
 
 def test_a_merged_model_is_in_bf16(tmp_path: Path) -> None:

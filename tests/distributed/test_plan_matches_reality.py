@@ -230,6 +230,9 @@ CASES = {
     },
     "sinks-lora-packed-recompute": {"model": SINKS, "recompute": "full", "collate": "pack"},
     "sinks-lora-nf4": {"model": replace(SINKS, base_format="nf4"), "lora": EXPERT_LORA},
+    "sinks-lora-mxfp4-tp2": {
+        **{"model": replace(SINKS, base_format="mxfp4"), "lora": EXPERT_LORA, "topology": {"tp_size": 2}},
+    },
     "sinks-full-pp2": {**FULL, "model": SINKS, "topology": {"pp_size": 2}, "num_microbatches": 4},
     "sinks-full-dp2-stage3": {**FULL, "model": SINKS, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "experts-full-dp2-stage3": {**FULL, "model": EXPERTS, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},

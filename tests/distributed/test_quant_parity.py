@@ -164,6 +164,16 @@ def test_experts_are_dequantised_together_or_in_parts(
     assert_alike(run_distributed(train, case.world_size, case), oracles["experts", "nf4_double"])
 
 
+def test_experts_in_mxfp4_train_alike() -> None:
+    """And attention over its native weights, which the format leaves as they are."""
+    (oracle,) = run_distributed(train, 1, build("sinks", "native"), 1, "mxfp4")
+    for options in ({}, {"tp_size": 2, "sequence_parallel": True}, EVERYTHING):
+        case = build("sinks", "mxfp4", **options)
+        assert_alike(run_distributed(train, case.world_size, case), oracle)
+    (native,) = run_distributed(train, 1, build("sinks", "native"))
+    assert abs(native[0][0] - oracle[0][0]) > 2e-5
+
+
 def test_the_formats_are_told_apart(oracles: dict[tuple[str, str], Trained]) -> None:
     """Or the comparisons above would pass for weights that are not quantised at all."""
     losses = [oracles["some", base_format][0][0] for base_format in FORMATS]

@@ -13,6 +13,15 @@ from lora_dist.run import configure_method
     [
         (["model.base_format=int8"], r"model.base_format='int8' is not one of native, nf4, nf4_double, fp8"),
         (["model.base_format=nf4", "method=full"], r"model.base_format=nf4 is frozen; method=full needs native"),
+        (
+            ["model.base_format=mxfp4", "model.family=llama"],
+            r"mxfp4 is for the weights of experts, and llama has none; use nf4 or fp8",
+        ),
+        (["model=gpt_oss_20b", "model.base_format=mxfp4", "method=full"], r"mxfp4 is frozen; method=full needs native"),
+        (
+            ["model=gpt_oss_20b", "model.base_format=mxfp4", "topology=tp8"],
+            r"mxfp4 keeps one scale for 32 weights of a row, and 2880 inputs over tp 8 are no multiple of 32; lower",
+        ),
         (["model.base_format=fp8", "zero=stage3"], r"is not partitioned by zero.stage=3; use zero.stage<=2"),
         (
             ["model.base_format=nf4", "topology=tp8"],

@@ -12,7 +12,7 @@ from lora_dist.measure.ledger import open_activation_ledger
 from lora_dist.quant import weight as quant_weight
 from lora_dist.quant.weight import QuantizedWeight
 
-FORMATS = ["nf4", "nf4_double", "fp8"]
+FORMATS = ["nf4", "nf4_double", "fp8", "mxfp4"]
 O, H = 512, 768  # noqa: E741
 
 
@@ -129,6 +129,7 @@ def test_a_stack_is_dequantised_in_equal_parts(most: float, parts: list[int], mo
     [
         ("nf4", True, 4.5),
         ("fp8", True, 8.5),
+        ("mxfp4", False, 4.25),
         ("nf4_double", True, 4 + 8 / 64 + 64 / (64 * 192)),
         ("nf4_double", False, 4 + 8 / 64 + 64 / (64 * 256)),
     ],
