@@ -33,6 +33,11 @@ LATENT = [
     *("model.shared_ffn_size=64", "model.num_dense_layers=1", "model.dense_ffn_size=128"),
     "lora.target_modules=[all,gate_proj,up_proj,down_proj]",
 ]
+SINKS = [
+    *("model.family=gpt_oss", "model.num_kv_heads=2", "model.sliding_window=9", "model.full_attention_layers=[1]"),
+    *("model.num_experts=4", "model.experts_per_token=2", "model.swiglu_alpha=1.702", "model.swiglu_limit=7"),
+    *("model.tied_output=false", "lora.target_modules=[all,gate_proj,up_proj,down_proj]"),
+]
 CASES = {
     "lora": ([], 1e-5),
     "lora-recompute": (["loop.recompute=full"], 1e-5),
@@ -61,6 +66,13 @@ CASES = {
     "experts-bf16": ([*EXPERTS, "dtype=bf16"], 2e-2),
     "latent": (LATENT, 1e-5),
     "latent-bf16": ([*LATENT, "dtype=bf16"], 2e-2),
+    "sinks": (SINKS, 1e-5),
+    "sinks-compiled": ([*SINKS, "compile=true"], 1e-5),
+    "sinks-bf16": ([*SINKS, "dtype=bf16"], 2e-2),
+    "sinks-full": ([*SINKS, "method=full", "optim.lr=1e-3"], 1e-5),
+    "sinks-full-bf16": ([*SINKS, "method=full", "optim.lr=1e-3", "dtype=bf16"], 2e-2),
+    "sinks-mxfp4-bf16": ([*SINKS, "model.base_format=mxfp4", "dtype=bf16"], 2e-2),
+    "packed-sinks-bf16": ([*SINKS, "packed_attention=blocks", "dtype=bf16"], 2e-2),
     "lora-bf16": (["dtype=bf16"], 2e-2),
     "lora-fp16": (["dtype=fp16"], 5e-3),
 }
