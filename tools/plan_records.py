@@ -22,6 +22,7 @@ OPEN = (
     *("dtype=bf16", "data=fake", "data.seq_len=2048", "loop.micro_batch_size=1", "loop.global_batch_size=8"),
     *("lora.target_modules=[all]", "lora.rank=16", "plan.recompute=[none]"),
 )
+QUANTIZED = (*OPEN, "compare.methods=[lora]")
 CASES: dict[str, tuple[str, ...]] = {
     "gpt3_175b_v100": ("experiment=gpt3_175b_v100",),
     "gpt3_175b_v100_full": ("experiment=gpt3_175b_v100_full",),
@@ -38,6 +39,13 @@ CASES: dict[str, tuple[str, ...]] = {
     "open_glm4_5_air": ("model=glm4_5_air", "topology=tp8_sp", "hardware=h100", *OPEN),
     "open_qwen3_235b": ("model=qwen3_235b_a22b", "topology=tp4_sp", "topology.pp_size=2", "hardware=h200", *OPEN),
     "open_glm4_5": ("model=glm4_5", "topology=tp8_sp", "hardware=h200", *OPEN),
+    "open_gpt_oss_120b": (
+        *("model=gpt_oss_120b", "model.base_format=mxfp4", "topology=single", "hardware=h100", *QUANTIZED),
+    ),
+    "open_deepseek_v3": (
+        *("model=deepseek_v3", "model.base_format=nf4", "topology=tp8_sp", "hardware=h100", *QUANTIZED),
+    ),
+    "open_kimi_k2": ("model=kimi_k2", "model.base_format=nf4", "topology=tp8_sp", "hardware=h200", *QUANTIZED),
     "search_h200_4": ("experiment=gpt3_175b_h200", *SEARCH, "plan.num_gpus=4"),
 }
 KEPT_OF_A_JOB = ("needed_bytes", "memory_bytes", "step_seconds", "tokens_per_sec_per_gpu", "num_trainable", "flops")

@@ -57,24 +57,25 @@ def format_base_formats(records: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def format_models(records: Sequence[Mapping[str, Any]]) -> str:
-    """LoRA of each model, and what full fine-tuning of the same shards would take."""
-    columns = ["model", "shards", "a node of", "trainable", "fullest GPU, GiB", "step, s", "tokens/s/GPU"]
-    lines = [_join([*columns, "full fine-tuning, GiB"]), _join([":--", ":--", ":--", *["--:"] * 5])]
+    """LoRA of each model, and what full fine-tuning of the same shards would take where the base can train."""
+    columns = ["model", "base", "shards", "GPUs", "trainable", "fullest GPU, GiB", "step, s", "tokens/s/GPU"]
+    lines = [_join([*columns, "full fine-tuning, GiB"]), _join([":--", ":--", ":--", ":--", *["--:"] * 5])]
     for record in records:
-        hardware, (lora, full) = record["plan"]["hardware"], record["plan"]["jobs"]
+        hardware, (lora, *full) = record["plan"]["hardware"], record["plan"]["jobs"]
         assert lora["fits"], record["command"]
         options = dict(word.split("=", 1) for word in record["command"].split() if "=" in word)
         lines.append(
             _join(
                 [
                     options["model"],
+                    options.get("model.base_format", options["dtype"]),
                     f"tp {lora['tp_size']} x pp {lora['pp_size']}",
                     f"{lora['world_size']} {hardware['name']} of {hardware['memory_gib']:.1f} GiB",
                     f"{lora['num_trainable'] / 1e6:.1f}M",
                     f"{lora['needed_bytes'] / GIB:.1f}",
                     f"{lora['step_seconds']:.2f}",
                     f"{lora['tokens_per_sec_per_gpu']:.0f}",
-                    f"{full['needed_bytes'] / GIB:.0f}",
+                    "".join(f"{job['needed_bytes'] / GIB:.0f}" for job in full),
                 ]
             )
         )

@@ -113,7 +113,7 @@ def build_search_tables() -> str:
 
 
 def build_open_models_table() -> str:
-    names = ("glm4_5_air", "qwen3_235b", "glm4_5")
+    names = ("glm4_5_air", "qwen3_235b", "glm4_5", "gpt_oss_120b", "deepseek_v3", "kimi_k2")
     return format_models([_read(f"plan/open_{name}") for name in names])
 
 
