@@ -30,10 +30,10 @@ LATENT = replace(
     value_head_size=6,
 )  # fmt: skip
 BIASED = replace(
-    MODEL, family="gpt_oss", num_kv_heads=2, ffn_hidden_size=40, num_experts=5, experts_per_token=2, init_std=0.15,
-    sliding_window=5, full_attention_layers=[1, 3], swiglu_alpha=1.702, swiglu_limit=0.5,
+    TOY, family="gpt_oss", num_kv_heads=2, ffn_hidden_size=40, num_experts=5, experts_per_token=2, init_std=0.15,
+    sliding_window=5, full_attention_layers=[1], swiglu_alpha=1.702, swiglu_limit=0.5,
 )  # fmt: skip
-BIASED_LORA = replace(LORA, model=BIASED, lora=LoraConfig(rank=3, alpha=3, target_modules=EXPERT_TARGETS[:4]))
+BIASED_LORA = replace(LORA, model=BIASED, lora=LoraConfig(rank=3, alpha=5, target_modules=EXPERT_TARGETS[:4]))
 BIASED_FULL = replace(FULL, model=BIASED)
 LATENT_LORA = replace(LORA, model=LATENT, lora=LoraConfig(rank=3, alpha=3, target_modules=["all"], dropout=0.2))
 LATENT_FULL = replace(FULL, model=LATENT)
