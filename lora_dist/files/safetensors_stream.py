@@ -92,8 +92,6 @@ def read_part(
         return torch.empty(info.shape, dtype=dtype)
     # Copy on write, since torch has no tensors that must not be written; nobody writes.
     mapped = torch.from_numpy(np.memmap(info.path, np.uint8, "c", info.start, (num_bytes,)))
-    if info.start % dtype.itemsize:  # other programs need not align what they write
-        mapped = mapped.clone()
     whole = mapped.view(dtype).view(info.shape)
     if entry is not None:
         whole = whole[entry]
