@@ -1,6 +1,7 @@
 """Whole runs: what they leave behind, golden losses, resuming, and the comparison of two methods."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_resuming_continues_bit_for_bit(method: str, tmp_path: Path) -> None:
     common = [*DEMO, method, "lora.dropout=0.1", "model.hidden_dropout=0.1", "zero=stage2", "topology=dp2"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_distributed(run, 2, train, [*common, f"run_dir={whole}", "loop.save_every=2"])
-    run_distributed(run, 2, train, [*common, f"run_dir={cut}", "loop.save_every=2"])
+    shutil.copytree(whole, cut)
     for path in (cut / "checkpoints").iterdir():
         if path.name != "step-000002":
             path.rename(tmp_path / path.name)

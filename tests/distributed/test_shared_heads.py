@@ -143,7 +143,7 @@ def test_a_run_is_that_of_one_process(init: str, tmp_path: Path) -> None:
     write_checkpoint(2, "qwen2", base)
     model = ["model=hf", f"model.checkpoint={base}", f"model.tokenizer={tokenizer_directory()}", "data=fake"]
     words = [*model, "data.seq_len=16", "track=none", "loop.num_steps=4", "loop.save_every=2", "optim.lr=1e-2"]
-    words += ["lora.target_modules=[all]", f"lora.init={init}", "loop.micro_batch_size=4"]
+    words += ["lora.target_modules=[all]", f"lora.init={init}", "loop.micro_batch_size=4", "data.num_fake_examples=16"]
     for name, num_processes in (("one", 1), ("four", 4)):
         run_distributed(
             run_training, num_processes, [*words, f"topology.tp_size={num_processes}", f"run_dir={tmp_path / name}"]
