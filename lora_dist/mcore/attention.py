@@ -94,7 +94,7 @@ class SdpaAttention(nn.Module):
         mask: torch.Tensor | None,
         dropout: float,
     ) -> torch.Tensor:
-        return _attend(query, key, value, mask, dropout, self.scale)
+        return _attend_fused(query, key, value, mask, dropout, self.scale)
 
 
 class SinkAttention(SdpaAttention):
@@ -140,7 +140,7 @@ def _attend_in_blocks(
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
-def _attend(
+def _attend_fused(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

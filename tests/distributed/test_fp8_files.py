@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_families import EVERY_SPLIT, load_compute_and_write
 
 from lora_dist.config import ModelConfig
-from lora_dist.files import hf_checkpoint
+from lora_dist.files import hf_reader
 from lora_dist.files.hf_checkpoint import check_hf_checkpoint, read_dtype, read_model_fields
 from lora_dist.files.safetensors_stream import TensorInfo, read_header
 from lora_dist.mcore.base_parameters import describe_weights
@@ -95,7 +95,7 @@ def test_values_are_rounded_once_to_the_dtype_of_the_model(scale_dtype: torch.dt
 
 def measure_reading(options: dict, directory: Path) -> tuple[int, int]:
     """Bytes of weights in fp8 and of their scales that were read."""
-    weights, scales, real = 0, 0, hf_checkpoint.read_part
+    weights, scales, real = 0, 0, hf_reader.read_part
     headers = [read_header(file).items() for file in directory.glob("*.safetensors")]
     infos_of_scales = {info for header in headers for name, info in header if name.endswith("_scale_inv")}
 
@@ -106,9 +106,9 @@ def measure_reading(options: dict, directory: Path) -> tuple[int, int]:
         scales += part.nbytes if info in infos_of_scales else 0
         return part
 
-    hf_checkpoint.read_part = counted
+    hf_reader.read_part = counted
     load_hf_checkpoint(build_shard(options, read_family_config(directory)), directory)
-    hf_checkpoint.read_part = real
+    hf_reader.read_part = real
     return weights, scales
 
 

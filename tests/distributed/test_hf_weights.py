@@ -20,7 +20,7 @@ from toy import MODEL, Case, build_batches, build_case, gather_whole
 
 from lora_dist.config import OptimConfig, ZeroConfig
 from lora_dist.engine import Engine
-from lora_dist.files import hf_checkpoint
+from lora_dist.files import hf_reader
 from lora_dist.files.base_values import to_stored
 from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
@@ -164,7 +164,7 @@ def measure_reading(options: dict, directory: Path) -> tuple[int, int, int]:
     import weakref
 
     live, most, total = 0, 0, 0
-    real = hf_checkpoint.read_part
+    real = hf_reader.read_part
 
     def release(num_bytes: int) -> None:
         nonlocal live
@@ -178,10 +178,10 @@ def measure_reading(options: dict, directory: Path) -> tuple[int, int, int]:
         weakref.finalize(part, release, part.nbytes)
         return part
 
-    hf_checkpoint.read_part = counted
+    hf_reader.read_part = counted
     gpt = build_shard(options, read_toy_config(directory))
     load_hf_checkpoint(gpt, directory)
-    hf_checkpoint.read_part = real
+    hf_reader.read_part = real
     return most, total, sum(one.parameter.nbytes for one in describe_base_parameters(gpt))
 
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from lora_dist.cli.compose import compose_config
 from lora_dist.config import ModelConfig
 from lora_dist.files.hf_checkpoint import (
-    HfReader,
     check_hf_checkpoint,
     compute_base_fingerprint,
     read_dtype,
     read_model_fields,
 )
+from lora_dist.files.hf_reader import HfReader
 
 NARROW = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
 SCALES = f"{NARROW}_scale_inv"

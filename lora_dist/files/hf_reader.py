@@ -1,0 +1,130 @@
+"""The tensors of a Hugging Face checkpoint, in whatever files and format: found by name and read in parts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_dist.base_format import MXFP4_BLOCK
+from lora_dist.files.directories import read_json
+from lora_dist.files.fp8_blocks import (
+    QUANTIZATION,
+    dequantize_blocks,
+    find_blocks,
+    find_original_dtype,
+    find_scales,
+    read_block_size,
+)
+from lora_dist.files.hf_gpt2 import PREFIX
+from lora_dist.files.mxfp4_blocks import compute_shape, find_packed, is_mxfp4
+from lora_dist.files.safetensors_stream import TensorInfo, read_header, read_part
+from lora_dist.quant.blocks import dequantize_mxfp4
+
+CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+class HfReader:
+    """Finds tensors by their names without `transformer.`, in one file or several, and reads parts of them.
+
+    What is stored in fp8 with scales appears as the one weight that it was, of the dtype that it had; what is in MXFP4
+    as the one that it is, in bf16.
+    """
+
+    def __init__(self, directory: Path, device: torch.device | str = "cpu") -> None:
+        """Reads every header; what is stored in fp8 or MXFP4 is dequantised on `device`.
+
+        ValueError where a file is missing, damaged, or does not hold what the index says.
+        """
+        self.directory, self.shapes, self.dtypes, self._device = directory, {}, {}, device
+        self._places: dict[str, TensorInfo] = {}
+        for path in find_weight_files(directory):
+            for stored_name, info in read_header(path).items():
+                name = stored_name.removeprefix(PREFIX)
+                if name in self._places:
+                    raise ValueError(f"{path} holds {stored_name} a second time; {self._places[name].path} has it too")
+                self._places[name] = info
+                self.shapes[name], self.dtypes[name] = info.shape, info.dtype
+        config = read_json(directory / CONFIG)
+        files = {name: info.path for name, info in self._places.items()}
+        self._hide_codes(config, files)
+        self._hide_scales(config, files)
+
+    def _hide_codes(self, config: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        self._packed = find_packed(self.shapes, self.dtypes, files)
+        if self._packed and not is_mxfp4(config):
+            raise ValueError(
+                f"{self.directory} holds {next(iter(self._packed))} in MXFP4, of which the {QUANTIZATION} in {CONFIG}"
+                f" says nothing; copy {CONFIG} again"
+            )
+        for weight, parts in self._packed.items():
+            self.shapes[weight], self.dtypes[weight] = compute_shape(self.shapes[parts[1]]), "BF16"
+            for part in parts:
+                del self.shapes[part], self.dtypes[part]
+
+    def _hide_scales(self, config: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        self._block_size = None if is_mxfp4(config) else read_block_size(config, self.directory / CONFIG)
+        self._scales = find_scales(self.shapes, self.dtypes, files, self._block_size)
+        for weight, scale in self._scales.items():
+            self.dtypes[weight] = find_original_dtype(config)
+            del self.shapes[scale], self.dtypes[scale]
+
+    def read(
+        self, name: str, *, dim: int | None = None, start: int = 0, size: int | None = None, entry: int | None = None
+    ) -> torch.Tensor:
+        """As `read_part`, one tensor or a part of it, of MXFP4 an entry or a part; fp32 where it is stored in fp8."""
+        if name in self._packed:
+            assert entry is not None
+            return self._read_packed(name, entry, dim, start, size)
+        if name in self._scales:
+            return self._read_blocks(name, dim, start, size, entry)
+        return self._read_stored(name, dim, start, size, entry)
+
+    def _read_blocks(self, name: str, dim: int | None, start: int, size: int | None, entry: int | None) -> torch.Tensor:
+        """Of fp8: the part with the scales of all blocks that it has to do with."""
+        assert self._block_size is not None
+        stored = self._read_stored(name, dim, start, size, entry)
+        first, count, within = 0, None, [0, 0]
+        if dim is not None:
+            first, count = find_blocks(start, stored.shape[dim], self._block_size[dim])
+            within[dim] = start - first * self._block_size[dim]
+        scales = self._read_stored(self._scales[name], dim, first, count, entry)
+        stored, scales = (part.to(self._device) for part in (stored, scales))
+        return dequantize_blocks(stored, scales, self._block_size, (within[0], within[1]))
+
+    def _read_packed(self, name: str, entry: int, dim: int | None, start: int, size: int | None) -> torch.Tensor:
+        """[in, out] of one expert, whose codes are those of the transpose, with blocks along its rows."""
+        if dim != 0:
+            return self._dequantize(name, 0, start, size, entry).t()
+        size = self.shapes[name][1] - start if size is None else size
+        first, count = find_blocks(start, size, MXFP4_BLOCK)
+        return self._dequantize(name, 1, first, count, entry).t().narrow(0, start - first * MXFP4_BLOCK, size)
+
+    def _dequantize(self, name: str, dim: int, start: int, size: int | None, entry: int) -> torch.Tensor:
+        parts = (self._read_stored(part, dim, start, size, entry) for part in self._packed[name])
+        codes, scales = (part.to(self._device) for part in parts)
+        return dequantize_mxfp4(codes.flatten(), scales, torch.bfloat16)
+
+    def _read_stored(self, name: str, dim: int | None, start: int, size: int | None, entry: int | None) -> torch.Tensor:
+        return read_part(self._places[name], dim=dim, start=start, size=size, entry=entry)
+
+
+def find_weight_files(directory: Path) -> list[Path]:
+    """model.safetensors, or the files its index names. ValueError where there are none."""
+    if not directory.is_dir():
+        raise ValueError(f"model.checkpoint={directory} is not a directory")
+    if (directory / SINGLE_FILE).exists():
+        return [directory / SINGLE_FILE]
+    if not (directory / INDEX).exists():
+        raise ValueError(
+            f"model.checkpoint={directory} holds neither {SINGLE_FILE} nor {INDEX};"
+            " save the model as safetensors (save_pretrained does) or name another directory"
+        )
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or any(type(name) is not str for name in weight_map.values()):
+        raise ValueError(f"{directory / INDEX} has no weight_map; copy the checkpoint again")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(f"{directory / INDEX} names a file outside its directory: {outside[0]}")
+    return [directory / name for name in names]
