@@ -20,18 +20,38 @@ import torch
 
 from lora_dist.uncompiled import without_compiler
 
-with without_compiler():
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what its first engine loads
+with without_compiler():  # what DeepSpeed's first engine loads
+    import deepspeed.comm.mori
+    import deepspeed.module_inject.auto_ep_layer
+    import deepspeed.runtime.superoffload.superoffload_stage3
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch._dynamo  # what the first optimizer loads
+import torch._subclasses.schema_check_mode
+import torch.profiler._cupti_monitor  # what the first profile loads
+from tiers import list_left_out
 
 import lora_dist.run  # noqa: F401
 from lora_dist.cli.compose import compose_config
 
 torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # loads its lazy modules
 compose_config([])  # builds Hydra's grammar
+torch.manual_seed(0)  # asks devices that are not there, and reads sources for that
 torch.set_num_threads(1)
 _CACHE = tempfile.TemporaryDirectory(prefix="lora_dist_tests_")
 os.environ["LORA_DIST_CACHE"] = _CACHE.name  # the user's own stays as it is
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run every combination of parameters, not every value")
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m have left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("exhaustive") or any("::" in argument for argument in config.args):
+        return
+    left_out = set(list_left_out(items))
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_collection_finish() -> None:

@@ -234,6 +234,8 @@ _SECOND = (
     *("gpt_oss_listed", "phi3_long", "gpt_neox_serial"),
 )
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
+UNLIKE = ("llama", "gemma3_text", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")
+"""Which have the least in common."""
 
 
 @torch.no_grad()

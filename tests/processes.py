@@ -42,6 +42,17 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: object, time
         ]
 
 
+_ALONE: dict[tuple[Callable[..., Any], str], Any] = {}
+
+
+def run_alone(fn: Callable[..., Any], *args: object) -> Any:
+    """What `fn(*args)` gives on one process; computed once for arguments that are written alike."""
+    key = (fn, repr(args))
+    if key not in _ALONE:
+        (_ALONE[key],) = run_distributed(fn, 1, *args)
+    return _ALONE[key]
+
+
 def _join(workers: list[Any], timeout_s: float) -> list[int]:
     deadline = time.monotonic() + timeout_s
     for worker in workers:

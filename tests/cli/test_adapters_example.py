@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_the_example_goes_through_and_goes_on(tmp_path: Path) -> None:
     """It finds one adapter trained, one still to be, and the directories that it wrote last time."""

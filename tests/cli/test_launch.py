@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiers import exhaustive, few_of
 
 STAND_IN = """
 import os, pathlib, sys, time, types
@@ -96,7 +97,7 @@ def test_two_processes_share_one_run_directory_and_finish(tmp_path: Path) -> Non
     assert len({run_dir for _, run_dir in command.read_started()}) == 1
 
 
-@pytest.mark.parametrize("behaviour", ["refuse", "refuse_one"])
+@pytest.mark.parametrize("behaviour", few_of(["refuse", "refuse_one"], "refuse_one"))
 def test_a_refusal_is_printed_once_and_ends_every_process(behaviour: str, tmp_path: Path) -> None:
     command = Command(tmp_path, behaviour)
     assert command.wait() == (2, "error: the value is wrong\n")
@@ -112,7 +113,7 @@ def test_a_bug_on_one_process_ends_the_others_and_is_named_last(tmp_path: Path) 
     command.assert_nothing_left()
 
 
-@pytest.mark.parametrize(("stop", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
+@pytest.mark.parametrize(("stop", "code"), [("SIGINT", 130), *exhaustive(("SIGTERM", 143), ("SIGKILL", -9))])
 def test_a_signal_to_the_command_ends_every_process(stop: str, code: int, tmp_path: Path) -> None:
     command = Command(tmp_path, "wait")
     command.wait_until_started()
@@ -129,7 +130,7 @@ def test_an_interrupt_while_the_processes_start_is_one_line(tmp_path: Path) -> N
     command.assert_nothing_left()
 
 
-@pytest.mark.parametrize("stop", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("stop", few_of(["SIGTERM", "SIGUSR1"], "SIGUSR1"))
 def test_a_run_that_saves_when_asked_to_stop_ends_with_a_code_of_its_own(stop: str, tmp_path: Path) -> None:
     command = Command(tmp_path, "heed")
     command.wait_until_started()

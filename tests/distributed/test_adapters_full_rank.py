@@ -39,6 +39,7 @@ def fit(case: Case, lr: float) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_full_rank_lora_reaches_full_fine_tunings_loss() -> None:
     full, lora, rank_1 = (run_distributed(fit, 1, case, 1e-2)[0] for case in (FULL, FULL_RANK, RANK_1))
     assert full < 0.1

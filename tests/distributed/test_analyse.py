@@ -10,6 +10,7 @@ import torch.distributed as dist
 from hf_toy import draw_adapter_values, write_toy_checkpoint
 from processes import run_distributed
 from safetensors.torch import load_file
+from tiers import exhaustive
 
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
 from lora_dist.cli.main import main
@@ -78,7 +79,7 @@ def test_one_process_finds_what_whole_decompositions_say(place: Path, whole: dic
         assert row["factor"] == pytest.approx(row["update_norm"] / row["in_update_directions"])
 
 
-@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"pp_size": 2}, {"tp_size": 2, "pp_size": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [*exhaustive({"tp_size": 2}, {"pp_size": 2}), {"tp_size": 2, "pp_size": 2}], ids=str)
 def test_shards_give_the_same(place: Path, whole: dict, sizes: dict[str, int], tmp_path: Path) -> None:
     world_size = sizes.get("tp_size", 1) * sizes.get("pp_size", 1)
     found = analyse(place, tmp_path / "out", world_size, *(f"topology.{key}={size}" for key, size in sizes.items()))

@@ -17,6 +17,7 @@ from processes import run_distributed
 from safetensors.torch import load_file, save_file
 from test_measure_collectives import count_by_kind, count_step
 from test_parity import TOLERANCE, compute_error, compute_unsummed_gradients, run_case
+from tiers import exhaustive
 from toy import Case
 from transformers import GPT2LMHeadModel
 
@@ -45,8 +46,7 @@ TOPOLOGIES = [
     {"tp_size": 2},
     {"tp_size": 4, "sequence_parallel": True},
     {"pp_size": 2},
-    {"tp_size": 2, "dp_size": 2},
-    {"recompute": "full"},
+    *exhaustive({"tp_size": 2, "dp_size": 2}, {"recompute": "full"}),
     {"recompute": "selective"},
     {"tp_size": 2, "pp_size": 2, "recompute": "full", "sequence_parallel": True},
 ]

@@ -13,6 +13,7 @@ from processes import run_distributed
 from safetensors.torch import load_file
 from test_baselines import RUN, run_training
 from test_encoder_runs import describe_command
+from tiers import few_of
 
 from lora_dist.cli.compose import compose_config
 from lora_dist.measure.metrics_file import read_metrics
@@ -42,7 +43,7 @@ def assert_equal(actual: Path, expected: Path) -> None:
     assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
 
 
-@pytest.mark.parametrize("method", SPLITS)
+@pytest.mark.parametrize("method", few_of(SPLITS, "lora"))
 def test_the_best_is_what_a_run_up_to_it_writes_and_stays(method: str, tmp_path: Path) -> None:
     words, run, short = describe_run(method), tmp_path / "run", tmp_path / "short"
     run_distributed(run_training, 2, [*words, *LONG, f"run_dir={run}"])

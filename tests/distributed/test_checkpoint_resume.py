@@ -10,6 +10,7 @@ import torch
 import toy
 from processes import run_distributed
 from safetensors.torch import load_file
+from tiers import exhaustive
 from toy import Case, build_batches, build_case, gather_whole
 
 from lora_dist.checkpoint.resume import find_newest_checkpoint, load_checkpoint, save_checkpoint
@@ -69,11 +70,10 @@ def resume(case: Case, stage: int, run_dir: Path) -> list[Trained]:
 
 
 SAME_TOPOLOGY = [
-    ({"tp_size": 2, "dp_size": 2}, 0),
     ({"tp_size": 2, "dp_size": 2}, 1),
-    ({"tp_size": 2, "dp_size": 2, "sequence_parallel": True}, 2),
     ({"tp_size": 2, "dp_size": 2}, 3),
     ({"tp_size": 2, "pp_size": 2}, 1),
+    *exhaustive(({"tp_size": 2, "dp_size": 2}, 0), ({"tp_size": 2, "dp_size": 2, "sequence_parallel": True}, 2)),
 ]
 
 
@@ -100,12 +100,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[T
 
 
 RESHARDED = [
-    (None, 0, {"tp_size": 2}, 1),
     (None, 0, {"pp_size": 2, "dp_size": 2}, 2),
-    ({"pp_size": 3}, 1, {"tp_size": 2, "pp_size": 2}, 1),
-    ({"dp_size": 2}, 1, {"dp_size": 2}, 3),
     ({"tp_size": 2, "pp_size": 2}, 1, {"dp_size": 2}, 1),
     ({"dp_size": 2}, 3, {"tp_size": 4}, 0),
+    *exhaustive(
+        (None, 0, {"tp_size": 2}, 1),
+        ({"pp_size": 3}, 1, {"tp_size": 2, "pp_size": 2}, 1),
+        ({"dp_size": 2}, 1, {"dp_size": 2}, 3),
+    ),
 ]
 
 

@@ -16,6 +16,7 @@ from family_toy import write_family_checkpoint
 from fp8_files import write_fp8_checkpoint
 from processes import run_distributed
 from test_encoder_runs import describe_command
+from tiers import few_of
 
 TINY = [
     *("train", "model=tiny", "data=fake", "data.seq_len=16", "data.num_fake_examples=8", "track=none"),
@@ -78,7 +79,7 @@ def count_processes(words: list[str]) -> int:
     return int(torch.tensor(sizes or [1]).prod())
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", few_of(ADAPTED, "lora", "stages", "stage 3", "fp8", "sinks", "prefixes"))
 def test_a_run(name: str, tmp_path: Path) -> None:
     words = [*TINY, *ADAPTED[name], f"run_dir={tmp_path / 'run'}"]
     commands = [words, [*words, "loop.num_steps=2", "resume=must"]] if name in RESUMED else [words]
@@ -93,6 +94,7 @@ def test_a_base_published_in_fp8(tmp_path: Path) -> None:
     assert run_distributed(call_labelled, 2, words) == [[0], [0]]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("topology", ["single", "tp2"])
 def test_what_is_made_of_adapters(topology: str, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -22,10 +22,11 @@ from hf_toy import (
 )
 from peft import PeftModel
 from peft.tuners.lora.dora import DoraLinearLayer
-from processes import run_distributed
+from processes import run_alone, run_distributed
 from test_dtypes import train as train_in
-from test_parity import TOLERANCE, TOPOLOGIES, compute_error, run_case
+from test_parity import FEW, TOLERANCE, TOPOLOGIES, compute_error, run_case
 from test_zero import assert_trained_alike, train, train_oracle
+from tiers import exhaustive, few_of
 from toy import ALL_TARGETS, Case, compute_gradients
 from transformers import GPT2LMHeadModel
 
@@ -48,7 +49,7 @@ LORA = LoraConfig(rank=3, alpha=6, target_modules=ALL_TARGETS, use_dora=True)
 Q_V = LoraConfig(rank=2, alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], use_dora=True)
 
 
-@pytest.mark.parametrize("options", TOPOLOGIES, ids=lambda options: str(Case(**options)))
+@pytest.mark.parametrize("options", few_of(TOPOLOGIES, *FEW), ids=lambda options: str(Case(**options)))
 def test_gradients_equal_one_process(options: dict) -> None:
     lora = replace(LORA, bias="all")
     expected_loss, expected = run_case(Case(lora=lora))
@@ -58,7 +59,11 @@ def test_gradients_equal_one_process(options: dict) -> None:
     assert sum(name.endswith("magnitude") for name in actual) == 24
 
 
-@pytest.mark.parametrize("options", TOPOLOGIES[:4] + TOPOLOGIES[-2:], ids=lambda options: str(Case(**options)))
+@pytest.mark.parametrize(
+    "options",
+    [TOPOLOGIES[3], TOPOLOGIES[-1], *exhaustive(*TOPOLOGIES[:3], TOPOLOGIES[-2])],
+    ids=lambda options: str(Case(**options)),
+)
 def test_dropout_is_the_same_everywhere(options: dict) -> None:
     lora = replace(Q_V, dropout=0.3)
     expected_loss, expected = run_case(Case(lora=lora))
@@ -222,7 +227,7 @@ def test_trains_like_plain_torch_under_zero() -> None:
 @pytest.mark.parametrize(("options", "stage"), [({"dp_size": 2}, 3), ({"tp_size": 2, "pp_size": 2}, 1)], ids=str)
 def test_over_a_low_precision_base(dtype: torch.dtype, options: dict, stage: int) -> None:
     case = Case(dtype=torch.float32, lora=LORA)
-    exact = run_distributed(train_in, 1, case, 0)[0][0]
+    exact = run_alone(train_in, case, 0)[0]
     case = replace(case, dtype=dtype, **options)
     for losses, _, dtypes in run_distributed(train_in, case.world_size, case, stage):
         assert losses == pytest.approx(exact, abs=0.02)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from processes import run_distributed
+from processes import run_alone, run_distributed
 from toy import Case, build_batches, build_case
 
 from lora_dist.config import LoraConfig, OptimConfig, ZeroConfig
@@ -49,7 +49,7 @@ def train(case: Case, stage: int) -> Curve:
     ("options", "stage"), [({}, 0), ({"dp_size": 2}, 1), ({"tp_size": 2, "pp_size": 2}, 1), ({"dp_size": 2}, 3)]
 )
 def test_lora_over_a_low_precision_base(dtype: torch.dtype, options: dict, stage: int) -> None:
-    exact = run_distributed(train, 1, replace(LORA, dtype=torch.float32), 0)[0][0]
+    exact = run_alone(train, replace(LORA, dtype=torch.float32), 0)[0]
     case = replace(LORA, dtype=dtype, **options)
     for losses, scales, dtypes in run_distributed(train, case.world_size, case, stage):
         assert losses == pytest.approx(exact, abs=0.02)
@@ -63,7 +63,7 @@ def test_lora_over_a_low_precision_base(dtype: torch.dtype, options: dict, stage
 )
 def test_full_fine_tuning_in_low_precision(dtype: torch.dtype, options: dict, stage: int) -> None:
     full = replace(LORA, method="full")
-    exact = run_distributed(train, 1, replace(full, dtype=torch.float32), 0)[0][0]
+    exact = run_alone(train, replace(full, dtype=torch.float32), 0)[0]
     case = replace(full, dtype=dtype, **options)
     for losses, _, dtypes in run_distributed(train, case.world_size, case, stage):
         assert losses == pytest.approx(exact, abs=0.03)

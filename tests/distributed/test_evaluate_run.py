@@ -14,6 +14,7 @@ from hf_toy import build_hf_model, build_shard, count_processes, read_toy_config
 from processes import run_distributed
 from safetensors.torch import load_file, save_file
 from test_generate_verb import call_until_killed
+from tiers import few_of
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from lora_dist.cli.compose import compose_config
@@ -64,7 +65,7 @@ def on_run(place: Path, task: str = "jsonl", references: Path | None = None) -> 
     return [*words, f"task.references={references or place / 'e2e.jsonl'}", *SHORT]
 
 
-@pytest.mark.parametrize("topology", ["single", "dp2", "tp2"])
+@pytest.mark.parametrize("topology", few_of(["single", "dp2", "tp2"], "dp2"))
 def test_a_run_answers_a_task_as_generate_does(topology: str, place: Path, tmp_path: Path) -> None:
     texts, out, num_processes = tmp_path / "texts.jsonl", tmp_path / "out.jsonl", 1 if topology == "single" else 2
     words = ["evaluate", *on_run(place), "generate=paper_e2e", f"topology={topology}", f"texts={texts}"]
@@ -153,7 +154,7 @@ def test_the_likeliest_answer_is_that_of_transformers(options: dict, tmp_path: P
         assert rows == [ANSWERS[index][:-1] for index in best]
 
 
-@pytest.mark.parametrize("topology", ["single", "tp2", "dp2"])
+@pytest.mark.parametrize("topology", few_of(["single", "tp2", "dp2"], "tp2"))
 def test_labels_are_chosen_by_their_likelihood(topology: str, place: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 

@@ -9,10 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from adapter_files import read_in, write_with_peft
-from family_toy import ONE_EACH, build_family_model, compute_family_logits, read_family_config, write_family_checkpoint
+from family_toy import (
+    ONE_EACH,
+    UNLIKE,
+    build_family_model,
+    compute_family_logits,
+    read_family_config,
+    write_family_checkpoint,
+)
 from hf_toy import build_hf_model, build_shard, compute_logits, count_processes, draw_adapter_values, draw_tokens
 from lora_updates import compute_update
 from processes import run_distributed
+from tiers import few_of
 from transformers import AutoModelForCausalLM
 
 from lora_dist.checkpoint.adapter import load_adapter, write_adapter
@@ -88,7 +96,7 @@ def compute_peft_logits(base: Path, adapter: Path) -> torch.Tensor:
     return model.eval()(draw_tokens()).logits
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", few_of(ONE_EACH, *UNLIKE))
 def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     write_family_checkpoint(name, base)

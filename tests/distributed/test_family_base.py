@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_files import read_in, write_with_peft
-from family_toy import FAMILIES, build_family_model, compute_family_logits, write_family_checkpoint
+from family_toy import FAMILIES, UNLIKE, build_family_model, compute_family_logits, write_family_checkpoint
 from hf_toy import draw_tokens
 from processes import run_distributed
 from safetensors.torch import load_file, save_file
@@ -16,6 +16,7 @@ from test_dtypes import train as train_in
 from test_family_adapters import compute_peft_logits
 from test_family_gradients import MODELS, TOLERANCE, TOPOLOGIES, run_case
 from test_modules_to_save import check_topologies, merge
+from tiers import few_of
 from toy import Case
 from transformers import AutoModelForCausalLM
 
@@ -44,7 +45,7 @@ def build_lora(model: ModelConfig) -> LoraConfig:
     return LoraConfig(rank=2, alpha=4, target_modules=targets, bias=bias, modules_to_save=list_saved_modules(model))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few_of(MODELS, "llama", "gemma3_text", "gpt_oss", "gpt_neox"))
 def test_gradients_equal_one_process(name: str) -> None:
     case = Case(model=MODELS[name], lora=build_lora(MODELS[name]))
     expected_loss, expected = run_case(case)
@@ -60,7 +61,7 @@ def test_gradients_equal_one_process(name: str) -> None:
             assert (actual[key] - gradient).abs().max() < TOLERANCE * gradient.abs().max(), (options, key)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("name", few_of(["qwen2", "qwen3", "gpt_neox"], "qwen2"))
 def test_over_a_low_precision_base_they_train_in_fp32(name: str) -> None:
     case = Case(model=MODELS[name], lora=build_lora(MODELS[name]), dtype=torch.float32)
     exact = run_distributed(train_in, 1, case, 0)[0][0]
@@ -96,7 +97,7 @@ def test_bitfits_biases_are_merged_into_a_checkpoint(family: str, tmp_path: Path
         assert tensor.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few_of(FAMILIES, *UNLIKE))
 def test_peft_reads_the_one_file_of_every_topology(name: str, tmp_path: Path) -> None:
     lora = build_lora(write_family_checkpoint(name, tmp_path / "base"))
     check_topologies(tmp_path, lora, MANY[1:] if name == "llama" else MANY[:1])

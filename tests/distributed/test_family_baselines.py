@@ -20,6 +20,7 @@ from processes import run_distributed
 from test_baselines import call, run_training
 from test_family_gradients import MODELS, run_case
 from test_parity import TOLERANCE, compute_error
+from tiers import exhaustive
 from toy import Case, reduce_gradients
 from transformers import AutoModelForCausalLM
 
@@ -135,7 +136,7 @@ def test_bottlenecks_gradients_are_those_of_transformers(name: str, method: str,
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("llama", "prefix_layer"), ("qwen2", "adapter_h"), ("opt", "adapter_l")]
+    ("family", "method"), [*exhaustive(("llama", "prefix_layer"), ("qwen2", "adapter_h")), ("opt", "adapter_l")]
 )
 def test_a_run_trains_and_generates_as_it_trained(family: str, method: str, tmp_path: Path) -> None:
     source = test_prefix_runs if method.startswith("prefix") else test_baselines

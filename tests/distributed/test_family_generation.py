@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from family_toy import ONE_EACH, build_family_model, read_family_config, write_family_checkpoint
+from family_toy import ONE_EACH, UNLIKE, build_family_model, read_family_config, write_family_checkpoint
 from generation_judge import GREEDY, PAPER, choose_end_tokens, draw_prompts, generate_with_transformers
 from hf_toy import build_shard, count_processes, draw_tokens
 from processes import run_distributed
+from tiers import few_of
 
 from lora_dist.generation.batches import pad_left
 from lora_dist.generation_config import GenerationConfig
@@ -17,6 +18,7 @@ from lora_dist.mcore.generate import generate_rows
 from lora_dist.mcore.hf_weights import load_hf_checkpoint
 from lora_dist.mcore.incremental import compute_cache_bytes, open_incremental
 
+PAPER_BEAMS = replace(PAPER, num_beams=4)
 TOPOLOGIES = [{"tp_size": 2, "pp_size": 2}, {"tp_size": 4}, {}]
 
 
@@ -31,7 +33,7 @@ def generate(options: dict, base: Path, config: GenerationConfig, end_tokens: li
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [*((name, GREEDY) for name in ONE_EACH), ("llama", replace(PAPER, num_beams=4))],
+    [*few_of(((name, GREEDY) for name in ONE_EACH), *((name, GREEDY) for name in UNLIKE)), ("llama", PAPER_BEAMS)],
     ids=[*ONE_EACH, "llama-beam"],
 )
 def test_every_token_is_that_of_transformers(name: str, config: GenerationConfig, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from hf_toy import draw_adapter_values
 from processes import run_distributed
+from tiers import exhaustive
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
@@ -104,8 +105,10 @@ def call_until_killed(words: list[str], rows: Path, verb: str = "generate") -> N
     assert call(words, verb) == 0, "a peer is gone"
 
 
-@pytest.mark.parametrize(("killed", "resumed"), [("dp2", "single"), ("tp2", "tp2")])
-@pytest.mark.parametrize("how", [["generate.num_beams=3"], ["generate.temperature=0.9", "generate.seed=5"]])
+@pytest.mark.parametrize(("killed", "resumed"), [("dp2", "single"), *exhaustive(("tp2", "tp2"))])
+@pytest.mark.parametrize(
+    "how", [*exhaustive(["generate.num_beams=3"]), ["generate.temperature=0.9", "generate.seed=5"]]
+)
 def test_a_killed_job_goes_on(killed: str, resumed: str, how: list[str], place: Path) -> None:
     """The rows that were kept are not generated again, a half-written one is."""
     (place / "many.txt").write_text("".join(f"name : {number} {'x ' * (number % 7)}||text\n" for number in range(12)))

@@ -27,6 +27,7 @@ from hf_toy import (
     write_toy_checkpoint,
 )
 from processes import run_distributed
+from tiers import exhaustive
 from toy import Case, build_case
 from transformers import GPT2LMHeadModel
 
@@ -195,7 +196,10 @@ def open_with_peft(base: Path, adapter: Path) -> GPT2LMHeadModel:
 
 @pytest.mark.parametrize(
     ("options", "config"),
-    [({"tp_size": 2, "pp_size": 2}, replace(PAPER, num_beams=4)), ({"tp_size": 2}, GREEDY), ({"dp_size": 2}, GREEDY)],
+    [
+        ({"tp_size": 2, "pp_size": 2}, replace(PAPER, num_beams=4)),
+        *exhaustive(({"tp_size": 2}, GREEDY), ({"dp_size": 2}, GREEDY)),
+    ],
     ids=["beam", "greedy-tp", "greedy-dp"],
 )
 def test_each_row_is_what_its_adapter_alone_generates(options: dict, config: GenerationConfig, tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from family_toy import write_family_checkpoint
 from hf_toy import draw_adapter_values
-from processes import run_distributed
+from processes import run_alone, run_distributed
 from test_analyse import analyse
 from test_family_gradients import MODELS, TOLERANCE, TOPOLOGIES, run_case
 from test_parity import compute_error
 from test_pissa import start
+from tiers import few_of
 from toy import Case, merge_results
 
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
@@ -32,7 +33,7 @@ LORAS = {
 }
 
 
-@pytest.mark.parametrize("kind", LORAS)
+@pytest.mark.parametrize("kind", few_of(LORAS, "dora", "norms"))
 def test_gradients_equal_one_process(kind: str) -> None:
     case = Case(model=MODEL, lora=LORAS[kind])
     expected_loss, expected = run_case(case)
@@ -47,7 +48,7 @@ def test_gradients_equal_one_process(kind: str) -> None:
 @pytest.mark.parametrize("options", [TOPOLOGIES[0], TOPOLOGIES[1], {"tp_size": 2, "dp_size": 2}], ids=str)
 def test_pissa_starts_and_learns_alike(options: dict) -> None:
     case = Case(model=MODEL, lora=LoraConfig(rank=3, alpha=5, target_modules=LINEARS, init="pissa"))
-    expected_loss, expected = merge_results(run_distributed(start, 1, case))
+    expected_loss, expected = merge_results([run_alone(start, case)])
     case = replace(case, **options)
     loss, actual = merge_results(run_distributed(start, case.world_size, case))
     assert loss == pytest.approx(expected_loss, rel=1e-12)

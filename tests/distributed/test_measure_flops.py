@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import run_distributed
+from tiers import exhaustive
 from toy import ALL_TARGETS, BLOCKS, MODEL, NUM_ROWS, SEQ_LEN, Case, build_batches, build_case
 
 from lora_dist.config import LoraConfig, ModelConfig
@@ -92,8 +93,8 @@ BOUNDED = {**EXPERTS, "head_size": 16, "swiglu_alpha": 1.702, "swiglu_limit": 7.
 @pytest.mark.parametrize(
     ("family", "sizes", "all_targets"),
     [
-        ("mixtral", EXPERTS, TARGETS),
-        ("qwen3_moe", EXPERTS, TARGETS),
+        *exhaustive(("mixtral", EXPERTS, TARGETS)),
+        *exhaustive(("qwen3_moe", EXPERTS, TARGETS)),
         ("glm4_moe", SHARED, TARGETS + SHARED_TARGETS),
         ("gpt_oss", BOUNDED, TARGETS),
     ],

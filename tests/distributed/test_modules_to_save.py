@@ -19,12 +19,13 @@ from hf_toy import (
     read_toy_config,
     write_toy_checkpoint,
 )
-from processes import run_distributed
+from processes import run_alone, run_distributed
 from safetensors.torch import load_file, save_file
 from test_dtypes import train as train_in
 from test_family_adapters import compute_peft_logits
-from test_parity import TOLERANCE, TOPOLOGIES, compute_error, run_case
+from test_parity import FEW, TOLERANCE, TOPOLOGIES, compute_error, run_case
 from test_zero import Trained, assert_trained_alike, train, train_oracle
+from tiers import exhaustive, few_of
 from toy import Case
 
 from lora_dist.checkpoint.adapter import load_adapter, write_adapter
@@ -45,7 +46,7 @@ HEAD = replace(LORA, modules_to_save=["wte"], bias="none")
 MANY = [{"tp_size": 2}, {"tp_size": 2, "pp_size": 2}, {"pp_size": 4}, {"tp_size": 2, "dp_size": 2}]
 
 
-@pytest.mark.parametrize("options", TOPOLOGIES, ids=lambda options: str(Case(**options)))
+@pytest.mark.parametrize("options", few_of(TOPOLOGIES, *FEW), ids=lambda options: str(Case(**options)))
 def test_gradients_equal_one_process(options: dict) -> None:
     for lora in (LORA, HEAD):
         expected_loss, expected = run_case(Case(lora=lora))
@@ -80,7 +81,7 @@ def test_trains_like_plain_torch_under_zero(options: dict, stage: int, oracle: T
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("options", "stage"), [({"dp_size": 2}, 1), ({"tp_size": 2, "pp_size": 2}, 1)], ids=str)
 def test_over_a_low_precision_base_they_train_in_fp32(dtype: torch.dtype, options: dict, stage: int) -> None:
-    exact = run_distributed(train_in, 1, Case(lora=LORA, dtype=torch.float32), 0)[0][0]
+    exact = run_alone(train_in, Case(lora=LORA, dtype=torch.float32), 0)[0]
     case = Case(lora=LORA, dtype=dtype, **options)
     for losses, _, dtypes in run_distributed(train_in, case.world_size, case, stage):
         assert losses == pytest.approx(exact, abs=0.02)
@@ -133,7 +134,7 @@ def merge(options: dict, base: Path, adapter: Path, target: Path) -> torch.Tenso
 
 
 @pytest.mark.parametrize(
-    "lora", [LORA, HEAD, replace(LORA, modules_to_save=["ln_f", "wpe"])], ids=["all", "wte", "two"]
+    "lora", [*exhaustive(LORA, HEAD), replace(LORA, modules_to_save=["ln_f", "wpe"])], ids=["all", "wte", "two"]
 )
 def test_peft_reads_the_one_file_of_every_topology(lora: LoraConfig, tmp_path: Path) -> None:
     write_toy_checkpoint(tmp_path / "base")

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from processes import run_distributed
+from processes import run_alone, run_distributed
+from tiers import few_of
 from toy import ALL_TARGETS, MODEL, Case, build_batches, build_case, compute_gradients, merge_results, reduce_gradients
 
 from lora_dist.config import LoraConfig
@@ -34,9 +35,13 @@ TOPOLOGIES = [
     {"tp_size": 2, "recompute": "selective", "sequence_parallel": True},
     {"tp_size": 2, "pp_size": 2, "recompute": "full", "sequence_parallel": True},
 ]
+FEW = ({"tp_size": 4, "sequence_parallel": True}, {"tp_size": 2, "dp_size": 2}, TOPOLOGIES[-3], TOPOLOGIES[-1])
+"""Which have every kind of split and of recomputation between them."""
 
 
 def run_case(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
+    if case.world_size == 1:
+        return merge_results([run_alone(compute_gradients, case)])
     return merge_results(run_distributed(compute_gradients, case.world_size, case))
 
 
@@ -58,7 +63,7 @@ def test_gradients_equal_one_process(method: str, options: dict) -> None:
     assert compute_error(actual, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("options", TOPOLOGIES, ids=lambda options: str(Case(**options)))
+@pytest.mark.parametrize("options", few_of(TOPOLOGIES, *FEW), ids=lambda options: str(Case(**options)))
 def test_lora_dropout_is_the_same_everywhere(options: dict) -> None:
     lora = LoraConfig(rank=1, target_modules=["q_proj", "v_proj", "down_proj"], dropout=0.3)
     expected_loss, expected = run_case(Case(lora=lora))

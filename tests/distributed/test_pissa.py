@@ -15,7 +15,7 @@ from hf_toy import (
     read_toy_config,
     write_toy_checkpoint,
 )
-from processes import run_distributed
+from processes import run_alone, run_distributed
 from test_parity import TOLERANCE, compute_error
 from toy import ALL_TARGETS, Case, build_batches, build_case, gather_whole, merge_results, reduce_gradients
 
@@ -79,7 +79,7 @@ def _list_shards(gpt: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 @pytest.mark.parametrize("options", TOPOLOGIES, ids=lambda options: str(Case(**options)))
 def test_every_topology_starts_and_learns_alike(options: dict) -> None:
-    expected_loss, expected = merge_results(run_distributed(start, 1, Case(lora=LORA)))
+    expected_loss, expected = merge_results([run_alone(start, Case(lora=LORA))])
     case = Case(lora=LORA, **options)
     loss, actual = merge_results(run_distributed(start, case.world_size, case))
     assert loss == pytest.approx(expected_loss, rel=1e-12)

@@ -19,6 +19,7 @@ MAX_CPU_SECONDS, MAX_BYTES = 2 * 180, 4 * GIB
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.exhaustive
 def test_both_methods_and_all_stages(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "lora_dist.cli.main", "plan", EXPERIMENT, f"run_dir={tmp_path / 'run'}"]
@@ -42,6 +43,7 @@ def test_both_methods_and_all_stages(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.exhaustive
 def test_the_fewest_v100s() -> None:
     """12 with full recomputation (TP4 x PP3, where nothing less does), 16 without (TP8 x PP2)."""
     config = compose_config([EXPERIMENT, "data=fake", "data.seq_len=2048", "loop.global_batch_size=16"], on_paper=True)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from allocations import Peaks, find_peaks
 from hf_toy import build_run_config
 from processes import run_distributed
+from tiers import few_of
 from torch.profiler import ProfilerActivity, profile
 
 from lora_dist.batch import Batch
@@ -286,7 +287,15 @@ def is_close(planned: int, real: int) -> bool:
     return planned == pytest.approx(real, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", CASES)
+ALWAYS = (
+    *("lora", "lora-recompute-1", "lora-all-dropout-packed", "full-base-dropout", "lora-tp2-sp", "lora-tp2-dora"),
+    *("lora-pp2-modules", "full-dp2-bf16", "lora-dp2-stage2", "full-dp2-stage3", "llama-full-pp2", "bitfit-tp2-sp"),
+    *("lora-nf4-double-tp2-sp-recompute", "gemma-lora-tp2-sp-packed", "experts-lora-nf4-tp2-recompute"),
+    *("latent-lora", "sinks-lora-mxfp4-tp2", "adapter_h-pp2-recompute", "prefix_layer-tp2-sp-packed"),
+)
+
+
+@pytest.mark.parametrize("name", few_of(CASES, *ALWAYS))
 def test_plan_is_what_happens(name: str) -> None:
     check_plan(build_config(**CASES[name]))
 

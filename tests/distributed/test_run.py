@@ -9,6 +9,7 @@ import pytest
 import torch
 from demo_runs import ASSETS, DEMO, read_losses
 from processes import run_distributed
+from tiers import exhaustive
 
 from lora_dist.cli.compose import compose_config
 from lora_dist.measure.metrics_file import read_metrics
@@ -46,7 +47,9 @@ def test_a_run_directory_holds_its_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", [[], ["lora.init=pissa"], ["lora.use_dora=true"], ["lora.modules_to_save=[wte,ln_f]"]], ids=str
+    "variant",
+    [[], *exhaustive(["lora.init=pissa"], ["lora.use_dora=true"]), ["lora.modules_to_save=[wte,ln_f]"]],
+    ids=str,
 )
 def test_peft_gives_the_same_loss_with_the_adapter_of_a_demo_run(variant: list[str], tmp_path: Path) -> None:
     """Trained on two tensor-parallel processes on the demo base and real text, evaluated by transformers and PEFT."""
@@ -80,7 +83,11 @@ def test_peft_gives_the_same_loss_with_the_adapter_of_a_demo_run(variant: list[s
 
 
 @pytest.mark.parametrize(
-    "method", ["method=lora", "method=full", "lora.init=pissa", "lora.use_dora=true", "lora.modules_to_save=[wte,ln_1]"]
+    "method",
+    [
+        *("method=lora", "method=full"),
+        *exhaustive("lora.init=pissa", "lora.use_dora=true", "lora.modules_to_save=[wte,ln_1]"),
+    ],
 )
 def test_resuming_continues_bit_for_bit(method: str, tmp_path: Path) -> None:
     common = [*DEMO, method, "lora.dropout=0.1", "model.hidden_dropout=0.1", "zero=stage2", "topology=dp2"]

@@ -7,6 +7,7 @@ import torch
 from demo_runs import call, read_losses
 from processes import run_distributed
 from safetensors.torch import load_file
+from tiers import exhaustive
 
 TINY = [
     *("train", "model=tiny", "data=fake", "data.seq_len=32", "data.num_fake_examples=16", "track=none"),
@@ -30,14 +31,16 @@ def check_same(first: list[dict[str, float]], second: list[dict[str, float]]) ->
 @pytest.mark.parametrize(
     "words",
     [
-        ["lora.modules_to_save=[ln_f]"],
-        ["lora.layers=[0]", "lora.use_dora=true"],
         ["lora.layers=[0]", "lora.bias=all"],
-        ["lora.layers=[1]", "optim.lora_plus_ratio=4"],
         ["lora.layers=[1]", "optim.weight_decay=0", "optim.lora_plus_ratio=4"],
-        ["method=full"],
         ["method=full", "optim.lora_plus_ratio=4"],
-        ["method=bitfit"],
+        *exhaustive(
+            ["lora.modules_to_save=[ln_f]"],
+            ["lora.layers=[0]", "lora.use_dora=true"],
+            ["lora.layers=[1]", "optim.lora_plus_ratio=4"],
+            ["method=full"],
+            ["method=bitfit"],
+        ),
     ],
     ids=" ".join,
 )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_adapters_mixed import compare_mixed_with_alone
 from test_baselines import call, read_losses, run_training
 from test_family_gradients import TOLERANCE, build_toy, run_case
+from tiers import few_of
 from toy import SEVEN_TARGETS, Case
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -47,7 +48,7 @@ def build_model(num_kv_heads: int, family: str = "qwen2") -> ModelConfig:
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", few_of(METHODS, "lora", "biases", "full"))
 def test_gradients_equal_one_process(method: str, num_kv_heads: int) -> None:
     case = Case(model=build_model(num_kv_heads), **METHODS[method])
     expected_loss, expected = run_case(case)
@@ -136,7 +137,7 @@ def test_logits_equal_transformers_and_files_come_back(
     assert all(torch.equal(written[key], tensor) for key, tensor in stored.items())
 
 
-@pytest.mark.parametrize("init", ["gaussian", "pissa"])
+@pytest.mark.parametrize("init", few_of(["gaussian", "pissa"], "gaussian"))
 def test_a_run_is_that_of_one_process(init: str, tmp_path: Path) -> None:
     """Trained on four ranks and on one, resumed and merged on others, and asked for text."""
     base = tmp_path / "base"

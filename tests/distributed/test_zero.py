@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import run_distributed
+from tiers import exhaustive
 from toy import MODEL, Case, build_batches, build_case, gather_whole, reduce_gradients
 
 from lora_dist.config import LoraConfig, OptimConfig, ZeroConfig
@@ -124,7 +125,7 @@ def test_trains_like_plain_torch(case: Case, options: dict, stage: int, oracles:
     assert_trained_alike(results, oracles[case.method])
 
 
-@pytest.mark.parametrize("case", [LATENT_LORA, LATENT_FULL], ids=lambda case: case.method)
+@pytest.mark.parametrize("case", [LATENT_LORA, *exhaustive(LATENT_FULL)], ids=lambda case: case.method)
 def test_latents_train_like_plain_torch(case: Case) -> None:
     """What every TP rank has whole counts once in the norm, and its dropout is that of its part of the sequence."""
     oracle = run_distributed(train_oracle, 1, case)[0]
@@ -137,7 +138,7 @@ def test_latents_train_like_plain_torch(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [EXPERT_LORA, EXPERT_FULL, BIASED_LORA, BIASED_FULL],
+    [EXPERT_LORA, *exhaustive(EXPERT_FULL, BIASED_LORA), BIASED_FULL],
     ids=lambda case: f"{case.model.family}-{case.method}",
 )
 def test_experts_train_like_plain_torch(case: Case) -> None:
