@@ -70,10 +70,13 @@ def resume(case: Case, stage: int, run_dir: Path) -> list[Trained]:
 
 
 SAME_TOPOLOGY = [
-    ({"tp_size": 2, "dp_size": 2}, 1),
     ({"tp_size": 2, "dp_size": 2}, 3),
     ({"tp_size": 2, "pp_size": 2}, 1),
-    *exhaustive(({"tp_size": 2, "dp_size": 2}, 0), ({"tp_size": 2, "dp_size": 2, "sequence_parallel": True}, 2)),
+    *exhaustive(
+        ({"tp_size": 2, "dp_size": 2}, 0),
+        ({"tp_size": 2, "dp_size": 2}, 1),
+        ({"tp_size": 2, "dp_size": 2, "sequence_parallel": True}, 2),
+    ),
 ]
 
 

@@ -8,7 +8,6 @@ import torch
 from processes import run_distributed
 from safetensors.torch import load_file
 from test_baselines import RUN, read_losses, run_training
-from tiers import few_of
 
 LLAMA = ["model.family=llama", "model.num_kv_heads=2", "model.tied_output=false", "lora.target_modules=[all]"]
 CASES = {
@@ -19,7 +18,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", few_of(CASES, "llama"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", CASES)
 def test_a_compiled_run_learns_the_same(name: str, tmp_path: Path) -> None:
     for directory, compiles in (("written", "false"), ("compiled", "true")):
         words = [*RUN, *CASES[name], f"compile={compiles}", f"run_dir={tmp_path / directory}"]

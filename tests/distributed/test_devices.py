@@ -79,7 +79,7 @@ def count_processes(words: list[str]) -> int:
     return int(torch.tensor(sizes or [1]).prod())
 
 
-@pytest.mark.parametrize("name", few_of(ADAPTED, "lora", "stages", "stage 3", "fp8", "sinks", "prefixes"))
+@pytest.mark.parametrize("name", few_of(ADAPTED, "stages", "stage 3", "sinks"))
 def test_a_run(name: str, tmp_path: Path) -> None:
     words = [*TINY, *ADAPTED[name], f"run_dir={tmp_path / 'run'}"]
     commands = [words, [*words, "loop.num_steps=2", "resume=must"]] if name in RESUMED else [words]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_distributed
+from tiers import few_of
 from toy import ALL_TARGETS, MODEL, SEVEN_TARGETS, Case, build_batches, build_case
 
 from lora_dist.config import LoraConfig, TopologyConfig
@@ -185,7 +186,7 @@ def sum_bytes(collectives: list[Collective]) -> int:
     return sum(one.count * one.payload_bytes for one in collectives)
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("sequence_parallel", few_of([False, True], True))
 def test_experts_communicate_what_a_dense_layer_does(sequence_parallel: bool) -> None:
     """Bytes too; and adapters on the experts add nothing to it but what is summed once a step."""
     picked, shared = {"num_experts": 3, "experts_per_token": 2}, {"shared_ffn_size": 24}

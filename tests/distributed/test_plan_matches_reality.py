@@ -288,10 +288,9 @@ def is_close(planned: int, real: int) -> bool:
 
 
 ALWAYS = (
-    *("lora", "lora-recompute-1", "lora-all-dropout-packed", "full-base-dropout", "lora-tp2-sp", "lora-tp2-dora"),
-    *("lora-pp2-modules", "full-dp2-bf16", "lora-dp2-stage2", "full-dp2-stage3", "llama-full-pp2", "bitfit-tp2-sp"),
-    *("lora-nf4-double-tp2-sp-recompute", "gemma-lora-tp2-sp-packed", "experts-lora-nf4-tp2-recompute"),
-    *("latent-lora", "sinks-lora-mxfp4-tp2", "adapter_h-pp2-recompute", "prefix_layer-tp2-sp-packed"),
+    *("lora-recompute-1", "lora-all-dropout-packed", "full-base-dropout", "lora-pp2-modules", "lora-dp2-stage2"),
+    *("full-dp2-stage3", "lora-nf4-double-tp2-sp-recompute", "gemma-lora-tp2-sp-packed", "latent-lora"),
+    *("sinks-lora-mxfp4-tp2", "adapter_h-pp2-recompute"),
 )
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from processes import run_distributed
+from processes import run_alone, run_distributed
 from toy import MODEL, Case, build_batches, build_case, gather_whole
 
 from lora_dist.config import LoraConfig, OptimConfig, ZeroConfig
@@ -89,14 +89,9 @@ def measure_rows_again(shard: LoraShard, weight_OH: torch.Tensor) -> None:
         shard.magnitude(spec).copy_(length)
 
 
-@pytest.fixture(scope="module")
-def oracles() -> dict[tuple[str, str], Trained]:
-    """Of each adapter and format: native weights, one process."""
-    return {
-        (adapters, base_format): run_distributed(train, 1, build(adapters, "native"), 1, base_format)[0]
-        for adapters in ADAPTERS
-        for base_format in FORMATS
-    }
+def train_oracle(adapters: str, base_format: str) -> Trained:
+    """Over native weights, rounded, on one process."""
+    return run_alone(train, build(adapters, "native"), 1, base_format)
 
 
 def assert_alike(results: list[Trained], expected: Trained) -> None:
@@ -136,32 +131,31 @@ GRID = [
 
 
 @pytest.mark.parametrize(("adapters", "options", "stage"), GRID, ids=lambda value: str(value).replace("'", ""))
-def test_every_topology_trains_alike(
-    adapters: str, options: dict, stage: int, oracles: dict[tuple[str, str], Trained]
-) -> None:
+def test_every_topology_trains_alike(adapters: str, options: dict, stage: int) -> None:
     case = build(adapters, "nf4_double", **options)
-    assert_alike(run_distributed(train, case.world_size, case, stage), oracles[adapters, "nf4_double"])
+    assert_alike(run_distributed(train, case.world_size, case, stage), train_oracle(adapters, "nf4_double"))
 
 
 @pytest.mark.parametrize("adapters", ["some", "experts"])
 @pytest.mark.parametrize("base_format", ["nf4", "fp8"])
 @pytest.mark.parametrize("options", [{}, {"tp_size": 2, "sequence_parallel": True}], ids=str)
-def test_other_formats(adapters: str, base_format: str, options: dict, oracles: dict[tuple[str, str], Trained]) -> None:
+def test_other_formats(adapters: str, base_format: str, options: dict) -> None:
     case = build(adapters, base_format, **options)
-    assert_alike(run_distributed(train, case.world_size, case), oracles[adapters, base_format])
+    assert_alike(run_distributed(train, case.world_size, case), train_oracle(adapters, base_format))
 
 
 @pytest.mark.parametrize("options", [{}, {"tp_size": 2, "sequence_parallel": True}, {"recompute": "full"}], ids=str)
 @pytest.mark.parametrize("at_once", [3, 1])
 def test_experts_are_dequantised_together_or_in_parts(
-    at_once: int, options: dict, oracles: dict[tuple[str, str], Trained], monkeypatch: pytest.MonkeyPatch
+    at_once: int, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU in bf16; here in fp32, which is the most that the product for several experts takes."""
+    oracle = train_oracle("experts", "nf4_double")
     monkeypatch.setattr(experts, "can_group", lambda *_, **__: True)
     case = build("experts", "nf4_double", **options)
     sizes = 2 * case.model.ffn_hidden_size // options.get("tp_size", 1) * case.model.hidden_size
     monkeypatch.setattr(quant_weight, "_STACK_AT_ONCE", at_once * sizes)
-    assert_alike(run_distributed(train, case.world_size, case), oracles["experts", "nf4_double"])
+    assert_alike(run_distributed(train, case.world_size, case), oracle)
 
 
 def test_experts_in_mxfp4_train_alike() -> None:
@@ -174,9 +168,9 @@ def test_experts_in_mxfp4_train_alike() -> None:
     assert abs(native[0][0] - oracle[0][0]) > 2e-5
 
 
-def test_the_formats_are_told_apart(oracles: dict[tuple[str, str], Trained]) -> None:
+def test_the_formats_are_told_apart() -> None:
     """Or the comparisons above would pass for weights that are not quantised at all."""
-    losses = [oracles["some", base_format][0][0] for base_format in FORMATS]
+    losses = [train_oracle("some", base_format)[0][0] for base_format in FORMATS]
     losses.append(run_distributed(train, 1, build("some", "native"))[0][0][0])
     assert min(abs(a - b) for a in losses for b in losses if a is not b) > 2e-5
 

@@ -68,6 +68,7 @@ def train_settled(config: RunConfig) -> Summary:
     return train(config, settle)
 
 
+@pytest.mark.exhaustive
 def test_a_run_settles_and_says_what_it_recomputes(needs: dict[str, int], tmp_path) -> None:
     between = (needs["none"] + needs["full"]) / 2
     config = limit(

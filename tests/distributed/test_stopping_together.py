@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from processes import run_distributed
+from tiers import exhaustive
 
 import lora_dist.run
 from lora_dist.checkpoint.resume import find_newest_checkpoint
@@ -57,7 +58,7 @@ def read_training(run_dir: Path) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("topology", "world_size", "number"),
-    [("tp2", 2, signal.SIGUSR1), ("tp2_pp2", 4, signal.SIGTERM), ("dp2", 2, signal.SIGTERM)],
+    [*exhaustive(("tp2", 2, signal.SIGUSR1)), ("tp2_pp2", 4, signal.SIGTERM), *exhaustive(("dp2", 2, signal.SIGTERM))],
 )
 def test_one_process_is_signalled_and_all_stop_after_that_step(
     topology: str, world_size: int, number: int, tmp_path: Path
