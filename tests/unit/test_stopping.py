@@ -96,6 +96,7 @@ def test_a_launcher_that_names_a_stop_file_sees_good_exit_codes_and_the_file_of_
 
 _LATE_INTERRUPT = """
 import builtins, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 real = builtins.__import__
 
 def interrupted(name, *args, **options):
