@@ -1,8 +1,10 @@
-"""A checkpoint as DeepSeek-V3 and the Qwen3-FP8 are published, and the values that it stands for, in plain torch."""
+"""Checkpoints in fp8 as they are published, and the values that they stand for, in plain torch."""
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,34 +13,131 @@ _NATIVE = ("embed", "lm_head", "wte", "wpe", ".gate.weight")
 """Parts of the names of embeddings, output layers and routers, which are never published in fp8."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a package writes: config.json's quantization_config, and which tensors beside the weights in fp8."""
+
+    settings: dict[str, Any]
+    block: tuple[int | None, int | None]
+    """Rows and columns that share a scale; None is all of them."""
+    suffix: str = "_scale"
+    tensor_shape: tuple[int, ...] = (1, 1)
+    """Of the scale of a whole tensor."""
+    of_activations: str | None = None
+    of_cache: tuple[str, ...] = ()
+
+
+def describe_blocks(block_size: tuple[int, int]) -> Layout:
+    """DeepSeek-V3's, Qwen3-FP8's."""
+    settings = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    return Layout(settings=settings | {"weight_block_size": list(block_size)}, block=block_size, suffix="_scale_inv")
+
+
+def describe_compressed(*groups: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """compressed-tensors 0.20.1's, of groups that state their weights."""
+    numbers = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "dynamic": False}
+    inputs = {**numbers, "strategy": "token", "dynamic": True}
+    common = {"targets": ["Linear"], "input_activations": inputs, "output_activations": None, "format": None}
+    return {
+        "config_groups": {
+            f"group_{number}": {**common, **group, "weights": {**numbers, **group["weights"]}}
+            for number, group in enumerate(groups)
+        },
+        **{"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed"},
+        **{"kv_cache_scheme": None, "global_compression_ratio": None, "ignore": ["lm_head"], "version": "0.20.1"},
+        **{"sparsity_config": {}, "transform_config": {}, "moe_sparsity_config": None},
+        **settings,
+    }
+
+
+_STATIC = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+_IGNORED = {"modules_to_not_convert": ["lm_head"]}
+LAYOUTS = {
+    "compressed_row": Layout(settings=describe_compressed({"weights": {"strategy": "channel"}}), block=(1, None)),
+    "compressed_block": Layout(
+        settings=describe_compressed({"weights": {"strategy": "block", "block_structure": [7, 5]}}), block=(7, 5)
+    ),
+    "compressed_tensor": Layout(
+        settings=describe_compressed(
+            {"weights": {"strategy": "tensor"}, "input_activations": _STATIC}, kv_cache_scheme=_STATIC
+        ),
+        block=(None, None),
+        tensor_shape=(1,),
+        of_activations="input_scale",
+        of_cache=("self_attn.k_scale", "self_attn.v_scale"),
+    ),
+    "compressed_weights_alone": Layout(
+        settings=describe_compressed(
+            {"weights": {"strategy": "channel"}, "input_activations": None}, format="naive-quantized"
+        ),
+        block=(1, None),
+    ),
+    "fbgemm": Layout(
+        settings={"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, **_IGNORED}, block=(1, None)
+    ),
+    "autofp8": Layout(
+        settings={
+            **{"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]},
+            **{"kv_cache_scheme": "static"},
+        },
+        block=(None, None),
+        tensor_shape=(),
+        of_activations="input_scale",
+        of_cache=("self_attn.k_proj.output_scale", "self_attn.v_proj.output_scale"),
+    ),
+    "autofp8_dynamic": Layout(
+        settings={"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": ["lm_head"]},
+        block=(None, None),
+        tensor_shape=(),
+    ),
+    "mistral": Layout(
+        settings={
+            **{"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False},
+            **_IGNORED,
+        },
+        block=(None, None),
+        suffix="_scale_inv",
+        tensor_shape=(),
+        of_activations="activation_scale",
+    ),
+}
+"""What is not in blocks under quant_method fp8: from the packages' sources, and compressed-tensors' own files."""
+
+
 def write_fp8_checkpoint(
     source: Path,
     target: Path,
     plain: Path,
     *,
-    block_size: tuple[int, int],
+    block_size: tuple[int, int] | None = None,
+    layout: Layout | None = None,
     scale_dtype: torch.dtype = torch.float32,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     """`source`, in one file, with its linears in fp8 in `target` and their dequantised values, which it gives back, in
-    `plain`. What stays native has `dtype` in both.
+    `plain`. What stays native has `dtype` in both. Of a layout, or in blocks of a size.
     """
+    layout = layout or describe_blocks(block_size or (128, 128))
     stored, values = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
         if tensor.dim() == 2 and not any(part in name for part in _NATIVE):
-            stored[name], scales, values[name] = quantize(tensor.float(), block_size, scale_dtype)
-            stored[f"{name}_scale_inv"] = scales
+            block = layout.block[0] or tensor.shape[0], layout.block[1] or tensor.shape[1]
+            stored[name], scales, values[name] = quantize(tensor.float(), block, scale_dtype)
+            stored[name + layout.suffix] = scales if layout.block[0] else scales.view(layout.tensor_shape)
+            if layout.of_activations is not None:
+                stored[name.replace("weight", layout.of_activations)] = torch.full(layout.tensor_shape, 7.0)
         else:
             values[name] = stored[name] = tensor if "correction_bias" in name else tensor.to(dtype)
     assert len(values) < len(stored)
+    for layer in [name.removesuffix("input_layernorm.weight") for name in values if "input_layernorm" in name]:
+        stored |= {f"{layer}{one}": torch.full(layout.tensor_shape, 9.0) for one in layout.of_cache}
     for directory in (target, plain):
         shutil.copytree(source, directory)
     save_file(values, plain / "model.safetensors", {"format": "pt"})
     (target / "model.safetensors").unlink()
     write_two_files(target, stored)
     config = json.loads((target / "config.json").read_text())
-    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block_size)}
-    settings = {"dtype": "bfloat16", "quantization_config": fp8}
+    settings = {"dtype": "bfloat16", "quantization_config": layout.settings}
     (target / "config.json").write_text(json.dumps(config | settings))
     return values
 

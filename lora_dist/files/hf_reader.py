@@ -8,16 +8,10 @@ import torch
 
 from lora_dist.base_format import MXFP4_BLOCK
 from lora_dist.files.directories import read_json
-from lora_dist.files.fp8_blocks import (
-    QUANTIZATION,
-    dequantize_blocks,
-    find_blocks,
-    find_original_dtype,
-    find_scales,
-    read_block_size,
-)
+from lora_dist.files.fp8_blocks import dequantize_blocks, find_blocks, find_scales, is_inference_scale
 from lora_dist.files.hf_gpt2 import PREFIX
 from lora_dist.files.mxfp4_blocks import compute_shape, find_packed, is_mxfp4
+from lora_dist.files.quantization import QUANTIZATION, find_original_dtype, read_blocks
 from lora_dist.files.safetensors_stream import TensorInfo, read_header, read_part
 from lora_dist.quant.blocks import dequantize_mxfp4
 
@@ -63,11 +57,15 @@ class HfReader:
                 del self.shapes[part], self.dtypes[part]
 
     def _hide_scales(self, config: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-        self._block_size = None if is_mxfp4(config) else read_block_size(config, self.directory / CONFIG)
-        self._scales = find_scales(self.shapes, self.dtypes, files, self._block_size)
-        for weight, scale in self._scales.items():
+        blocks = None if is_mxfp4(config) else read_blocks(config, self.directory / CONFIG)
+        self._scales = find_scales(self.shapes, self.dtypes, files, blocks or ())
+        for weight in self._scales:
             self.dtypes[weight] = find_original_dtype(config)
-            del self.shapes[scale], self.dtypes[scale]
+        hidden = {scales.name for scales in self._scales.values()}
+        if blocks is not None:
+            hidden |= {name for name in self.shapes if is_inference_scale(name)}
+        for name in hidden:
+            del self.shapes[name], self.dtypes[name]
 
     def read(
         self, name: str, *, dim: int | None = None, start: int = 0, size: int | None = None, entry: int | None = None
@@ -82,15 +80,17 @@ class HfReader:
 
     def _read_blocks(self, name: str, dim: int | None, start: int, size: int | None, entry: int | None) -> torch.Tensor:
         """Of fp8: the part with the scales of all blocks that it has to do with."""
-        assert self._block_size is not None
-        stored = self._read_stored(name, dim, start, size, entry)
+        stored, of_blocks = self._read_stored(name, dim, start, size, entry), self._scales[name]
         first, count, within = 0, None, [0, 0]
-        if dim is not None:
-            first, count = find_blocks(start, stored.shape[dim], self._block_size[dim])
-            within[dim] = start - first * self._block_size[dim]
-        scales = self._read_stored(self._scales[name], dim, first, count, entry)
+        scale_dim = dim if len(self._places[of_blocks.name].shape) > 1 else None
+        if scale_dim is not None:
+            block = of_blocks.block_size[scale_dim]
+            first, count = find_blocks(start, stored.shape[scale_dim], block)
+            within[scale_dim] = start - first * block
+        scales = self._read_stored(of_blocks.name, scale_dim, first, count, entry)
+        scales = scales if scales.dim() > 1 else scales.view(1, 1)
         stored, scales = (part.to(self._device) for part in (stored, scales))
-        return dequantize_blocks(stored, scales, self._block_size, (within[0], within[1]))
+        return dequantize_blocks(stored, scales, of_blocks.block_size, (within[0], within[1]))
 
     def _read_packed(self, name: str, entry: int, dim: int | None, start: int, size: int | None) -> torch.Tensor:
         """[in, out] of one expert, whose codes are those of the transpose, with blocks along its rows."""

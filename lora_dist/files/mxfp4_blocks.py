@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.base_format import MXFP4_BLOCK
-from lora_dist.files.fp8_blocks import QUANTIZATION
+from lora_dist.files.quantization import QUANTIZATION
 
 _METHOD = "mxfp4"
 _CODES, _SCALES = "_blocks", "_scales"

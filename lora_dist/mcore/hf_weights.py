@@ -9,10 +9,10 @@ import torch
 
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import open_new_directory, read_json, write_json
-from lora_dist.files.fp8_blocks import QUANTIZATION
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import HfPart, split_to_hf
 from lora_dist.files.hf_reader import CONFIG, INDEX, SINGLE_FILE, HfReader
+from lora_dist.files.quantization import QUANTIZATION
 from lora_dist.files.safetensors_stream import open_writer
 from lora_dist.lora.layer import compute_fused_rows, find_shared_ranges
 from lora_dist.mcore.base_parameters import describe_weights, initialize_base, open_value

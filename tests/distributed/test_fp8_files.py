@@ -1,4 +1,4 @@
-"""Checkpoints published in fp8, a scale a block: their values over shards, quantised again, trained and merged."""
+"""Checkpoints published in fp8: their values over shards, quantised again, trained and merged."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 import torch
 from demo_runs import ASSETS, call
 from family_toy import compute_family_logits, edit_family_config, read_family_config, write_family_checkpoint
-from fp8_files import write_fp8_checkpoint
+from fp8_files import LAYOUTS, Layout, describe_blocks, write_fp8_checkpoint
 from hf_toy import build_shard, count_processes, draw_tokens
 from processes import run_distributed
 from safetensors import safe_open
@@ -34,17 +34,27 @@ CASES = [
     ("glm4_moe", {"tp_size": 4}, (3, 128)),
     ("phi3", EVERY_SPLIT, (9, 7)),
     *((name, {"tp_size": 2}, (9, 7)) for name in ("llama", "qwen2", "mixtral", "gemma3_text", "opt", "gpt_neox")),
+    ("glm4_moe", EVERY_SPLIT, "compressed_row"),
+    ("deepseek_v3", {"tp_size": 4}, "compressed_row"),
+    ("qwen3_moe", {"tp_size": 2}, "compressed_block"),
+    ("llama", {"tp_size": 2}, "compressed_tensor"),
+    ("phi3", {"tp_size": 2}, "compressed_weights_alone"),
+    ("llama", {"tp_size": 2}, "fbgemm"),
+    ("mixtral", {"tp_size": 2}, "autofp8"),
+    ("phi3", {"tp_size": 2}, "autofp8_dynamic"),
+    ("qwen2", {"tp_size": 2}, "mistral"),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "block_size"), CASES, ids=str)
+@pytest.mark.parametrize(("name", "options", "layout"), CASES, ids=str)
 def test_logits_and_files_are_those_of_the_values(
-    name: str, options: dict, block_size: tuple[int, int], tmp_path: Path
+    name: str, options: dict, layout: str | tuple[int, int], tmp_path: Path
 ) -> None:
     """Shards that begin inside blocks, weights that end inside one, weights smaller than one."""
     source, fp8, plain, target = (tmp_path / part for part in ("source", "fp8", "plain", "target"))
     model = write_family_checkpoint(name, source)
-    values = write_fp8_checkpoint(source, fp8, plain, block_size=block_size)
+    written_as = LAYOUTS[layout] if isinstance(layout, str) else describe_blocks(layout)
+    values = write_fp8_checkpoint(source, fp8, plain, layout=written_as)
     check_hf_checkpoint(model, fp8)
     expected = compute_family_logits(plain, draw_tokens())
     assert (expected - compute_family_logits(source, draw_tokens())).abs().max() > 0.01
@@ -60,13 +70,15 @@ def test_logits_and_files_are_those_of_the_values(
     assert torch.equal(compute_family_logits(target, draw_tokens()), expected)
 
 
+@pytest.mark.parametrize("layout", [describe_blocks((4, 4)), LAYOUTS["mistral"]], ids=["blocks", "tensor"])
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3", "qwen3_moe"])
-def test_transformers_reads_the_same_values(name: str, tmp_path: Path) -> None:
+def test_transformers_reads_the_same_values(name: str, layout: Layout, tmp_path: Path) -> None:
     """Where blocks divide every weight, which its dequantisation on a CPU wants."""
     source, fp8, plain, target = (tmp_path / part for part in ("source", "fp8", "plain", "target"))
     write_family_checkpoint(name, source)
-    write_fp8_checkpoint(source, fp8, plain, block_size=(4, 4))
+    write_fp8_checkpoint(source, fp8, plain, layout=layout)
     expected = compute_family_logits(fp8, draw_tokens())
+    assert (expected - compute_family_logits(source, draw_tokens())).abs().max() > 0.01
     (actual,) = run_distributed(load_compute_and_write, 1, {}, fp8, target)
     assert (actual - expected).abs().max() < 1e-4
 

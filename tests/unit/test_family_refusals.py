@@ -84,8 +84,8 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint
         ("deepseek_v3", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
         (
             "deepseek_v3",
-            {"quantization_config": {"quant_method": "fp8"}},
-            "weight_block_size=None is not supported, only rows and columns of a block as [128, 128]; convert the",
+            {"quantization_config": {"quant_method": "awq"}},
+            "quant_method='awq' is not supported, only 'fp8' or 'fbgemm_fp8' or 'compressed-tensors'; convert the",
         ),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported, only 'sigmoid'"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported, only 1"),

@@ -1,0 +1,115 @@
+"""What config.json says of weights published in fp8: how many of a weight's values share a scale; pure.
+
+quant_method fp8 (blocks, as DeepSeek-V3; one scale a tensor, as AutoFP8 and Mistral), fbgemm_fp8 (one a row,
+Llama-3.1-405B-FP8) and compressed-tensors (llm-compressor's; either of the three). Which weights, the files say.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Block = tuple[int | None, int | None]
+"""Rows and columns that share a scale; None is all of them."""
+
+QUANTIZATION, CONVERT = "quantization_config", "convert the weights to bf16 first"
+_ROW: Block = (1, None)
+_TENSOR: Block = (None, None)
+_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+_Settings = dict[str, tuple[object, tuple[object, ...]]]
+"""Key: what it means where it is absent, and the values that are read."""
+
+_METHODS: dict[str, _Settings] = {
+    "fp8": {
+        "fmt": ("e4m3", ("e4m3",)),
+        "activation_scheme": ("dynamic", ("dynamic", "static")),
+        "expert_dtype": ("fp8", ("fp8",)),
+        "scale_fmt": ("float", ("float", "ue8m0")),
+    },
+    "fbgemm_fp8": {},
+    "compressed-tensors": {
+        "transform_config": (None, (None, {})),
+        "moe_sparsity_config": (None, (None, {})),
+    },
+}
+_SPARSITY: _Settings = {"format": ("dense", ("dense",))}
+_GROUP: _Settings = {"format": (None, ("float-quantized", "naive-quantized"))}
+_WEIGHTS: _Settings = {
+    "num_bits": (8, (8,)),
+    "type": ("int", ("float",)),
+    "symmetric": (True, (True,)),
+    "dynamic": (False, (False,)),
+    "strategy": (None, ("tensor", "channel", "block")),
+}
+
+
+def read_blocks(config: Mapping[str, Any], path: Path) -> tuple[Block, ...] | None:
+    """The sizes of blocks that its quantization_config allows, None without one. ValueError for other ways to quantise.
+
+    Several where groups of weights differ; none where only the cache of keys and values is to be in fp8.
+    """
+    if config.get(QUANTIZATION) is None:
+        return None
+    where = f"{path}: {QUANTIZATION}"
+    settings = _read_object(config, QUANTIZATION, str(path))
+    _check_settings(settings, {"quant_method": (None, tuple(_METHODS))}, where)
+    method = settings["quant_method"]
+    _check_settings(settings, _METHODS[method], where)
+    if method == "compressed-tensors":
+        return _read_groups(settings, where)
+    if method == "fbgemm_fp8":
+        return (_ROW,)
+    key = "weight_block_size"
+    return (_TENSOR if settings.get(key) is None else _read_size(settings, key, where),)
+
+
+def _read_groups(settings: Mapping[str, Any], where: str) -> tuple[Block, ...]:
+    if settings.get("sparsity_config"):
+        _check_settings(_read_object(settings, "sparsity_config", where), _SPARSITY, f"{where}'s sparsity_config")
+    groups, blocks = _read_object(settings, "config_groups", where), []
+    for name in groups:
+        group, place = _read_object(groups, name, where), f"{where}'s {name}"
+        if group.get("weights") is not None:
+            _check_settings({"format": group.get("format") or settings.get("format")}, _GROUP, place)
+            blocks.append(_read_strategy(_read_object(group, "weights", place), f"{place}.weights"))
+    sizes = {block for block in blocks if None not in block}
+    if len(sizes) > 1:  # the shape of a weight's scales would not tell which of them it has
+        known = " and ".join(str(list(size)) for size in sorted(sizes))
+        raise ValueError(f"{where} with blocks of {known} is not supported, only of one size; {CONVERT}")
+    return tuple(dict.fromkeys(blocks))
+
+
+def _read_strategy(weights: Mapping[str, Any], where: str) -> Block:
+    _check_settings(weights, _WEIGHTS, where)
+    if weights["strategy"] == "block":
+        return _read_size(weights, "block_structure", where)
+    return _ROW if weights["strategy"] == "channel" else _TENSOR
+
+
+def _read_size(settings: Mapping[str, Any], key: str, where: str) -> tuple[int, int]:
+    size = settings.get(key)
+    if not isinstance(size, list) or len(size) != 2 or not all(type(one) is int and one > 0 for one in size):
+        raise ValueError(
+            f"{where} with {key}={size!r} is not supported, only rows and columns of a block as [128, 128]; {CONVERT}"
+        )
+    return size[0], size[1]
+
+
+def _read_object(found: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = found.get(key)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {key}={value!r} is no JSON object; {CONVERT}")
+    return value
+
+
+def _check_settings(found: Mapping[str, Any], settings: _Settings, where: str) -> None:
+    for key, (default, allowed) in settings.items():
+        value = found.get(key, default)
+        if value not in allowed:
+            known = " or ".join(map(repr, allowed))
+            raise ValueError(f"{where} with {key}={value!r} is not supported, only {known}; {CONVERT}")
+
+
+def find_original_dtype(config: Mapping[str, Any]) -> str:
+    """What the weights were before they were quantised, by its name in safetensors: config.json's dtype, else bf16."""
+    return _DTYPE_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
