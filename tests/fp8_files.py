@@ -1,4 +1,4 @@
-"""Checkpoints in fp8 as they are published, and the values that they stand for, in plain torch."""
+"""Checkpoints in fp8 and int4 as they are published, and the values that they stand for, in plain torch."""
 
 import json
 import shutil
@@ -15,11 +15,15 @@ _NATIVE = ("embed", "lm_head", "wte", "wpe", ".gate.weight")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a package writes: config.json's quantization_config, and which tensors beside the weights in fp8."""
+    """What a package writes: config.json's quantization_config, and which tensors."""
 
     settings: dict[str, Any]
-    block: tuple[int | None, int | None]
-    """Rows and columns that share a scale; None is all of them."""
+    block: tuple[int | None, int | None] | None = None
+    """Rows and columns of a weight in fp8 that share a scale; None is all of them. Without, none is in fp8."""
+    int4_group: int = 0
+    """Neighbours in a row of a weight in int4 that share a scale."""
+    in_int4: str = "no weight"
+    """A part of the names of those."""
     suffix: str = "_scale"
     tensor_shape: tuple[int, ...] = (1, 1)
     """Of the scale of a whole tensor."""
@@ -51,6 +55,10 @@ def describe_compressed(*groups: dict[str, Any], **settings: Any) -> dict[str, A
 
 
 _STATIC = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+_INT4 = {
+    "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16},
+    "input_activations": None,
+}
 _IGNORED = {"modules_to_not_convert": ["lm_head"]}
 LAYOUTS = {
     "compressed_row": Layout(settings=describe_compressed({"weights": {"strategy": "channel"}}), block=(1, None)),
@@ -71,6 +79,20 @@ LAYOUTS = {
             {"weights": {"strategy": "channel"}, "input_activations": None}, format="naive-quantized"
         ),
         block=(1, None),
+    ),
+    "int4": Layout(settings=describe_compressed(_INT4, format="pack-quantized"), int4_group=16, in_int4="weight"),
+    "int4_experts": Layout(
+        settings=describe_compressed(_INT4, format="pack-quantized"), int4_group=16, in_int4=".experts."
+    ),
+    "int4_and_fp8": Layout(
+        settings=describe_compressed(
+            {"weights": {"strategy": "channel"}, "format": "float-quantized"},
+            {**_INT4, "targets": ["re:.*experts.*"], "format": "pack-quantized"},
+            format="mixed-precision",
+        ),
+        block=(1, None),
+        int4_group=16,
+        in_int4=".experts.",
     ),
     "fbgemm": Layout(
         settings={"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, **_IGNORED}, block=(1, None)
@@ -114,20 +136,18 @@ def write_fp8_checkpoint(
     scale_dtype: torch.dtype = torch.float32,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
-    """`source`, in one file, with its linears in fp8 in `target` and their dequantised values, which it gives back, in
-    `plain`. What stays native has `dtype` in both. Of a layout, or in blocks of a size.
+    """`source`, in one file, with its linears quantised in `target` and their dequantised values, which it gives back,
+    in `plain`. What stays native has `dtype` in both. Of a layout, or in blocks of a size.
     """
     layout = layout or describe_blocks(block_size or (128, 128))
     stored, values = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        if tensor.dim() == 2 and not any(part in name for part in _NATIVE):
-            block = layout.block[0] or tensor.shape[0], layout.block[1] or tensor.shape[1]
-            stored[name], scales, values[name] = quantize(tensor.float(), block, scale_dtype)
-            stored[name + layout.suffix] = scales if layout.block[0] else scales.view(layout.tensor_shape)
-            if layout.of_activations is not None:
-                stored[name.replace("weight", layout.of_activations)] = torch.full(layout.tensor_shape, 7.0)
-        else:
-            values[name] = stored[name] = tensor if "correction_bias" in name else tensor.to(dtype)
+        is_linear = tensor.dim() == 2 and not any(part in name for part in _NATIVE)
+        parts, value = _store(name, tensor.float(), layout, scale_dtype) if is_linear else ({}, tensor)
+        if not parts and "correction_bias" not in name:
+            value = tensor.to(dtype)
+        values[name] = value
+        stored |= parts or {name: value}
     assert len(values) < len(stored)
     for layer in [name.removesuffix("input_layernorm.weight") for name in values if "input_layernorm" in name]:
         stored |= {f"{layer}{one}": torch.full(layout.tensor_shape, 9.0) for one in layout.of_cache}
@@ -140,6 +160,24 @@ def write_fp8_checkpoint(
     settings = {"dtype": "bfloat16", "quantization_config": layout.settings}
     (target / "config.json").write_text(json.dumps(config | settings))
     return values
+
+
+def _store(
+    name: str, weight: torch.Tensor, layout: Layout, scale_dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors that stand for a linear's weight, none where it stays native, and its values."""
+    if layout.in_int4 in name:
+        words, scales, values = pack_int4(weight, layout.int4_group, scale_dtype)
+        shape = torch.tensor(weight.shape)
+        return {f"{name}_packed": words, f"{name}_scale": scales, f"{name}_shape": shape}, values
+    if layout.block is None:
+        return {}, weight
+    block = layout.block[0] or weight.shape[0], layout.block[1] or weight.shape[1]
+    stored, scales, values = quantize(weight, block, scale_dtype)
+    parts = {name: stored, name + layout.suffix: scales if layout.block[0] else scales.view(layout.tensor_shape)}
+    if layout.of_activations is not None:
+        parts[name.replace("weight", layout.of_activations)] = torch.full(layout.tensor_shape, 7.0)
+    return parts, values
 
 
 def write_two_files(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -167,3 +205,15 @@ def quantize(
             stored[place] = (weight[place] / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
             values[place] = stored[place].float() * scale
     return stored, scales, values
+
+
+def pack_int4(
+    weight: torch.Tensor, group_size: int, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Words, scales, and what they stand for in fp32; a byte has two codes, the low half first."""
+    groups = weight.unflatten(1, (-1, group_size))
+    scales = (groups.abs().amax(-1) / 7).to(scale_dtype)
+    whole = (groups / scales.float()[..., None]).round().clamp(-8, 7)
+    codes = (whole + 8).to(torch.uint8).flatten(1)
+    words = (codes[:, ::2] + 16 * codes[:, 1::2]).view(torch.int32)
+    return words, scales, (whole * scales.float()[..., None]).flatten(1)

@@ -18,7 +18,7 @@ BlockSize = tuple[int, int]
 
 _SUFFIXES = ("_scale_inv", "_scale")
 _ENDINGS = ("_scale_inv", ".weight_scale")
-_FP8, _SCALE_DTYPES = "F8_E4M3", ("F32", "BF16", "F16", "F8_E8M0")
+_FP8, SCALE_DTYPES = "F8_E4M3", ("F32", "BF16", "F16", "F8_E8M0")
 _OF_ACTIVATIONS = {"input_scale", "activation_scale", "act_scale", "output_scale"}
 _OF_CACHE = {"q_scale", "k_scale", "v_scale", "kv_scale"}
 
@@ -53,8 +53,8 @@ def find_scales(
             known = " or ".join(weight + suffix for suffix in _SUFFIXES)
             raise ValueError(f"{files[weight]}: {weight} is in fp8 without scales {known}; copy them again")
         block_size = _find_block_size(weight, name, shapes, files, blocks)
-        if dtypes[name] not in _SCALE_DTYPES:
-            raise ValueError(f"{files[name]}: {name} is {dtypes[name]}, not one of {', '.join(_SCALE_DTYPES)}")
+        if dtypes[name] not in SCALE_DTYPES:
+            raise ValueError(f"{files[name]}: {name} is {dtypes[name]}, not one of {', '.join(SCALE_DTYPES)}")
         scales[weight] = BlockScales(name=name, block_size=block_size)
     _check_others({name for name in shapes if name.endswith(_ENDINGS)}, scales, dtypes, files)
     return scales

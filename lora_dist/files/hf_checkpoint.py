@@ -16,7 +16,7 @@ from lora_dist.files.hf_families import HF_FAMILIES, MODEL_TYPES
 from lora_dist.files.hf_layout import TIED_HEAD, HfFamily
 from lora_dist.files.hf_reader import CONFIG, HfReader, find_weight_files
 from lora_dist.files.mxfp4_blocks import is_mxfp4
-from lora_dist.files.quantization import read_blocks
+from lora_dist.files.quantization import read_quantization
 from lora_dist.files.safetensors_stream import DTYPE_NAMES
 
 _ROWS_AT_ONCE = 4096
@@ -49,7 +49,7 @@ def read_model_fields(directory: str | Path) -> dict[str, Any]:
     _check_setting(path, "model_type", config.get("model_type"), tuple(MODEL_TYPES))
     family = HF_FAMILIES[MODEL_TYPES[config["model_type"]]]
     if not (family.in_mxfp4 and is_mxfp4(config)):
-        read_blocks(config, path)
+        read_quantization(config, path)
     for key, (default, allowed) in family.settings.items():
         _check_setting(path, key, config.get(key, default), allowed)
     return {"name": directory.resolve().name, **family.read_fields(config, path), "checkpoint": str(directory)}

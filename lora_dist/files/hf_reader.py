@@ -1,6 +1,6 @@
 """The tensors of a Hugging Face checkpoint, in whatever files and format: found by name and read in parts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ from lora_dist.base_format import MXFP4_BLOCK
 from lora_dist.files.directories import read_json
 from lora_dist.files.fp8_blocks import dequantize_blocks, find_blocks, find_scales, is_inference_scale
 from lora_dist.files.hf_gpt2 import PREFIX
+from lora_dist.files.int4_groups import CODES_PER_WORD, find_int4, unpack_int4
 from lora_dist.files.mxfp4_blocks import compute_shape, find_packed, is_mxfp4
-from lora_dist.files.quantization import QUANTIZATION, find_original_dtype, read_blocks
+from lora_dist.files.quantization import QUANTIZATION, Quantization, find_original_dtype, read_quantization
 from lora_dist.files.safetensors_stream import TensorInfo, read_header, read_part
 from lora_dist.quant.blocks import dequantize_mxfp4
 
@@ -21,12 +22,12 @@ CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetens
 class HfReader:
     """Finds tensors by their names without `transformer.`, in one file or several, and reads parts of them.
 
-    What is stored in fp8 with scales appears as the one weight that it was, of the dtype that it had; what is in MXFP4
-    as the one that it is, in bf16.
+    What is stored in fp8 or int4 with scales appears as the one weight that it was, of the dtype that it had; what is
+    in MXFP4 as the one that it is, in bf16.
     """
 
     def __init__(self, directory: Path, device: torch.device | str = "cpu") -> None:
-        """Reads every header; what is stored in fp8 or MXFP4 is dequantised on `device`.
+        """Reads every header; what is stored in fp8, int4 or MXFP4 is dequantised on `device`.
 
         ValueError where a file is missing, damaged, or does not hold what the index says.
         """
@@ -53,24 +54,31 @@ class HfReader:
             )
         for weight, parts in self._packed.items():
             self.shapes[weight], self.dtypes[weight] = compute_shape(self.shapes[parts[1]]), "BF16"
-            for part in parts:
-                del self.shapes[part], self.dtypes[part]
+            self._hide(parts)
 
     def _hide_scales(self, config: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-        blocks = None if is_mxfp4(config) else read_blocks(config, self.directory / CONFIG)
-        self._scales = find_scales(self.shapes, self.dtypes, files, blocks or ())
-        for weight in self._scales:
-            self.dtypes[weight] = find_original_dtype(config)
-        hidden = {scales.name for scales in self._scales.values()}
-        if blocks is not None:
-            hidden |= {name for name in self.shapes if is_inference_scale(name)}
-        for name in hidden:
+        found = None if is_mxfp4(config) else read_quantization(config, self.directory / CONFIG)
+        allowed = found or Quantization()
+        in_int4 = find_int4(self.shapes, self.dtypes, files, allowed.int4)
+        for weight, parts in in_int4.items():
+            self.shapes[weight] = parts.shape
+            self._hide(parts.stored)
+        self._words = {weight: parts.codes for weight, parts in in_int4.items()}
+        in_fp8 = find_scales(self.shapes, self.dtypes, files, allowed.fp8)
+        self._hide(scales.name for scales in in_fp8.values())
+        self._scales = in_fp8 | {weight: parts.scales for weight, parts in in_int4.items()}
+        self.dtypes |= dict.fromkeys(self._scales, find_original_dtype(config))
+        if found is not None:
+            self._hide([name for name in self.shapes if is_inference_scale(name)])
+
+    def _hide(self, names: Iterable[str]) -> None:
+        for name in names:
             del self.shapes[name], self.dtypes[name]
 
     def read(
         self, name: str, *, dim: int | None = None, start: int = 0, size: int | None = None, entry: int | None = None
     ) -> torch.Tensor:
-        """As `read_part`, one tensor or a part of it, of MXFP4 an entry or a part; fp32 where it is stored in fp8."""
+        """As `read_part`, one tensor or a part of it, of MXFP4 an entry or a part; fp32 of fp8 and int4."""
         if name in self._packed:
             assert entry is not None
             return self._read_packed(name, entry, dim, start, size)
@@ -79,8 +87,8 @@ class HfReader:
         return self._read_stored(name, dim, start, size, entry)
 
     def _read_blocks(self, name: str, dim: int | None, start: int, size: int | None, entry: int | None) -> torch.Tensor:
-        """Of fp8: the part with the scales of all blocks that it has to do with."""
-        stored, of_blocks = self._read_stored(name, dim, start, size, entry), self._scales[name]
+        """Of fp8 or int4: the part with the scales of all blocks that it has to do with."""
+        stored, of_blocks = self._read_codes(name, dim, start, size, entry), self._scales[name]
         first, count, within = 0, None, [0, 0]
         scale_dim = dim if len(self._places[of_blocks.name].shape) > 1 else None
         if scale_dim is not None:
@@ -89,8 +97,19 @@ class HfReader:
             within[scale_dim] = start - first * block
         scales = self._read_stored(of_blocks.name, scale_dim, first, count, entry)
         scales = scales if scales.dim() > 1 else scales.view(1, 1)
-        stored, scales = (part.to(self._device) for part in (stored, scales))
-        return dequantize_blocks(stored, scales, of_blocks.block_size, (within[0], within[1]))
+        return dequantize_blocks(stored, scales.to(self._device), of_blocks.block_size, (within[0], within[1]))
+
+    def _read_codes(self, name: str, dim: int | None, start: int, size: int | None, entry: int | None) -> torch.Tensor:
+        """Of fp8 or int4: what the scales multiply."""
+        if name not in self._words:
+            return self._read_stored(name, dim, start, size, entry).to(self._device)
+        words = self._words[name]
+        if dim != 1:
+            return unpack_int4(self._read_stored(words, dim, start, size, entry).to(self._device))
+        size = self.shapes[name][1] - start if size is None else size
+        first, count = find_blocks(start, size, CODES_PER_WORD)
+        codes = unpack_int4(self._read_stored(words, 1, first, count, entry).to(self._device))
+        return codes.narrow(1, start - first * CODES_PER_WORD, size)
 
     def _read_packed(self, name: str, entry: int, dim: int | None, start: int, size: int | None) -> torch.Tensor:
         """[in, out] of one expert, whose codes are those of the transpose, with blocks along its rows."""

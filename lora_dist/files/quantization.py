@@ -1,15 +1,27 @@
-"""What config.json says of weights published in fp8: how many of a weight's values share a scale; pure.
+"""What config.json says of weights published in fp8 or int4: how many of a weight's values share a scale; pure.
 
 quant_method fp8 (blocks, as DeepSeek-V3; one scale a tensor, as AutoFP8 and Mistral), fbgemm_fp8 (one a row,
-Llama-3.1-405B-FP8) and compressed-tensors (llm-compressor's; either of the three). Which weights, the files say.
+Llama-3.1-405B-FP8) and compressed-tensors (llm-compressor's; either of the three, or int4 in groups of a row's, as Kimi
+K2 Thinking). Which weights, the files say.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Block = tuple[int | None, int | None]
 """Rows and columns that share a scale; None is all of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantization:
+    """What weights may be stored as; several where groups of weights differ, none where only the cache is quantised."""
+
+    fp8: tuple[Block, ...] = ()
+    int4: tuple[int, ...] = ()
+    """Neighbours in a row that share a scale."""
+
 
 QUANTIZATION, CONVERT = "quantization_config", "convert the weights to bf16 first"
 _ROW: Block = (1, None)
@@ -33,21 +45,21 @@ _METHODS: dict[str, _Settings] = {
     },
 }
 _SPARSITY: _Settings = {"format": ("dense", ("dense",))}
-_GROUP: _Settings = {"format": (None, ("float-quantized", "naive-quantized"))}
-_WEIGHTS: _Settings = {
-    "num_bits": (8, (8,)),
-    "type": ("int", ("float",)),
-    "symmetric": (True, (True,)),
-    "dynamic": (False, (False,)),
+_WEIGHTS: _Settings = {"symmetric": (True, (True,)), "dynamic": (False, (False,))}
+_FP8: _Settings = {
+    **{"num_bits": (8, (8,)), "type": ("int", ("float",)), **_WEIGHTS},
     "strategy": (None, ("tensor", "channel", "block")),
 }
+_INT4: _Settings = {
+    **{"num_bits": (8, (4,)), "type": ("int", ("int",)), **_WEIGHTS},
+    **{"strategy": (None, ("group",)), "actorder": (None, (None, False, "weight", "static"))},
+}
+_FORMATS = {"float-quantized": _FP8, "naive-quantized": _FP8, "pack-quantized": _INT4}
+_INT4_MULTIPLE = 8
 
 
-def read_blocks(config: Mapping[str, Any], path: Path) -> tuple[Block, ...] | None:
-    """The sizes of blocks that its quantization_config allows, None without one. ValueError for other ways to quantise.
-
-    Several where groups of weights differ; none where only the cache of keys and values is to be in fp8.
-    """
+def read_quantization(config: Mapping[str, Any], path: Path) -> Quantization | None:
+    """What its quantization_config allows, None without one. ValueError for other ways to quantise."""
     if config.get(QUANTIZATION) is None:
         return None
     where = f"{path}: {QUANTIZATION}"
@@ -58,32 +70,46 @@ def read_blocks(config: Mapping[str, Any], path: Path) -> tuple[Block, ...] | No
     if method == "compressed-tensors":
         return _read_groups(settings, where)
     if method == "fbgemm_fp8":
-        return (_ROW,)
+        return Quantization(fp8=(_ROW,))
     key = "weight_block_size"
-    return (_TENSOR if settings.get(key) is None else _read_size(settings, key, where),)
+    return Quantization(fp8=(_TENSOR if settings.get(key) is None else _read_size(settings, key, where),))
 
 
-def _read_groups(settings: Mapping[str, Any], where: str) -> tuple[Block, ...]:
+def _read_groups(settings: Mapping[str, Any], where: str) -> Quantization:
     if settings.get("sparsity_config"):
         _check_settings(_read_object(settings, "sparsity_config", where), _SPARSITY, f"{where}'s sparsity_config")
-    groups, blocks = _read_object(settings, "config_groups", where), []
+    groups, fp8, int4 = _read_object(settings, "config_groups", where), [], []
     for name in groups:
         group, place = _read_object(groups, name, where), f"{where}'s {name}"
-        if group.get("weights") is not None:
-            _check_settings({"format": group.get("format") or settings.get("format")}, _GROUP, place)
-            blocks.append(_read_strategy(_read_object(group, "weights", place), f"{place}.weights"))
-    sizes = {block for block in blocks if None not in block}
+        if group.get("weights") is None:
+            continue
+        weights, how = _read_object(group, "weights", place), str(group.get("format") or settings.get("format"))
+        _check_settings({"format": how}, {"format": (None, tuple(_FORMATS))}, place)
+        _check_settings(weights, _FORMATS[how], f"{place}.weights")
+        if how == "pack-quantized":
+            int4.append(_read_group_size(weights, f"{place}.weights"))
+        else:
+            fp8.append(_read_block(weights, f"{place}.weights"))
+    sizes = {block for block in fp8 if None not in block}
     if len(sizes) > 1:  # the shape of a weight's scales would not tell which of them it has
         known = " and ".join(str(list(size)) for size in sorted(sizes))
         raise ValueError(f"{where} with blocks of {known} is not supported, only of one size; {CONVERT}")
-    return tuple(dict.fromkeys(blocks))
+    return Quantization(fp8=tuple(dict.fromkeys(fp8)), int4=tuple(dict.fromkeys(int4)))
 
 
-def _read_strategy(weights: Mapping[str, Any], where: str) -> Block:
-    _check_settings(weights, _WEIGHTS, where)
+def _read_block(weights: Mapping[str, Any], where: str) -> Block:
     if weights["strategy"] == "block":
         return _read_size(weights, "block_structure", where)
     return _ROW if weights["strategy"] == "channel" else _TENSOR
+
+
+def _read_group_size(weights: Mapping[str, Any], where: str) -> int:
+    size = weights.get("group_size")
+    if type(size) is not int or size <= 0 or size % _INT4_MULTIPLE:
+        raise ValueError(
+            f"{where} with group_size={size!r} is not supported, only a multiple of {_INT4_MULTIPLE}; {CONVERT}"
+        )
+    return size
 
 
 def _read_size(settings: Mapping[str, Any], key: str, where: str) -> tuple[int, int]:

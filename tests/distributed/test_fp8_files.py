@@ -1,4 +1,4 @@
-"""Checkpoints published in fp8: their values over shards, quantised again, trained and merged."""
+"""Checkpoints published in fp8 and int4: their values over shards, quantised again, trained and merged."""
 
 import json
 from dataclasses import replace
@@ -39,6 +39,9 @@ CASES = [
     ("qwen3_moe", {"tp_size": 2}, "compressed_block"),
     ("llama", {"tp_size": 2}, "compressed_tensor"),
     ("phi3", {"tp_size": 2}, "compressed_weights_alone"),
+    ("llama", {"tp_size": 4}, "int4"),
+    ("deepseek_v3", {"tp_size": 4}, "int4_experts"),
+    ("qwen3_moe", EVERY_SPLIT, "int4_and_fp8"),
     ("llama", {"tp_size": 2}, "fbgemm"),
     ("mixtral", {"tp_size": 2}, "autofp8"),
     ("phi3", {"tp_size": 2}, "autofp8_dynamic"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_toy import edit_family_config, read_family_config, write_family_checkpoint
-from fp8_files import LAYOUTS, write_fp8_checkpoint, write_two_files
+from fp8_files import LAYOUTS, describe_compressed, write_fp8_checkpoint, write_two_files
 from safetensors.torch import load_file, save_file
 
 from lora_dist.cli.compose import compose_config
@@ -55,22 +55,20 @@ def test_every_slice_has_its_own_blocks_scales(published: tuple[Path, dict[str, 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_slice_of_every_layout_has_its_own_scales(name: str, tmp_path: Path) -> None:
-    source, weight, norm = (
-        tmp_path / "source",
-        "model.layers.0.mlp.up_proj.weight",
-        "model.layers.0.input_layernorm.weight",
-    )
+    weight, norm = "model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.0.input_layernorm.weight"
+    shape = (5, 32) if LAYOUTS[name].int4_group else (9, 11)
+    source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text("{}")
-    tensors = {weight: torch.randn(9, 11, generator=torch.Generator().manual_seed(0)), norm: torch.ones(11)}
+    tensors = {weight: torch.randn(shape, generator=torch.Generator().manual_seed(0)), norm: torch.ones(11)}
     save_file(tensors, source / "model.safetensors")
     values = write_fp8_checkpoint(source, tmp_path / "fp8", tmp_path / "plain", layout=LAYOUTS[name])
-    assert 0 < (values[weight] - tensors[weight]).abs().max() < 0.2
+    assert 0 < (values[weight] - tensors[weight]).abs().max() < 0.25
     reader = HfReader(tmp_path / "fp8")
-    assert reader.shapes == {weight: (9, 11), norm: (11,)}
+    assert reader.shapes == {weight: shape, norm: (11,)}
     assert reader.dtypes == {weight: "BF16", norm: "F32"}
     assert torch.equal(reader.read(weight), values[weight])
-    for dim, length in enumerate((9, 11)):
+    for dim, length in enumerate(shape):
         for start in range(length + 1):
             for size in range(length - start + 1):
                 part = reader.read(weight, dim=dim, start=start, size=size)
@@ -153,6 +151,34 @@ def test_weights_and_scales_that_do_not_fit_are_named(
     with pytest.raises(ValueError, match=rf"^{directory}/model-0000\d-of-00002.safetensors: [^\n]*$") as refusal:
         check_hf_checkpoint(model, directory)
     assert refusal.match(message)
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.k_scale", "self_attn.k_proj.input_scale", "self_attn.kv_b_proj.weight_zero_point"]
+)
+def test_only_a_checkpoint_in_fp8_has_scales_of_activations_and_cache(
+    name: str, changed: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    directory, tensors = changed
+    native = {key: one.float() for key, one in tensors.items() if "_scale_inv" not in key}
+    write_two_files(directory, native | {f"model.layers.0.{name}": torch.ones(1)})
+    edit_family_config(directory, quantization_config="gone")
+    with pytest.raises(ValueError, match=rf"holds model.layers.0.{name} \(1 in all\), which its family has not"):
+        check_hf_checkpoint(read_family_config(directory), directory)
+
+
+def test_weights_may_differ_in_how_many_share_a_scale(changed: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    directory, tensors = changed
+    groups = [{"weights": {"strategy": "block", "block_structure": [6, 9]}}, {"weights": {"strategy": "channel"}}]
+    edit_family_config(directory, quantization_config=describe_compressed(*groups))
+    renamed = {name.removesuffix("_inv"): one for name, one in tensors.items()}
+    scales = torch.rand(16, 1, generator=torch.Generator().manual_seed(0))
+    write_two_files(directory, renamed | {f"{NARROW}_scale": scales})
+    check_hf_checkpoint(read_family_config(directory), directory)
+    reader, other = HfReader(directory), NARROW.replace("kv_a_proj_with_mqa", "q_a_proj")
+    assert torch.equal(reader.read(NARROW), tensors[NARROW].float() * scales)
+    by_block = tensors[f"{other}_scale_inv"].repeat_interleave(6, 0).repeat_interleave(9, 1)
+    assert torch.equal(reader.read(other), tensors[other].float() * by_block[:20, :32])
 
 
 def test_stacked_experts_in_fp8_are_named_too(changed: tuple[Path, dict[str, torch.Tensor]]) -> None:

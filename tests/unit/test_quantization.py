@@ -1,17 +1,24 @@
-"""config.json's quantization_config: which blocks it allows, and the ways to quantise that are refused by name."""
+"""config.json's quantization_config: what it allows weights to be stored as, and what is refused by name."""
 
 from pathlib import Path
 
 import pytest
 from fp8_files import LAYOUTS, describe_blocks, describe_compressed
 
-from lora_dist.files.quantization import Block, read_blocks
+from lora_dist.files.quantization import Quantization, read_quantization
 
 PATH = Path("model/config.json")
 BLOCKS = describe_blocks((6, 9)).settings
 COMPRESSED = LAYOUTS["compressed_row"].settings
 ROWS = {"weights": {"strategy": "channel"}}
 TENSORS = {"weights": {"strategy": "tensor"}}
+
+
+def groups_of(size: object, **weights: object) -> dict:
+    """A group in int4."""
+    return {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": size, **weights}}
+
+
 WIDE = {"weights": {"strategy": "block", "block_structure": [128, 128]}}
 
 
@@ -19,24 +26,39 @@ WIDE = {"weights": {"strategy": "block", "block_structure": [128, 128]}}
     ("settings", "expected"),
     [
         (None, None),
-        (BLOCKS, ((6, 9),)),
-        ({"quant_method": "fp8"}, ((None, None),)),
-        ({"quant_method": "fbgemm_fp8"}, ((1, None),)),
-        (COMPRESSED, ((1, None),)),
-        (describe_compressed(TENSORS, WIDE, ROWS, TENSORS), ((None, None), (128, 128), (1, None))),
-        (describe_compressed({**ROWS, "format": "float-quantized"}, format="mixed-precision"), ((1, None),)),
-        (describe_compressed(ROWS, sparsity_config={"format": "dense", "targets": []}), ((1, None),)),
-        (COMPRESSED | {"config_groups": {}, "format": "dense"}, ()),
-        (COMPRESSED | {"config_groups": {"group_0": {"targets": ["LlamaAttention"], "weights": None}}}, ()),
+        (BLOCKS, Quantization(fp8=((6, 9),))),
+        ({"quant_method": "fp8"}, Quantization(fp8=((None, None),))),
+        ({"quant_method": "fbgemm_fp8"}, Quantization(fp8=((1, None),))),
+        (COMPRESSED, Quantization(fp8=((1, None),))),
+        (
+            describe_compressed(TENSORS, WIDE, ROWS, TENSORS),
+            Quantization(fp8=((None, None), (128, 128), (1, None))),
+        ),
+        (LAYOUTS["int4_and_fp8"].settings, Quantization(fp8=((1, None),), int4=(16,))),
+        (describe_compressed(groups_of(32), groups_of(128), format="pack-quantized"), Quantization(int4=(32, 128))),
+        (
+            describe_compressed(groups_of(32, actorder="static"), format="pack-quantized"),
+            Quantization(int4=(32,)),
+        ),
+        (
+            describe_compressed(ROWS, sparsity_config={"format": "dense", "targets": []}),
+            Quantization(fp8=((1, None),)),
+        ),
+        (COMPRESSED | {"config_groups": {}, "format": "dense"}, Quantization()),
+        (COMPRESSED | {"config_groups": {"group_0": {"targets": ["Attention"], "weights": None}}}, Quantization()),
     ],
 )
-def test_blocks_are_those_that_it_names(settings: dict | None, expected: tuple[Block, ...] | None) -> None:
-    assert read_blocks({"quantization_config": settings}, PATH) == expected
+def test_it_allows_what_it_names(settings: dict | None, expected: Quantization | None) -> None:
+    assert read_quantization({"quantization_config": settings}, PATH) == expected
 
 
 def quantise(**weights: object) -> dict:
     """compressed-tensors' with other weights."""
     return describe_compressed({"weights": {"strategy": "channel", **weights}})
+
+
+def pack(group: dict) -> dict:
+    return describe_compressed(group, format="pack-quantized")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +83,7 @@ def quantise(**weights: object) -> dict:
         (BLOCKS | {"weight_block_size": [128, 0]}, " with weight_block_size=[128, 0] is not supported"),
         (
             describe_compressed(ROWS, format="nvfp4-pack-quantized"),
-            "'s group_0 with format='nvfp4-pack-quantized' is not supported, only 'float-quantized' or 'naive-q",
+            "'s group_0 with format='nvfp4-pack-quantized' is not supported, only 'float-quantized' or 'nai",
         ),
         (
             describe_compressed(ROWS, {**ROWS, "format": "int-quantized"}),
@@ -85,6 +107,13 @@ def quantise(**weights: object) -> dict:
             quantise(strategy="block"),
             "'s group_0.weights with block_structure=None is not supported, only rows",
         ),
+        (pack(groups_of(20)), "'s group_0.weights with group_size=20 is not supported, only a multiple of 8"),
+        (pack(groups_of(None)), "'s group_0.weights with group_size=None is not supported"),
+        (pack(groups_of(32, num_bits=8)), "'s group_0.weights with num_bits=8 is not supported, only 4"),
+        (pack(groups_of(32, type="float")), "'s group_0.weights with type='float' is not supported, only 'int'"),
+        (pack(groups_of(32, symmetric=False)), "'s group_0.weights with symmetric=False is not supported, only True"),
+        (pack(groups_of(32, strategy="channel")), "'s group_0.weights with strategy='channel' is not supported"),
+        (pack(groups_of(32, actorder="group")), "'s group_0.weights with actorder='group' is not supported, only None"),
         (
             describe_compressed(WIDE, {"weights": {"strategy": "block", "block_structure": [64, 128]}}),
             " with blocks of [64, 128] and [128, 128] is not supported, only of one size",
@@ -107,5 +136,5 @@ def quantise(**weights: object) -> dict:
 )
 def test_other_ways_to_quantise_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*; convert the weights to bf16 first$") as refusal:
-        read_blocks({"quantization_config": settings}, PATH)
+        read_quantization({"quantization_config": settings}, PATH)
     assert str(refusal.value).startswith(f"{PATH}: quantization_config{message}")
