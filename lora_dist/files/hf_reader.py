@@ -10,9 +10,15 @@ from lora_dist.base_format import MXFP4_BLOCK
 from lora_dist.files.directories import read_json
 from lora_dist.files.fp8_blocks import dequantize_blocks, find_blocks, find_scales, is_inference_scale
 from lora_dist.files.hf_gpt2 import PREFIX
-from lora_dist.files.int4_groups import CODES_PER_WORD, find_int4, unpack_int4
+from lora_dist.files.int4_groups import find_int4, unpack_int4
 from lora_dist.files.mxfp4_blocks import compute_shape, find_packed, is_mxfp4
-from lora_dist.files.quantization import QUANTIZATION, Quantization, find_original_dtype, read_quantization
+from lora_dist.files.quantization import (
+    CODES_PER_WORD,
+    QUANTIZATION,
+    Quantization,
+    find_original_dtype,
+    read_quantization,
+)
 from lora_dist.files.safetensors_stream import TensorInfo, read_header, read_part
 from lora_dist.quant.blocks import dequantize_mxfp4
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from lora_dist.files.fp8_blocks import SCALE_DTYPES, BlockScales
-from lora_dist.files.quantization import QUANTIZATION
+from lora_dist.files.quantization import CODES_PER_WORD, QUANTIZATION
 
-CODES_PER_WORD = 8
 _CODES, _SCALES, _SHAPE = "_packed", "_scale", "_shape"
 
 

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+QUANTIZATION, CONVERT = "quantization_config", "convert the weights to bf16 first"
+CODES_PER_WORD = 8
+"""Of int4, in 32 bits."""
+
 Block = tuple[int | None, int | None]
 """Rows and columns that share a scale; None is all of them."""
 
@@ -23,7 +27,6 @@ class Quantization:
     """Neighbours in a row that share a scale."""
 
 
-QUANTIZATION, CONVERT = "quantization_config", "convert the weights to bf16 first"
 _ROW: Block = (1, None)
 _TENSOR: Block = (None, None)
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -55,7 +58,6 @@ _INT4: _Settings = {
     **{"strategy": (None, ("group",)), "actorder": (None, (None, False, "weight", "static"))},
 }
 _FORMATS = {"float-quantized": _FP8, "naive-quantized": _FP8, "pack-quantized": _INT4}
-_INT4_MULTIPLE = 8
 
 
 def read_quantization(config: Mapping[str, Any], path: Path) -> Quantization | None:
@@ -105,9 +107,9 @@ def _read_block(weights: Mapping[str, Any], where: str) -> Block:
 
 def _read_group_size(weights: Mapping[str, Any], where: str) -> int:
     size = weights.get("group_size")
-    if type(size) is not int or size <= 0 or size % _INT4_MULTIPLE:
+    if type(size) is not int or size <= 0 or size % CODES_PER_WORD:
         raise ValueError(
-            f"{where} with group_size={size!r} is not supported, only a multiple of {_INT4_MULTIPLE}; {CONVERT}"
+            f"{where} with group_size={size!r} is not supported, only a multiple of {CODES_PER_WORD}; {CONVERT}"
         )
     return size
 
