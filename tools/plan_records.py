@@ -36,6 +36,12 @@ CASES: dict[str, tuple[str, ...]] = {
     },
     "search_v100_12": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=12"),
     "search_v100_16": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=16"),
+    "open_llama3_1_70b": (
+        *("model=llama3_1_70b", "model.base_format=nf4", "topology=single", "hardware=h100", *QUANTIZED),
+    ),
+    "open_llama3_1_405b": (
+        *("model=llama3_1_405b", "model.base_format=fp8", "topology=tp8_sp", "hardware=h100", *QUANTIZED),
+    ),
     "open_glm4_5_air": ("model=glm4_5_air", "topology=tp8_sp", "hardware=h100", *OPEN),
     "open_qwen3_235b": ("model=qwen3_235b_a22b", "topology=tp4_sp", "topology.pp_size=2", "hardware=h200", *OPEN),
     "open_glm4_5": ("model=glm4_5", "topology=tp8_sp", "hardware=h200", *OPEN),

@@ -15,6 +15,7 @@ from processes import run_distributed
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_families import EVERY_SPLIT, load_compute_and_write
+from tiers import exhaustive
 
 from lora_dist.config import ModelConfig
 from lora_dist.files import hf_reader
@@ -29,23 +30,28 @@ CASES = [
     ("deepseek_v3", EVERY_SPLIT, (128, 128)),
     ("deepseek_v3_direct", EVERY_SPLIT, (5, 7)),
     ("qwen3", {"tp_size": 4}, (5, 7)),
-    ("qwen3", {"pp_size": 3}, (16, 16)),
-    ("qwen3_moe", EVERY_SPLIT, (7, 5)),
-    ("glm4_moe", {"tp_size": 4}, (3, 128)),
     ("phi3", EVERY_SPLIT, (9, 7)),
-    *((name, {"tp_size": 2}, (9, 7)) for name in ("llama", "qwen2", "mixtral", "gemma3_text", "opt", "gpt_neox")),
-    ("glm4_moe", EVERY_SPLIT, "compressed_row"),
+    *((name, {"tp_size": 2}, (9, 7)) for name in ("mixtral", "gemma3_text", "opt", "gpt_neox")),
+    *exhaustive(
+        ("qwen3", {"pp_size": 3}, (16, 16)),
+        ("qwen3_moe", EVERY_SPLIT, (7, 5)),
+        ("glm4_moe", {"tp_size": 4}, (3, 128)),
+        *((name, {"tp_size": 2}, (9, 7)) for name in ("llama", "qwen2")),
+    ),
     ("deepseek_v3", {"tp_size": 4}, "compressed_row"),
-    ("qwen3_moe", {"tp_size": 2}, "compressed_block"),
     ("llama", {"tp_size": 2}, "compressed_tensor"),
-    ("phi3", {"tp_size": 2}, "compressed_weights_alone"),
-    ("llama", {"tp_size": 4}, "int4"),
-    ("deepseek_v3", {"tp_size": 4}, "int4_experts"),
     ("qwen3_moe", EVERY_SPLIT, "int4_and_fp8"),
-    ("llama", {"tp_size": 2}, "fbgemm"),
-    ("mixtral", {"tp_size": 2}, "autofp8"),
-    ("phi3", {"tp_size": 2}, "autofp8_dynamic"),
     ("qwen2", {"tp_size": 2}, "mistral"),
+    *exhaustive(
+        ("glm4_moe", EVERY_SPLIT, "compressed_row"),
+        ("qwen3_moe", {"tp_size": 2}, "compressed_block"),
+        ("phi3", {"tp_size": 2}, "compressed_weights_alone"),
+        ("llama", {"tp_size": 4}, "int4"),
+        ("deepseek_v3", {"tp_size": 4}, "int4_experts"),
+        ("llama", {"tp_size": 2}, "fbgemm"),
+        ("mixtral", {"tp_size": 2}, "autofp8"),
+        ("phi3", {"tp_size": 2}, "autofp8_dynamic"),
+    ),
 ]
 
 
