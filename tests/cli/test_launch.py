@@ -139,6 +139,7 @@ def test_a_run_that_saves_when_asked_to_stop_ends_with_a_code_of_its_own(stop: s
     command.assert_nothing_left()
 
 
+@pytest.mark.exhaustive
 def test_a_second_sigterm_ends_every_process_at_once(tmp_path: Path) -> None:
     command = Command(tmp_path, "work on")
     command.wait_until_started()

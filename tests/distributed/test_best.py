@@ -66,6 +66,7 @@ def test_without_it_nothing_more_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "best_adapter").exists()
 
 
+@pytest.mark.exhaustive
 def test_an_encoders_is_the_best_by_its_tasks_score(tmp_path: Path) -> None:
     """The base is random, so the head learns all, within a few steps: of equal scores the first stays."""
     # Scoring takes the rank from the run.

@@ -16,6 +16,7 @@ from hf_toy import (
 )
 from processes import run_distributed
 from safetensors.torch import load_file
+from tiers import exhaustive
 
 from lora_dist.checkpoint.adapter import load_adapter, write_adapter
 from lora_dist.config import LoraConfig
@@ -88,7 +89,7 @@ def load_and_compute(options: dict, base: Path, adapter: Path, lora: LoraConfig)
     return compute_logits(gpt)
 
 
-@pytest.mark.parametrize("lora", [LORA, LAYER_SUBSET], ids=["five_targets", "one_layer"])
+@pytest.mark.parametrize("lora", [*exhaustive(LORA), LAYER_SUBSET], ids=["five_targets", "one_layer"])
 def test_every_topology_writes_and_reads_the_same_adapter(lora: LoraConfig, tmp_path: Path) -> None:
     base = tmp_path / "base"
     model = write_toy_checkpoint(base)

@@ -104,9 +104,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[T
 
 RESHARDED = [
     (None, 0, {"pp_size": 2, "dp_size": 2}, 2),
-    ({"tp_size": 2, "pp_size": 2}, 1, {"dp_size": 2}, 1),
     ({"dp_size": 2}, 3, {"tp_size": 4}, 0),
     *exhaustive(
+        ({"tp_size": 2, "pp_size": 2}, 1, {"dp_size": 2}, 1),
         (None, 0, {"tp_size": 2}, 1),
         ({"pp_size": 3}, 1, {"tp_size": 2, "pp_size": 2}, 1),
         ({"dp_size": 2}, 1, {"dp_size": 2}, 3),

@@ -214,6 +214,7 @@ def test_merged_unmerged_and_beside(options: dict, tmp_path: Path) -> None:
         assert logits is None or (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.exhaustive
 def test_trains_like_plain_torch_under_zero() -> None:
     case = Case(dtype=torch.float32, lora=LoraConfig(rank=3, target_modules=["all"], use_dora=True))
     oracle = run_distributed(train_oracle, 1, case)[0]
@@ -223,8 +224,10 @@ def test_trains_like_plain_torch_under_zero() -> None:
         assert_trained_alike(results, oracle)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("options", "stage"), [({"dp_size": 2}, 3), ({"tp_size": 2, "pp_size": 2}, 1)], ids=str)
+@pytest.mark.parametrize("dtype", few_of([torch.bfloat16, torch.float16], torch.float16))
+@pytest.mark.parametrize(
+    ("options", "stage"), [*exhaustive(({"dp_size": 2}, 3)), ({"tp_size": 2, "pp_size": 2}, 1)], ids=str
+)
 def test_over_a_low_precision_base(dtype: torch.dtype, options: dict, stage: int) -> None:
     case = Case(dtype=torch.float32, lora=LORA)
     exact = run_alone(train_in, case, 0)[0]

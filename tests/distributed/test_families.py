@@ -7,6 +7,7 @@ import pytest
 import torch
 from family_toy import (
     FAMILIES,
+    UNLIKE,
     build_family_model,
     compute_family_logits,
     read_family_config,
@@ -36,7 +37,8 @@ TOPOLOGIES = [
 CASES = [
     *(("llama", options) for options in TOPOLOGIES),
     *exhaustive(*((name, {"tp_size": 4}) for name in FAMILIES if name != "llama")),
-    *((name, EVERY_SPLIT) for name in FAMILIES),
+    *((name, EVERY_SPLIT) for name in UNLIKE),
+    *exhaustive(*((name, EVERY_SPLIT) for name in FAMILIES if name not in UNLIKE)),
 ]
 
 

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from adapter_files import read_in, write_with_peft
 from family_toy import (
     ONE_EACH,
-    UNLIKE,
     build_family_model,
     compute_family_logits,
     read_family_config,
@@ -96,7 +95,7 @@ def compute_peft_logits(base: Path, adapter: Path) -> torch.Tensor:
     return model.eval()(draw_tokens()).logits
 
 
-@pytest.mark.parametrize("name", few_of(ONE_EACH, *UNLIKE))
+@pytest.mark.parametrize("name", few_of(ONE_EACH, "llama", "deepseek_v3", "gpt_oss", "gpt_neox"))
 def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     write_family_checkpoint(name, base)

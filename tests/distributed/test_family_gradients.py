@@ -122,11 +122,9 @@ CASES = [
 ALWAYS = [
     "llama-lora",
     "gemma3_text-lora",
-    "glm4_moe-full",
     "deepseek_v3-lora",
     "gpt_oss-full",
     "gpt_neox-full",
-    "opt-lora",
 ]
 
 

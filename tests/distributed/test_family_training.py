@@ -92,6 +92,7 @@ def ask(overrides: list[str]) -> None:
     generate(compose_as(GenerateConfig, overrides))
 
 
+@pytest.mark.exhaustive
 def test_full_fine_tuning_goes_on_at_another_topology(given: list[str], tmp_path: Path) -> None:
     """One step on two tensor-parallel processes, one on a single one, one on two: the gated linear is cut anew."""
     common = [*given, "method=full", "optim.schedule=constant", f"run_dir={tmp_path / 'run'}", "resume=auto"]

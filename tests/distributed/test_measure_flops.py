@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import run_distributed
-from tiers import exhaustive
+from tiers import exhaustive, few_of
 from toy import ALL_TARGETS, BLOCKS, MODEL, NUM_ROWS, SEQ_LEN, Case, build_batches, build_case
 
 from lora_dist.config import LoraConfig, ModelConfig
@@ -95,12 +95,12 @@ BOUNDED = {**EXPERTS, "head_size": 16, "swiglu_alpha": 1.702, "swiglu_limit": 7.
     [
         *exhaustive(("mixtral", EXPERTS, TARGETS)),
         *exhaustive(("qwen3_moe", EXPERTS, TARGETS)),
-        ("glm4_moe", SHARED, TARGETS + SHARED_TARGETS),
+        *exhaustive(("glm4_moe", SHARED, TARGETS + SHARED_TARGETS)),
         ("gpt_oss", BOUNDED, TARGETS),
     ],
     ids=["mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"],
 )
-@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("recompute", few_of(["none", "selective"], "selective"))
 def test_experts_share_the_tokens(family: str, sizes: dict, all_targets: tuple, recompute: str) -> None:
     assert_all_is_counted(replace(LLAMA, family=family, **sizes), all_targets, recompute)
 
@@ -137,10 +137,10 @@ QUERIES = (
 
 @pytest.mark.parametrize(
     ("model", "all_targets"),
-    [(LATENT, QUERIES + HEADS), (replace(LATENT, query_latent_size=None), (["q_proj"], *HEADS))],
+    [(LATENT, QUERIES + HEADS), *exhaustive((replace(LATENT, query_latent_size=None), (["q_proj"], *HEADS)))],
     ids=["latent queries", "direct queries"],
 )
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", few_of(["none", "full"], "full"))
 def test_queries_keys_and_values_come_from_latents(model: ModelConfig, all_targets: tuple, recompute: str) -> None:
     assert_all_is_counted(model, all_targets, recompute)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hf_toy import build_run_config
 from processes import run_distributed
+from tiers import exhaustive
 from toy import ALL_TARGETS, MODEL, Case, build_batches, build_case
 
 from lora_dist.base_shapes import count_parameters
@@ -89,10 +90,9 @@ def run_dir(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(tp_size=2),
         Case(tp_size=2, pp_size=2),
         Case(method="full", dp_size=2),
-        Case(method="full", tp_size=2, pp_size=2),
+        *exhaustive(Case(tp_size=2), Case(method="full", tp_size=2, pp_size=2)),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ import torch
 from demo_runs import call, read_losses
 from hf_toy import build_hf_model, write_toy_checkpoint
 from processes import run_distributed
+from tiers import exhaustive, few_of
 from wandb_files import read_exit_codes
 
 from lora_dist.measure.wandb_sink import WandbSink
@@ -25,7 +26,7 @@ def train(words: list[str], code: int = 0) -> None:
     assert run_distributed(call, 2, [*RUN, *words]) == [code] * 2
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", few_of(["lora", "full"], "lora"))
 def test_a_run_that_diverged_writes_no_model(method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(["model=tiny", f"method={method}", "optim.lr=1e38", f"run_dir={tmp_path / 'run'}"], code=2)
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
@@ -54,7 +55,9 @@ def lack_room(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("place", ["lora_dist.keeper.write_adapter", "lora_dist.measure.summary.Summary.write"])
+@pytest.mark.parametrize(
+    "place", [*exhaustive("lora_dist.keeper.write_adapter"), "lora_dist.measure.summary.Summary.write"]
+)
 def test_a_run_whose_last_writes_fail_is_failed_also_where_its_launcher_ends_it(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

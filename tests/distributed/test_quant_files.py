@@ -10,7 +10,6 @@ import torch
 from demo_runs import ASSETS, DEMO, call, read_losses
 from hf_toy import build_shard, count_processes, draw_adapter_values
 from processes import run_distributed
-from tiers import few_of
 
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
 from lora_dist.cli.compose import compose_config
@@ -167,7 +166,8 @@ def test_merging_into_a_live_quantised_base_is_refused(trained: Path, capfd: pyt
     assert run_distributed(call, 1, words[:-1]) == [0]
 
 
-@pytest.mark.parametrize("method", few_of(["dora", "bitfit"], "dora"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ["dora", "bitfit"])
 def test_what_would_be_merged_runs_beside_a_quantised_base(method: str, tmp_path: Path) -> None:
     """As it was trained: `evaluate` finds what `merge` writes into the dequantised weights to answer alike."""
     run, base = tmp_path / "run", ["model.base_format=fp8", "device=cpu"]

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 from processes import run_distributed
-from tiers import exhaustive
 
 from lora_dist.cli.compose import compose_config
 from lora_dist.cli.settle import settle
@@ -46,7 +45,8 @@ def test_nothing_is_recomputed_where_that_fits(needs: dict[str, int]) -> None:
     assert chosen.loop.recomputation == "none"
 
 
-@pytest.mark.parametrize("share", [0.5, *exhaustive(0.9, 0.15)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.15])
 def test_no_layer_more_than_needed(needs: dict[str, int], share: float) -> None:
     config = limit(compose("loop.recompute=auto"), needs["full"] + share * (needs["none"] - needs["full"]))
     chosen = choose_recompute(config)

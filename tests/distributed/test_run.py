@@ -48,7 +48,7 @@ def test_a_run_directory_holds_its_record(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "variant",
-    [[], *exhaustive(["lora.init=pissa"], ["lora.use_dora=true"]), ["lora.modules_to_save=[wte,ln_f]"]],
+    [*exhaustive([], ["lora.init=pissa"], ["lora.use_dora=true"]), ["lora.modules_to_save=[wte,ln_f]"]],
     ids=str,
 )
 def test_peft_gives_the_same_loss_with_the_adapter_of_a_demo_run(variant: list[str], tmp_path: Path) -> None:

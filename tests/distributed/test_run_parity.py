@@ -73,6 +73,7 @@ def test_prefixes_through_stages_of_several_layers(tmp_path: Path) -> None:
     check_same(learn(tmp_path / "stages", 2, [*words, "topology=pp2"]), learn(tmp_path / "alone", 1, words))
 
 
+@pytest.mark.exhaustive
 def test_partitioned_weights_are_written_whole(tmp_path: Path) -> None:
     """At a size that ZeRO-3 does partition, after validations, which leave weights partitioned; the best one too."""
     size = ["model.num_layers=2", "model.hidden_size=512", "model.ffn_hidden_size=1024", "method=full"]

@@ -81,6 +81,7 @@ def test_one_process_is_signalled_and_all_stop_after_that_step(
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_stops_in_the_method_it_is_at_and_goes_on_there(tmp_path: Path) -> None:
     config = configure(tmp_path / "run")
     (message,) = set(run_distributed(train, 2, config, signal.SIGUSR1, "compare"))

@@ -141,7 +141,7 @@ def test_latents_train_like_plain_torch(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [EXPERT_LORA, *exhaustive(EXPERT_FULL, BIASED_LORA), BIASED_FULL],
+    [*exhaustive(EXPERT_LORA, EXPERT_FULL, BIASED_LORA), BIASED_FULL],
     ids=lambda case: f"{case.model.family}-{case.method}",
 )
 def test_experts_train_like_plain_torch(case: Case) -> None:

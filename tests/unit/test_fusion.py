@@ -87,7 +87,7 @@ CHAINS: dict[str, tuple[Chain, Arguments]] = {
 }
 
 
-ALWAYS = ("rms_grads", "norm_grad", "gate", "bounded_grad", "sink_grad", "turn", "exponentiate", "drop", "fp8")
+ALWAYS = ("norm_grad", "bounded_grad", "sink_grad", "turn", "drop", "fp8")
 
 
 def run_both(chain: Chain, arguments: Arguments, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:

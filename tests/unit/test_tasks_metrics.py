@@ -98,6 +98,7 @@ def test_without_java_the_table_goes_on_and_says_so(monkeypatch: pytest.MonkeyPa
 
 
 @needs_java
+@pytest.mark.exhaustive
 def test_without_java_plain_words_score_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where both tokenizers agree, ROUGE-L and CIDEr are the official ones: punctuation is dropped, case ignored."""
     outputs, references = ["Aromi is a pub, cheap.", "The Mill"], [["Aromi is a cheap pub.", "a pub"], ["the mill!"]]
@@ -169,6 +170,7 @@ def test_webnlg_and_dart_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @needs_java
+@pytest.mark.exhaustive
 def test_text_of_any_kind_stays_one_item(monkeypatch: pytest.MonkeyPatch) -> None:
     """Line ends of Java's, METEOR's separator, no text at all, and letters that the user's locale has not."""
     monkeypatch.setenv("LC_ALL", "C")
