@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "search_v100_12": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=12"),
     "search_v100_16": ("experiment=gpt3_175b_v100", *SEARCH, "plan.num_gpus=16"),
     "open_llama3_1_70b": (
-        *("model=llama3_1_70b", "model.base_format=nf4", "topology=single", "hardware=h100", *QUANTIZED),
+        *("model=llama3_1_70b", "model.base_format=nf4", "topology=tp2_sp", "hardware=h100", *QUANTIZED),
     ),
     "open_llama3_1_405b": (
         *("model=llama3_1_405b", "model.base_format=fp8", "topology=tp8_sp", "hardware=h100", *QUANTIZED),

@@ -113,7 +113,16 @@ def build_search_tables() -> str:
 
 
 def build_open_models_table() -> str:
-    names = ("glm4_5_air", "qwen3_235b", "glm4_5", "gpt_oss_120b", "deepseek_v3", "kimi_k2")
+    names = (
+        "llama3_1_70b",
+        "llama3_1_405b",
+        "glm4_5_air",
+        "qwen3_235b",
+        "glm4_5",
+        "gpt_oss_120b",
+        "deepseek_v3",
+        "kimi_k2",
+    )
     return format_models([_read(f"plan/open_{name}") for name in names])
 
 
