@@ -11,8 +11,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 DIR="${1:-runs/adapters-example-$(date +%Y%m%d-%H%M%S)}"
 NUM_STEPS="${NUM_STEPS:-60}"
+set +u # a site's modules may read what is not set
 # shellcheck source=launch/env.sh
 source launch/env.sh
+set -u
 export PATH="$PWD/.venv/bin:$PATH"
 mkdir -p "$DIR"
 say() { printf '\n[example] %s\n' "$*"; }

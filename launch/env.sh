@@ -15,11 +15,9 @@ export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:T
 # slurm/: how often a job may be queued again, after time limits and lost nodes together.
 export LORA_DIST_MAX_RESTARTS="${LORA_DIST_MAX_RESTARTS:-50}"
 
-# multinode.sh: this job's nodes and where they meet.
+# multinode.sh: this job's nodes. MASTER_ADDR, the first of them, has no default here: `srun lora-dist` finds its own.
 export NNODES="${NNODES:-1}"
 export GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
-export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
-export MASTER_PORT="${MASTER_PORT:-29500}"
 
 # Examples of site settings:
 #   module load cuda/12.6

@@ -10,8 +10,10 @@
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+set +u # a site's modules may read what is not set
 # shellcheck source=launch/env.sh
 source "$ROOT/launch/env.sh"
+set -u
 export PATH="$ROOT/.venv/bin:$PATH"
 
 # Lines of the hostfile but for comments and empty ones; without a file DeepSpeed runs here.
@@ -82,4 +84,4 @@ if [ -n "${HOSTFILE:-}" ]; then
     exec "${DEEPSPEED[@]}" "$@"
 fi
 exec torchrun --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --rdzv-backend c10d \
-    --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "${JOB_ID:-lora_dist}" -m lora_dist.cli.main "$@"
+    --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" --rdzv-id "${JOB_ID:-lora_dist}" -m lora_dist.cli.main "$@"

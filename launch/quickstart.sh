@@ -11,8 +11,10 @@ done
 RUN_DIR="${RUN_DIR:-runs/quickstart-$(date +%Y%m%d-%H%M%S)}"
 
 bash launch/install.sh
+set +u # a site's modules may read what is not set
 # shellcheck source=launch/env.sh
 source launch/env.sh
+set -u
 # Two tensor-parallel processes, except where they would have to share one GPU.
 TOPOLOGY=tp2
 if command -v nvidia-smi >/dev/null && [ "$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ]; then

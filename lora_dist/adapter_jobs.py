@@ -27,7 +27,7 @@ from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, atta
 from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.mcore.prefixes import put_prefixes
-from lora_dist.mcore.rounded import apply_rounding
+from lora_dist.mcore.rounded import dequantize_base
 from lora_dist.parameters import TrainableParameter
 from lora_dist.prefix.spec import build_prefix_specs
 from lora_dist.prefix_config import PrefixConfig
@@ -59,20 +59,19 @@ def write_merged(config: LiveConfig, adapter: str, output: str) -> None:
     Under another model.base_format than native the base is what the format makes of it, since the adapter was
     trained on that.
     """
-    base_format, model = config.model.base_format, replace(config.model, base_format="native")
     written = replace(config.model, chat_template=find_chat_template(config.model, adapter))
-    with open_base(replace(config, model=model)) as gpt:
+    with open_base(config) as gpt:
         loaded = load(gpt, open_on_base(gpt, config, adapter))
-        if base_format != "native":
-            loaded = _merge_rounded(gpt, base_format, loaded)
+        if config.model.base_format != "native":
+            loaded = _merge_dequantized(gpt, config.model.base_format, loaded)
         LiveMerge(gpt, keep_base=False).merge(loaded)
         write_hf_checkpoint(gpt, output, model=written)
         tell(gpt, f"{adapter} merged into {config.model.name} is in {output}")
 
 
-def _merge_rounded(gpt: ShardedGpt, base_format: str, loaded: LoadedAdapter) -> LoadedAdapter:
+def _merge_dequantized(gpt: ShardedGpt, base_format: str, loaded: LoadedAdapter) -> LoadedAdapter:
     """Merge the factors into what `base_format` makes of the base; what is left to merge."""
-    error = apply_rounding(gpt, base_format, loaded.shards)
+    error = dequantize_base(gpt, loaded.shards)
     tell(
         gpt,
         f"the base as {base_format} holds it, with the adapter: rounding to {gpt.config.params_dtype} changes a weight"

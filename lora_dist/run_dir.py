@@ -30,7 +30,9 @@ def check_run_dir(run_dir: Path, resume: str) -> None:
     elif not run_dir.is_dir():
         raise ValueError(f"run_dir={run_dir} is not a directory; give another run_dir")
     else:
-        _check_writable(run_dir, run_dir)
+        for path in (run_dir, run_dir / "checkpoints", run_dir / "metrics.jsonl"):
+            if path.exists():
+                _check_writable(path, run_dir)
         contents = sorted(entry.name for entry in run_dir.iterdir())
     if contents == [CONFIG_FILE] and resume != "must":
         return  # of a run that was refused before it had done anything
@@ -122,6 +124,6 @@ def _check_parent(run_dir: Path) -> None:
     _check_writable(parent, run_dir)
 
 
-def _check_writable(directory: Path, run_dir: Path) -> None:
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ValueError(f"run_dir={run_dir} cannot be written: no permission in {directory}; give another run_dir")
+def _check_writable(path: Path, run_dir: Path) -> None:
+    if not os.access(path, os.W_OK | os.X_OK if path.is_dir() else os.W_OK):
+        raise ValueError(f"run_dir={run_dir} cannot be written: no permission in {path}; give another run_dir")

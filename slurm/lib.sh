@@ -75,8 +75,10 @@ set_environment() {
     SRUN_OPTIONS=()
     PYTHON="${PYTHON:-$LORA_DIST_ROOT/.venv/bin/python}"
     export PYTHONPATH="$LORA_DIST_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    set +u # a site's modules may read what is not set
     # shellcheck source=launch/env.sh
     source "$LORA_DIST_ROOT/launch/env.sh"
+    set -u
 }
 
 # One task a GPU, and python itself as the task: Slurm signals the process it started, not the children of a wrapper.

@@ -36,6 +36,8 @@ STATE_KEYS = ("value", "exp_avg", "exp_avg_sq")
 STATE_FILE = "state.json"
 _DIRECTORY = "checkpoints"
 _LOG = logging.getLogger(__name__)
+_PASSED_OVER: set[Path] = set()
+"""Generations that this process found damaged. Process 0 looks for them, and is the one that prunes."""
 
 
 class TrainingState(Protocol):
@@ -84,6 +86,7 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if is_first:
+        _PASSED_OVER.discard(target)
         _prune(target.parent, keep, step)
     return target
 
@@ -132,10 +135,11 @@ def _commit(temporary: Path, target: Path, hashes: Mapping[str, str], content: M
 
 
 def _prune(directory: Path, keep: int, step: int) -> None:
-    """All but the newest `keep` up to `step`, and what an interrupted save has left. Later ones were no good: the run
-    would have gone on from them.
+    """All but the newest `keep` up to `step`, and what an interrupted save has left. Those that were passed over do not
+    count, nor do later ones: the run would have gone on from them.
     """
     generations = [path for path in _list_generations(directory) if _read_step(path) <= step]
+    generations = [path for path in generations if path not in _PASSED_OVER]
     others = set(_list_generations(directory)) - set(generations[:keep])
     for path in [*others, *directory.glob(".step-*")]:
         shutil.rmtree(path, ignore_errors=True)
@@ -155,13 +159,17 @@ def find_newest_checkpoint(run_dir: str | Path) -> Path | None:
     """The newest generation that is whole, every file hashed; None where none was ever saved.
 
     A generation that is not whole is passed over with a warning that names the file. ValueError where there are
-    generations but none is whole: starting over would throw them away. One process calls it, for all.
+    generations but none is whole: starting over would throw them away; OSError where a file that is there cannot be
+    read, as it may be whole. One process calls it, for all.
     """
     generations = _list_generations(Path(run_dir) / _DIRECTORY)
     for path in generations:
         try:
             read_manifest(path)
         except ValueError as error:
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise error.__cause__ from None
+            _PASSED_OVER.add(path)
             _LOG.warning("passing over checkpoint %s: %s", path.name, error)
         else:
             return path

@@ -1,4 +1,4 @@
-"""A native base with the very values that a quantised one computes with: what the merged model is written from."""
+"""A quantised base made native, of the very values that it computes with: what the merged model is written from."""
 
 import math
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from lora_dist.base_format import find_linear_format
 from lora_dist.lora.experts import ExpertAdapter
 from lora_dist.lora.layer import LoraShard
 from lora_dist.mcore.experts import ExpertLinears, list_weights, split_by_expert
 from lora_dist.mcore.layers import LoraLinear
 from lora_dist.mcore.model import ShardedGpt
-from lora_dist.quant.weight import build_quantized_weight
+from lora_dist.quant.weight import QuantizedWeight
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,9 +35,8 @@ class RoundingError:
 
 
 @torch.no_grad()
-def apply_rounding(gpt: ShardedGpt, base_format: str, shards: Mapping[str, LoraShard] | None = None) -> RoundingError:
-    """Quantise every linear's native weight that the format is for, dequantise it, add `shards` (by linear's local
-    name), round once.
+def dequantize_base(gpt: ShardedGpt, shards: Mapping[str, LoraShard] | None = None) -> RoundingError:
+    """Put a native weight in place of every quantised one, with `shards` (by linear's local name) merged, rounded once.
 
     The sum is formed in fp32: W = dequantised + B A is the model that trained over the quantised base. What rounding
     it to the model's dtype changes is returned, the same on every process. Collective.
@@ -46,18 +45,17 @@ def apply_rounding(gpt: ShardedGpt, base_format: str, shards: Mapping[str, LoraS
     for name, linear in gpt.named_modules():
         if not isinstance(linear, LoraLinear | ExpertLinears):
             continue
+        stored = linear.weight
+        native = torch.empty(stored.shape, dtype=gpt.config.params_dtype, device=stored.device)
         for expert, weight in list_weights(linear):
-            assert isinstance(weight, torch.Tensor), "only a native base is rounded"
-            own_format = find_linear_format(base_format, of_experts=expert is not None)
-            weight_OH = weight.float()
-            if own_format != "native":
-                quantized = build_quantized_weight(own_format, weight, column_parallel=linear.column_parallel)
-                quantized.fill(weight)
-                weight_OH = quantized.dequantize(torch.float32)
+            weight_OH = weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.float()
             if (shard := adapters.get((name, expert))) is not None:
                 _merge(shard, weight_OH)
-            weight.copy_(weight_OH)
-            error.add(weight.float() - weight_OH)
+            rounded = native if expert is None else native[expert]
+            rounded.copy_(weight_OH)
+            error.add(rounded.float() - weight_OH)
+        del linear.weight
+        linear.weight = nn.Parameter(native, requires_grad=False)
     return _join(error, gpt)
 
 

@@ -111,7 +111,7 @@ def has_key() -> bool:
         return True
     try:
         entries = netrc.netrc(os.environ.get("NETRC"))
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: it is no text
         return False
     return any(entries.authenticators(host) for host in _list_hosts())
 
@@ -131,6 +131,9 @@ def _start(track: TrackConfig, run_dir: Path, config: Mapping[str, Any], name: s
         mode = requested or ("online" if has_key() else "offline")
     except ImportError:
         _say("not installed; this run is not tracked (pip install wandb, or track=none)")
+        return None
+    except Exception as error:  # tracking must never stop training, whatever it raises
+        _say(f"cannot be asked for its server ({_shorten(error)}); this run is not tracked")
         return None
     if mode == "offline":
         reason = "WANDB_MODE=offline" if requested else "no key in WANDB_API_KEY or netrc"

@@ -10,17 +10,19 @@ import torch
 from demo_runs import ASSETS, call
 from family_toy import compute_family_logits, edit_family_config, read_family_config, write_family_checkpoint
 from fp8_files import LAYOUTS, Layout, describe_blocks, write_fp8_checkpoint
-from hf_toy import build_shard, count_processes, draw_tokens
+from hf_toy import build_shard, count_processes, draw_adapter_values, draw_tokens
 from processes import run_distributed
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_families import EVERY_SPLIT, load_compute_and_write
-from tiers import exhaustive
+from tiers import exhaustive, few_of
 
-from lora_dist.config import ModelConfig
+from lora_dist.checkpoint.store import Adapter, write_adapter_directory
+from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.files import hf_reader
-from lora_dist.files.hf_checkpoint import check_hf_checkpoint, read_dtype, read_model_fields
+from lora_dist.files.hf_checkpoint import check_hf_checkpoint, compute_base_fingerprint, read_dtype, read_model_fields
 from lora_dist.files.safetensors_stream import TensorInfo, read_header
+from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.base_parameters import describe_weights
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
 
@@ -164,6 +166,27 @@ def test_a_quantised_base_is_made_of_the_exact_values(base_format: str, tmp_path
         assert len(expected) == 4 * model.num_layers
         assert all(torch.equal(ours[name], value) for name, value in expected.items())
         assert all(value.abs().max() > 0.1 for value in expected.values())
+
+
+@pytest.mark.parametrize("base_format", few_of(["nf4", "fp8"], "fp8"))
+def test_what_is_merged_is_rounded_once(base_format: str, tmp_path: Path) -> None:
+    """What trained is what the format makes of the exact values, not of their rounding to the file's 16 bits."""
+    fp8, adapter = tmp_path / "fp8", tmp_path / "adapter"
+    write_fp8_checkpoint(ASSETS / "demo_base", fp8, tmp_path / "plain", block_size=(128, 128), dtype=torch.bfloat16)
+    model = ModelConfig(**read_model_fields(fp8))
+    specs = build_adapter_specs(LoraConfig(rank=2, target_modules=["v_proj", "down_proj"]), model)
+    content = Adapter(specs=specs, bias="none", values=draw_adapter_values(specs, model, "none"))
+    write_adapter_directory(adapter, content, model, {}, base_fingerprint=compute_base_fingerprint(model, 0))
+    words = ["merge", "model=hf", f"model.checkpoint={fp8}", f"model.base_format={base_format}", "topology=tp2"]
+    for dtype in ("bf16", "fp32"):
+        output = [f"adapter={adapter}", f"output={tmp_path / dtype}", f"dtype={dtype}"]
+        assert run_distributed(call, 2, [*words, *output]) == [0, 0]
+    rounded, exact = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("bf16", "fp32"))
+    assert rounded.keys() == exact.keys()
+    assert all(torch.equal(rounded[name], value.bfloat16()) for name, value in exact.items())
+    native = load_file(tmp_path / "plain" / "model.safetensors")
+    changed = [name for name, value in exact.items() if not torch.equal(native[name], value)]
+    assert len(changed) == 4 * model.num_layers
 
 
 def test_it_is_trained_and_merged_as_peft_does(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from demo_runs import ASSETS, DEMO, call, read_losses
 from hf_toy import build_shard, count_processes, draw_adapter_values
 from processes import run_distributed
+from rounding import apply_rounding
 
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
 from lora_dist.cli.compose import compose_config
@@ -24,7 +25,6 @@ from lora_dist.mcore.generate import generate_rows
 from lora_dist.mcore.hf_weights import load_hf_checkpoint
 from lora_dist.mcore.live import attach_adapters, load_shards
 from lora_dist.mcore.model import ShardedGpt, build_model
-from lora_dist.mcore.rounded import apply_rounding
 from lora_dist.run import train
 
 BASE = ASSETS / "demo_base"

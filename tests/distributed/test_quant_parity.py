@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import run_alone, run_distributed
+from rounding import apply_rounding
 from tiers import few_of
 from toy import MODEL, Case, build_batches, build_case, gather_whole
 
@@ -12,7 +13,6 @@ from lora_dist.config import LoraConfig, OptimConfig, ZeroConfig
 from lora_dist.engine import Engine
 from lora_dist.lora.layer import LoraShard
 from lora_dist.mcore import experts
-from lora_dist.mcore.rounded import apply_rounding
 from lora_dist.mcore.schedule import forward_backward
 from lora_dist.measure.collectives import Collective, count_collectives
 from lora_dist.quant import weight as quant_weight
