@@ -18,6 +18,7 @@ from lora_dist.bench.ceilings import Ceilings, CeilingSample
 from lora_dist.bench.record import build_record
 from lora_dist.bench.worker import Account, Sample, choose_method, serve
 from lora_dist.config import OUR_CONTENDERS, RunConfig
+from lora_dist.files.hf_checkpoint import is_quantized
 from lora_dist.measure.environment import describe_environment
 from lora_dist.run_dir import prepare_run_dir
 from lora_dist.topology import DTYPES, check_cuda_graphs, choose_device
@@ -69,6 +70,11 @@ def check_bench(config: RunConfig) -> None:
         raise ValueError(
             f"model.base_format={config.model.base_format} is not set up for PEFT here; bench"
             f" {', '.join(OUR_CONTENDERS)} alone"
+        )
+    if not ours_alone and config.model.checkpoint is not None and is_quantized(config.model.checkpoint):
+        raise ValueError(
+            f"model.checkpoint={config.model.checkpoint} is quantised, which transformers keeps so, or refuses, by"
+            f" machine; bench {', '.join(OUR_CONTENDERS)} alone, or convert the weights to bf16 first"
         )
     if not (config.lora.has_factors_alone or ours_alone):
         raise ValueError(

@@ -16,7 +16,7 @@ from lora_dist.files.hf_families import HF_FAMILIES, MODEL_TYPES
 from lora_dist.files.hf_layout import TIED_HEAD, HfFamily
 from lora_dist.files.hf_reader import CONFIG, HfReader, find_weight_files
 from lora_dist.files.mxfp4_blocks import is_mxfp4
-from lora_dist.files.quantization import read_quantization
+from lora_dist.files.quantization import QUANTIZATION, find_original_dtype, read_quantization
 from lora_dist.files.safetensors_stream import DTYPE_NAMES
 
 _ROWS_AT_ONCE = 4096
@@ -121,9 +121,17 @@ def _check_tied_head(reader: HfReader, embedding_name: str) -> None:
         )
 
 
+def is_quantized(directory: str | Path) -> bool:
+    """Whether its config.json says so. ValueError where that cannot be read."""
+    return read_json(Path(directory) / CONFIG).get(QUANTIZATION) is not None
+
+
 def read_dtype(directory: str | Path) -> torch.dtype:
-    """The one that holds every tensor of the checkpoint but those that are wider by rule."""
+    """The one that holds every tensor of the checkpoint but those that are wider by rule; of a quantised one, what
+    config.json says that it was."""
     by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    if is_quantized(directory):
+        return by_name[find_original_dtype(read_json(Path(directory) / CONFIG))]
     model, reader = ModelConfig(**read_model_fields(directory)), HfReader(Path(directory))
     family = HF_FAMILIES[model.family]
     names = {

@@ -143,6 +143,16 @@ def test_what_bench_does_not_measure_is_refused(options: dict, message: str) -> 
         check_bench(replace(build_config(), **options))
 
 
+def test_a_quantised_checkpoint_is_benched_without_peers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fbgemm_fp8"}}')
+    config = build_config(replace(MODEL, checkpoint=str(tmp_path)))
+    with pytest.raises(ValueError, match=rf"^model.checkpoint={tmp_path} is quantised, which transformers keeps so"):
+        check_bench(config)
+    check_bench(replace(config, bench=replace(config.bench, contenders=["lora", "full"])))
+    (tmp_path / "config.json").write_text("{}")
+    check_bench(config)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

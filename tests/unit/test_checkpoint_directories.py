@@ -115,6 +115,35 @@ def test_pruning_keeps_what_is_saved_in_place_of_a_damaged_one(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000006"]
 
 
+def test_pruning_counts_no_damaged_one_that_was_passed_over(tmp_path: Path) -> None:
+    """The run went on from step 4 to 8; were 6 counted, it would stay in place of 4."""
+    for step in (4, 6):
+        commit(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-000006" / "state.json").write_text("{}")
+    assert find_newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000004"
+    commit(tmp_path, 8)
+    _prune(tmp_path / "checkpoints", keep=2, step=8)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000008"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_one_that_cannot_be_read_is_not_passed_over(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network's file system may fail for a moment; the newest steps would be lost."""
+    commit(tmp_path, 4)
+    newest = commit(tmp_path, 6)
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        if path == newest / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *_, **__)
+
+    method = "read_bytes" if name == "manifest.json" else "open"
+    real = getattr(Path, method)
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(PermissionError, match=name):
+        find_newest_checkpoint(tmp_path)
+
+
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     newest = commit(tmp_path, 1)
     content = json.loads((newest / "manifest.json").read_text())

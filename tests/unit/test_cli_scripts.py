@@ -71,7 +71,8 @@ WORDS = [
 
 def run_multinode(directory: Path, hosts: int, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """The script in a checkout of its own, of which the only part is launch/; what it starts are stand-ins."""
-    shutil.copytree(ROOT / "launch", directory / "launch")
+    if not (directory / "launch").exists():
+        shutil.copytree(ROOT / "launch", directory / "launch")
     (directory / "hosts.txt").write_text("# comment\n\n" + "".join(f"node{host} slots=1\n" for host in range(hosts)))
     stand_ins = directory / "bin"
     stand_ins.mkdir(exist_ok=True)
@@ -106,6 +107,17 @@ def test_words_and_settings_reach_the_nodes_of_a_hostfile_as_they_are(tmp_path: 
     assert "OTHER" not in environ
     assert "cret" not in done.stdout + done.stderr
     assert not list(tmp_path.glob(".lora_dist*"))
+
+
+def test_a_sites_settings_may_read_what_is_not_set(tmp_path: Path) -> None:
+    """As `module load` and conda's hooks do."""
+    write_deepspeed(tmp_path, """printf '%s' "$FOUND" >found""")
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    with (tmp_path / "launch" / "env.sh").open("a") as file:
+        file.write('export FOUND="at $OF_NO_SITE"\n')
+    done = run_multinode(tmp_path, 1, "train")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "found").read_text() == "at "
 
 
 def test_a_hostfile_of_one_node_has_no_shell_in_the_way(tmp_path: Path) -> None:

@@ -75,6 +75,17 @@ def test_every_slice_of_every_layout_has_its_own_scales(name: str, tmp_path: Pat
                 assert torch.equal(part, values[weight].narrow(dim, start, size))
 
 
+def test_the_dtype_of_a_quantised_one_is_that_of_its_config(changed: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    """Also where its norms are stored in fp32."""
+    directory, tensors = changed
+    write_two_files(directory, tensors)
+    assert read_dtype(directory) == torch.bfloat16
+    edit_family_config(directory, dtype="float16")
+    assert read_dtype(directory) == torch.float16
+    edit_family_config(directory, dtype="gone")
+    assert read_dtype(directory) == torch.bfloat16
+
+
 def test_what_a_reader_shows_is_the_model(published: tuple[Path, dict[str, torch.Tensor]]) -> None:
     directory, values = published
     reader = HfReader(directory)

@@ -138,6 +138,19 @@ def test_neither_online_nor_offline_still_goes_on(
     )
 
 
+def test_a_wandb_that_does_not_import_stops_no_run(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where its own dependencies do not fit."""
+    netrc = tmp_path / "netrc"
+    netrc.touch(mode=0o600)
+    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setattr(wandb, "Settings", None)
+    run_once(run_dir, TrackConfig())
+    assert "cannot be asked for its server" in capsys.readouterr().err
+
+
 def test_a_later_failure_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise BrokenPipeError("service died")
@@ -161,3 +174,5 @@ def test_key_is_found_in_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not wandb_sink.has_key()
     netrc.write_text("machine wandb.example.org login user password secret\n")
     assert wandb_sink.has_key()
+    netrc.write_bytes(b"machine wandb.example.org login \xe9 password secret\n")
+    assert not wandb_sink.has_key()

@@ -52,3 +52,16 @@ def test_a_directory_without_permission_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("lora_dist.run_dir.os.access", lambda *_: False)  # the superuser may write anywhere
     with pytest.raises(ValueError, match=r"cannot be written: no permission in"):
         check_run_dir(tmp_path / "run", "none")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_what_a_run_goes_on_writing_must_be_writable(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    check_run_dir(tmp_path, "auto")
+    monkeypatch.setattr("lora_dist.run_dir.os.access", lambda path, _: path.name != name)
+    with pytest.raises(ValueError, match=rf"cannot be written: no permission in .*{name}; give another run_dir"):
+        check_run_dir(tmp_path, "auto")
