@@ -25,6 +25,7 @@ from lora_dist.mcore.graphs import CudaRecorder, MicrobatchGraphs
 from lora_dist.mcore.hf_weights import fill_base
 from lora_dist.mcore.model import build_model
 from lora_dist.mcore.parallel import open_topology
+from lora_dist.measure.comparable import check_before_training
 from lora_dist.measure.first_step import FirstStep, open_first_step_probe
 from lora_dist.measure.ledger import measure_static
 from lora_dist.measure.memory import PeakMemoryMeter
@@ -61,6 +62,7 @@ def compare(config: RunConfig, settle: Settle = keep_as_it_is) -> list[Summary]:
     with open_job(config) as topology:
         methods = [configure_method(config, method) for method in config.compare.methods]
         run_on_first(topology, lambda: prepare_run_dir(config))
+        run_on_first(topology, lambda: check_before_training(methods, topology))
         summaries = []
         for one in methods:
             run_on_first(topology, partial(prepare_run_dir, one))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.config import RunConfig
+from lora_dist.measure.comparable import check_comparable
 from lora_dist.measure.environment import describe_environment
 from lora_dist.measure.memory import LABELS
 from lora_dist.measure.metrics_file import METRICS_FILE, read_metrics
@@ -16,8 +17,6 @@ from lora_dist.measure.wandb_sink import open_wandb
 from lora_dist.writing import format_json, write_text
 
 _MAX_COLUMNS = 100
-_MAY_DIFFER = ("lr", "adapters", "recompute")
-"""Of a setup, between runs that are compared; memory may allow one of them less recomputation."""
 _MIB = 2**20
 PAPER_NOTES = (
     "The paper's figures are GPT-3 175B's (arXiv:2106.09685): 10,000x fewer trainable parameters, 1.2 TB -> 350 GB of"
@@ -66,9 +65,9 @@ def write_report(
 ) -> Comparison:
     """Compare runs of one setup; `metrics[i]` are the lines of run i's metrics.jsonl. For one process.
 
-    ValueError where the runs' topology, ZeRO stage, dtype or batches differ: their ratio would say nothing.
+    ValueError where the runs are not comparable.
     """
-    _check_comparable(summaries)
+    check_comparable(summaries)
     plots = _draw_plots(directory, summaries, metrics)
     comparison = Comparison(summaries=list(summaries), rows=build_rows(summaries), plots=plots)
     write_text(directory / "report.json", format_json(_to_json(comparison, environment)))
@@ -119,20 +118,6 @@ def _wrap(text: str) -> list[str]:
 def _ratio_column(summaries: Sequence[Summary]) -> list[str]:
     methods = [summary.method for summary in summaries]
     return [f"{methods[0]} : {BASELINE}"] if BASELINE in methods[1:] else []
-
-
-def _check_comparable(summaries: Sequence[Summary]) -> None:
-    first = asdict(summaries[0].setup)
-    for summary in summaries[1:]:
-        other = asdict(summary.setup)
-        differing = [name for name in first if name not in _MAY_DIFFER and first[name] != other[name]]
-        values = [f"{name} {first[name]} / {other[name]}" for name in differing]
-        if summary.model != summaries[0].model:
-            values.append(f"model {summaries[0].model} / {summary.model}")
-        if values:
-            raise ValueError(
-                f"cannot compare {summaries[0].method} with {summary.method}: they differ in {', '.join(values)}"
-            )
 
 
 def _list_notes(summaries: Sequence[Summary]) -> list[str]:

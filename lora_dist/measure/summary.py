@@ -202,7 +202,7 @@ def _combine(config: RunConfig, topology: Topology, records: Sequence[_ProcessRe
     """The fields of a summary that come from all processes."""
     timed = [record.throughput for record in records if record.throughput is not None]
     whole_parameters = {name: size for record in records for name, size in record.trainable.items()}
-    setup = _describe_setup(config, topology)
+    setup = describe_setup(config, topology)
     return {
         "method": config.method,
         "model": config.model.name,
@@ -231,7 +231,8 @@ def _combine(config: RunConfig, topology: Topology, records: Sequence[_ProcessRe
     }
 
 
-def _describe_setup(config: RunConfig, topology: Topology) -> Setup:
+def describe_setup(config: RunConfig, topology: Topology) -> Setup:
+    """Of a run that trains as `config` says; its recomputation in the words of the configuration."""
     return Setup(
         world_size=topology.world_size,
         tp_size=topology.tp_size,

@@ -113,3 +113,26 @@ def test_a_run_that_was_refused_can_be_typed_again(tmp_path: Path, capfd: pytest
     assert len(read_losses(tmp_path / "run")) == 5
     assert run_distributed(call, 1, [*base, "topology=single"]) == [2]
     assert "is not empty" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("length", "more"),
+    [("loop.num_steps=1", "loop.num_steps=2"), *exhaustive(("loop.num_epochs=0.25", "loop.num_epochs=0.5"))],
+)
+def test_a_comparison_that_no_report_could_end_trains_nothing(
+    length: str, more: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run keeps the ZeRO stage it was trained in; one with steps left goes on in another."""
+    run_dir = tmp_path / "run"
+    words = ["compare", *RUN[1:-2], length, "model=tiny", f"run_dir={run_dir}", "resume=auto"]
+    assert run_distributed(call, 1, [*words, "compare.methods=[lora]"]) == [0]
+    for methods, between in (("lora,full", "lora with full"), ("full,lora", "full with lora")):
+        assert run_distributed(call, 1, [*words, f"compare.methods=[{methods}]", "zero=stage2"]) == [2]
+        stages = "1 / 2" if methods.startswith("lora") else "2 / 1"
+        assert (
+            f"error: cannot compare {between}: they differ in zero_stage {stages}; lora is finished: give the settings"
+            f" it was trained with, or remove {run_dir / 'lora'}, or give another run_dir\n"
+        ) in capfd.readouterr().err
+        assert not (run_dir / "full").exists()
+    assert run_distributed(call, 1, [*words, "compare.methods=[lora,full]", "zero=stage2", more]) == [0]
+    assert (run_dir / "report.md").exists()
