@@ -123,7 +123,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
         result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter, observe)
         if result.num_steps_done >= config.loop.total_steps:
             engine.zero.check_outcome(result.valid_loss_after)
-            peak_memory = memory.read()
+            peak_memory = None if first_step is None else memory.read()
             keeper.write_model(name_trained(config), result.num_steps_done, {"valid_loss": result.valid_loss_after})
             return build_summary(
                 config,
@@ -183,8 +183,8 @@ def _run_loop(
     keeper: Keeper,
     meter: Meter,
     observe: Observe,
-) -> tuple[TrainResult, FirstStep]:
-    first_step = FirstStep()
+) -> tuple[TrainResult, FirstStep | None]:
+    measured: list[FirstStep] = []
     result = train_loop(
         engine,
         loaders.train,
@@ -193,13 +193,13 @@ def _run_loop(
         optim=config.optim,
         first_step=keeper.num_steps_done,
         meter=meter,
-        open_probe=lambda: open_first_step_probe(engine.gpt, engine.trainable, topology, first_step),
+        open_probe=lambda: open_first_step_probe(engine.gpt, engine.trainable, topology, measured.append),
         observe=observe,
         save=keeper.save,
         keep_best=keeper.keep_best,
         valid_loss_before=keeper.valid_loss_before,
     )
-    return result, first_step
+    return result, measured[0] if measured else None
 
 
 def _validate(engine: Engine, valid: Loader | None) -> Validation:

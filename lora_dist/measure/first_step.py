@@ -1,8 +1,8 @@
 """What the first step of a run tells about all of them: bytes that come and go, collectives, FLOPs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,20 +14,20 @@ from lora_dist.parameters import TrainableParameter
 from lora_dist.topology import Topology
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FirstStep:
-    """Of this process; empty until the step has run (a finished run that is resumed has none)."""
+    """Of this process; a finished run that is resumed has none."""
 
-    ledger: StepLedger = field(default_factory=StepLedger)
-    collectives: list[Collective] = field(default_factory=list)
-    flops: int = 0
+    ledger: StepLedger
+    collectives: list[Collective]
+    flops: int
 
 
 @contextmanager
 def open_first_step_probe(
-    gpt: Any, trainable: Sequence[TrainableParameter], topology: Topology, first_step: FirstStep
+    gpt: Any, trainable: Sequence[TrainableParameter], topology: Topology, keep: Callable[[FirstStep], None]
 ) -> Iterator[None]:
-    """Around one training step: fills `first_step`. The step is slower for it and must not be timed."""
+    """Around one training step: `keep` gets what it told. The step is slower for it and must not be timed."""
     layers: Sequence[nn.Module] = list(gpt.decoder.layers)
     with (
         count_collectives(topology, layers) as collectives,
@@ -35,4 +35,4 @@ def open_first_step_probe(
         open_step_ledger(gpt, trainable) as ledger,
     ):
         yield
-    first_step.ledger, first_step.collectives, first_step.flops = ledger, collectives.read(), flops.get_total_flops()
+    keep(FirstStep(ledger=ledger, collectives=collectives.read(), flops=flops.get_total_flops()))

@@ -8,10 +8,9 @@ from typing import Any
 from lora_dist.config import RunConfig
 from lora_dist.measure.comparable import check_comparable
 from lora_dist.measure.environment import describe_environment
-from lora_dist.measure.memory import LABELS
 from lora_dist.measure.metrics_file import METRICS_FILE, read_metrics
 from lora_dist.measure.plots import Curve, save_bars, save_curves, save_spread_bars
-from lora_dist.measure.report_table import BASELINE, Row, build_rows
+from lora_dist.measure.report_table import BASELINE, Row, build_rows, name_memory, sum_ledger
 from lora_dist.measure.summary import Summary
 from lora_dist.measure.wandb_sink import open_wandb
 from lora_dist.writing import format_json, write_text
@@ -134,10 +133,9 @@ def _list_notes(summaries: Sequence[Summary]) -> list[str]:
     if all(one is not None for one in timed):
         counts = ", ".join(f"{one.num_timed_steps} after {one.num_warmup_steps}" for one in timed if one is not None)
         notes.append(f"Rates and times are medians [quartiles] over the steps after the warm-up ({counts}).")
-    memory = LABELS[summaries[0].peak_memory.method]
     notes.append(
-        f"Memory is {memory} of the process with the highest peak; each line of the ledger is the largest over the"
-        " processes, read off the tensors in one step of its own."
+        f"Memory is {name_memory(summaries)} of the process with the highest peak; each line of the ledger is the"
+        " largest over the processes, read off the tensors in one step of its own."
     )
     if setup.device == "cpu":
         notes.append("The resident set holds the interpreter and the libraries too: compare the ledger.")
@@ -155,13 +153,19 @@ def _draw_plots(
                 xs, ys = zip(*points, strict=True)
                 label = f"{summary.method}, {'validation' if dashed else 'training'}"
                 curves.append(Curve(label=label, xs=xs, ys=ys, color=index, dashed=dashed))
-    stacks = {s.method: {part: size / _MIB for part, size in s.ledger_bytes.items()} for s in summaries}
+    stacks = {
+        summary.method: {part: size / _MIB for part, size in summary.ledger_bytes.items() if size is not None}
+        for summary in summaries
+        if sum_ledger(summary.ledger_bytes) is not None
+    }
     plots = [
         save_curves(
             directory / "loss.png", title="Loss a target token", xlabel="step", ylabel="cross-entropy", curves=curves
         ),
-        save_bars(directory / "memory.png", title="Byte ledger of one process", ylabel="MiB", stacks=stacks),
     ]
+    if stacks:
+        title = "Byte ledger of one process"
+        plots.append(save_bars(directory / "memory.png", title=title, ylabel="MiB", stacks=stacks))
     bars = {
         summary.method: {
             "all tokens": _triple(summary.throughput.tokens_per_sec_per_gpu),

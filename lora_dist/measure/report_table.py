@@ -1,6 +1,6 @@
 """The comparison's rows: what is compared, in which words and units, and the paper's figures beside them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_dist.measure.memory import LABELS
@@ -20,7 +20,7 @@ class Row:
     values: list[str]
     """One a method."""
     ratio: str
-    """First method to the baseline; empty where that says nothing."""
+    """First method to the baseline; MISSING where one was not measured, empty where it says nothing."""
     paper: str
     """LoRA to full fine-tuning of GPT-3 175B in the paper, where it has the figure."""
 
@@ -53,19 +53,33 @@ def _build_size_rows(summaries: Sequence[Summary]) -> Iterator[Row]:
 
 
 def _build_memory_rows(summaries: Sequence[Summary]) -> Iterator[Row]:
-    label = LABELS[summaries[0].peak_memory.method]
-    peaks = [summary.peak_memory.peak_bytes for summary in summaries]
+    label = name_memory(summaries)
+    memory = [summary.peak_memory for summary in summaries]
+    peaks = [None if one is None else one.peak_bytes for one in memory]
     yield _row(f"{label}, one process", summaries, peaks, format_bytes, paper="1.2 TB -> 350 GB, all GPUs")
     if label == LABELS["cuda"]:
-        reserved = [summary.peak_memory.reserved_bytes for summary in summaries]
+        reserved = [None if one is None else one.reserved_bytes for one in memory]
         yield _row("CUDA reserved, one process", summaries, reserved, format_bytes)
     else:
-        at_reset = [summary.peak_memory.at_reset_bytes for summary in summaries]
+        at_reset = [None if one is None else one.at_reset_bytes for one in memory]
         yield _row("  of it before the run began", summaries, at_reset, format_bytes, ratio=False)
     ledgers = [summary.ledger_bytes for summary in summaries]
     for part in ledgers[0]:
         yield _row(f"ledger: {part}", summaries, [ledger[part] for ledger in ledgers], format_bytes)
-    yield _row("ledger: sum", summaries, [sum(ledger.values()) for ledger in ledgers], format_bytes)
+    yield _row("ledger: sum", summaries, [sum_ledger(ledger) for ledger in ledgers], format_bytes)
+
+
+def name_memory(summaries: Sequence[Summary]) -> str:
+    """How reports name the peak that these runs measured."""
+    unmeasured = "cuda" if summaries[0].setup.device == "cuda" else "rss"
+    methods = [summary.peak_memory.method for summary in summaries if summary.peak_memory is not None]
+    return LABELS[[*methods, unmeasured][0]]
+
+
+def sum_ledger(ledger: Mapping[str, int | None]) -> int | None:
+    """None where a line was not measured."""
+    sizes = [size for size in ledger.values() if size is not None]
+    return sum(sizes) if len(sizes) == len(ledger) else None
 
 
 def _build_speed_rows(summaries: Sequence[Summary]) -> Iterator[Row]:
@@ -142,6 +156,8 @@ def _format_ratio(summaries: Sequence[Summary], values: Sequence[Value]) -> str:
     if BASELINE not in methods[1:]:
         return ""
     first, baseline = values[0], values[methods.index(BASELINE)]
+    if first is None or baseline is None:
+        return MISSING
     if not first or not baseline:
         return ""
     quotient = first / baseline

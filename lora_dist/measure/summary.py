@@ -52,7 +52,10 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """One run. Bytes of "one process" are the largest over the processes, each line by itself."""
+    """One run. Bytes of "one process" are the largest over the processes, each line by itself.
+
+    What steps tell is None where none ran: the run's last checkpoint was whole, and nothing of its measurements left.
+    """
 
     method: str
     model: str
@@ -66,8 +69,8 @@ class Summary:
     optimizer_state_bytes_per_process: int
     optimizer_padding_bytes_per_process: int
     static_ledger: StaticLedger
-    step_ledger: StepLedger
-    peak_memory: PeakMemory
+    step_ledger: StepLedger | None
+    peak_memory: PeakMemory | None
     """Of the process with the highest peak."""
     checkpoint_bytes: int
     """Size of the files that hold what was trained: the adapter, or the whole model."""
@@ -75,11 +78,11 @@ class Summary:
     """Of the slowest process; None where no step was timed."""
     cpu_seconds_per_step: float | None
     """Median CPU time of a step, summed over the processes."""
-    flops_per_step: int
+    flops_per_step: int | None
     """Computed by all processes together, attention in full."""
-    tp_collectives_per_layer: float
+    tp_collectives_per_layer: float | None
     """Calls over TP of one transformer layer for one microbatch, forward and backward."""
-    collectives: list[Collective]
+    collectives: list[Collective] | None
     """Of one step on global rank 0."""
     valid_loss_before: float | None
     valid_loss_after: float | None
@@ -92,14 +95,15 @@ class Summary:
         return self.num_trainable_parameters / self.num_base_parameters
 
     @property
-    def ledger_bytes(self) -> dict[str, int]:
+    def ledger_bytes(self) -> dict[str, int | None]:
         """The ledger of one process by the names that reports show."""
+        step = self.step_ledger
         return {
             "frozen weights": self.static_ledger.frozen_weight_bytes,
             "trainable weights": self.static_ledger.trainable_weight_bytes,
-            "gradients": self.step_ledger.gradient_bytes,
+            "gradients": None if step is None else step.gradient_bytes,
             "optimizer state": self.static_ledger.optimizer_state_bytes,
-            "saved activations": self.step_ledger.activation_bytes,
+            "saved activations": None if step is None else step.activation_bytes,
         }
 
     def write(self, path: Path) -> None:
@@ -143,8 +147,8 @@ class _ProcessRecord:
     num_layers: int
     optimizer_state: OptimizerState
     static: StaticLedger
-    first_step: FirstStep
-    peak_memory: PeakMemory
+    first_step: FirstStep | None
+    peak_memory: PeakMemory | None
     throughput: ThroughputSummary | None
 
 
@@ -155,8 +159,8 @@ def build_summary(
     trainable: Sequence[TrainableParameter],
     optimizer_state: OptimizerState,
     static: StaticLedger,
-    first_step: FirstStep,
-    peak_memory: PeakMemory,
+    first_step: FirstStep | None,
+    peak_memory: PeakMemory | None,
     throughput: ThroughputSummary | None,
     data: dict[str, Any],
     valid_loss_before: float | None,
@@ -181,7 +185,7 @@ def build_summary(
 
     def settle() -> Summary:
         path = Path(config.run_dir) / SUMMARY_FILE
-        if throughput is None and path.exists():
+        if first_step is None and path.exists():
             return Summary.read(path)
         measured = _combine(config, topology, gathered)
         summary = Summary(
@@ -201,6 +205,7 @@ def build_summary(
 def _combine(config: RunConfig, topology: Topology, records: Sequence[_ProcessRecord]) -> dict[str, Any]:
     """The fields of a summary that come from all processes."""
     timed = [record.throughput for record in records if record.throughput is not None]
+    peaks = [record.peak_memory for record in records if record.peak_memory is not None]
     whole_parameters = {name: size for record in records for name, size in record.trainable.items()}
     setup = describe_setup(config, topology)
     return {
@@ -213,21 +218,28 @@ def _combine(config: RunConfig, topology: Topology, records: Sequence[_ProcessRe
         "optimizer_state_bytes_per_process": max(record.optimizer_state.state_bytes for record in records),
         "optimizer_padding_bytes_per_process": max(record.optimizer_state.padding_bytes for record in records),
         "static_ledger": _take_largest(StaticLedger, [record.static for record in records]),
-        "step_ledger": _take_largest(StepLedger, [record.first_step.ledger for record in records]),
-        "peak_memory": max((record.peak_memory for record in records), key=lambda peak: peak.peak_bytes),
+        "peak_memory": max(peaks, key=lambda peak: peak.peak_bytes, default=None),
         "throughput": max(timed, key=lambda one: one.step_time_ms.median, default=None),
         "cpu_seconds_per_step": sum(one.cpu_seconds_per_step.median for one in timed) if timed else None,
-        "flops_per_step": sum(record.first_step.flops for record in records),
+        **_combine_first_steps(records, num_microbatches=setup.num_microbatches),
+    }
+
+
+def _combine_first_steps(records: Sequence[_ProcessRecord], *, num_microbatches: int) -> dict[str, Any]:
+    """What a step's instruments tell: nothing where none ran, on every process alike."""
+    steps = [(record.first_step, record.num_layers) for record in records if record.first_step is not None]
+    if not steps:
+        return dict.fromkeys(("step_ledger", "flops_per_step", "tp_collectives_per_layer", "collectives"))
+    return {
+        "step_ledger": _take_largest(StepLedger, [step.ledger for step, _ in steps]),
+        "flops_per_step": sum(step.flops for step, _ in steps),
         "tp_collectives_per_layer": max(
             compute_count_per_layer(
-                record.first_step.collectives,
-                group="tp",
-                num_layers=record.num_layers,
-                num_microbatches=setup.num_microbatches,
+                step.collectives, group="tp", num_layers=num_layers, num_microbatches=num_microbatches
             )
-            for record in records
+            for step, num_layers in steps
         ),
-        "collectives": records[0].first_step.collectives,
+        "collectives": steps[0][0].collectives,
     }
 
 

@@ -56,8 +56,8 @@ def run(case: Case, run_dir: Path) -> tuple[Summary, list[float]]:
     gpt, trainable, topology = engine.gpt, engine.trainable, engine.topology
     meter = Meter(topology, num_warmup_steps=1)
     batches = build_batches(topology)
-    first_step = FirstStep()
-    with open_first_step_probe(gpt, trainable, topology, first_step):
+    first_steps: list[FirstStep] = []
+    with open_first_step_probe(gpt, trainable, topology, first_steps.append):
         losses = [engine.train_step(batches, step=0, lr=1e-3).loss]
     for step in (1, 2):
         with meter.step(num_tokens=batches[0].num_tokens, num_loss_tokens=batches[0].num_loss_tokens):
@@ -69,7 +69,7 @@ def run(case: Case, run_dir: Path) -> tuple[Summary, list[float]]:
         trainable=trainable,
         optimizer_state=check_optimizer_state(engine.zero, gpt, trainable, topology),
         static=measure_static(gpt, trainable, engine.zero),
-        first_step=first_step,
+        first_step=first_steps[0],
         peak_memory=meter.memory.read(),
         throughput=meter.summarize(),
         data={"num_train_examples": 3},
@@ -125,8 +125,8 @@ def summarize_again(run_dir: Path) -> Summary:
         trainable=trainable,
         optimizer_state=check_optimizer_state(engine.zero, gpt, trainable, topology),
         static=measure_static(gpt, trainable, engine.zero),
-        first_step=FirstStep(),
-        peak_memory=meter.memory.read(),
+        first_step=None,
+        peak_memory=None,
         throughput=meter.summarize(),
         data={},
         valid_loss_before=None,
@@ -137,7 +137,9 @@ def summarize_again(run_dir: Path) -> Summary:
 
 def test_a_finished_run_keeps_its_summary(run_dir: Path) -> None:
     [unmeasured] = run_distributed(summarize_again, 1, run_dir)
-    assert (unmeasured.throughput, unmeasured.flops_per_step) == (None, 0)
+    assert (unmeasured.throughput, unmeasured.step_ledger, unmeasured.peak_memory) == (None, None, None)
+    assert (unmeasured.flops_per_step, unmeasured.collectives) == (None, None)
+    assert unmeasured.tp_collectives_per_layer is None
     [(summary, _)] = run_distributed(run, 1, Case(), run_dir)
     assert run_distributed(summarize_again, 1, run_dir) == [summary]
 

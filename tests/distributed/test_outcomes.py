@@ -136,3 +136,19 @@ def test_a_comparison_that_no_report_could_end_trains_nothing(
         assert not (run_dir / "full").exists()
     assert run_distributed(call, 1, [*words, "compare.methods=[lora,full]", "zero=stage2", more]) == [0]
     assert (run_dir / "report.md").exists()
+
+
+def test_a_summary_that_a_finished_run_never_wrote_holds_no_measurements(tmp_path: Path) -> None:
+    words = ["compare", *RUN[1:-2], "loop.num_steps=1", "model=tiny", f"run_dir={tmp_path}/run", "resume=auto"]
+    path = tmp_path / "run" / "lora" / "summary.json"
+    assert run_distributed(call, 1, words) == [0]
+    before = json.loads(path.read_text())
+    path.unlink()
+    assert run_distributed(call, 1, words) == [0]
+    after = json.loads(path.read_text())
+    assert {key for key in after if after[key] is None and before[key] is not None} == {
+        *("step_ledger", "flops_per_step", "tp_collectives_per_layer", "collectives", "peak_memory", "throughput"),
+        "cpu_seconds_per_step",
+    }
+    for key in ("static_ledger", "optimizer_state_bytes", "checkpoint_bytes", "valid_loss_before", "valid_loss_after"):
+        assert after[key] == before[key]

@@ -133,6 +133,26 @@ def test_terminal_table_fits_and_names_what_it_measured(comparison: Comparison) 
     assert "CUDA" not in text
 
 
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_what_no_step_measured_is_shown_as_missing(all_of_them: bool, tmp_path: Path) -> None:
+    nothing = {
+        **dict.fromkeys(("step_ledger", "peak_memory", "throughput", "cpu_seconds_per_step", "flops_per_step")),
+        **dict.fromkeys(("tp_collectives_per_layer", "collectives")),
+    }
+    runs = [replace(LORA, **nothing), replace(FULL, **nothing) if all_of_them else FULL]
+    comparison = write_report(tmp_path, runs, [build_metrics(2.0)] * 2, ENVIRONMENT)
+    cells = {line[0].strip(): (line[1], line[-2]) for line in comparison.cells}
+    rows = ["peak RSS, one process", "ledger: gradients", "ledger: saved activations", "ledger: sum", "FLOPs a step"]
+    assert [cells[row] for row in [*rows, "tokens/s per process", "step time, ms"]] == [("-", "-")] * 7
+    assert cells["TP collectives a layer, microbatch"][0] == cells["of it before the run began"][0] == "-"
+    assert cells["ledger: frozen weights"][0] == "6.0 MiB"
+    plots = ["loss.png"] if all_of_them else ["loss.png", "memory.png", "throughput.png"]
+    assert [plot.name for plot in comparison.plots] == plots
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [read_summary(one) for one in report["methods"].values()] == runs
+    assert report["methods"]["lora"]["step_ledger"] is None
+
+
 def test_many_methods_still_fit(tmp_path: Path) -> None:
     summaries = [replace(LORA, method=name) for name in ("lora", "bitfit", "prefix", "adapter_h", "adapter_l")]
     comparison = write_report(tmp_path, [*summaries, FULL], [build_metrics(2.0)] * 6, ENVIRONMENT)
