@@ -84,4 +84,5 @@ if [ -n "${HOSTFILE:-}" ]; then
     exec "${DEEPSPEED[@]}" "$@"
 fi
 exec torchrun --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --rdzv-backend c10d \
-    --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" --rdzv-id "${JOB_ID:-lora_dist}" -m lora_dist.cli.main "$@"
+    --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" --rdzv-id "${JOB_ID:-lora_dist}" \
+    -m lora_dist.cli.main "$@"

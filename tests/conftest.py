@@ -5,6 +5,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,22 +19,31 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
-
-from lora_dist.uncompiled import without_compiler
-
-with without_compiler():  # what DeepSpeed's first engine loads
-    import deepspeed.comm.mori
-    import deepspeed.module_inject.auto_ep_layer
-    import deepspeed.runtime.superoffload.superoffload_stage3
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-import torch._dynamo  # what the first optimizer loads
-import torch._subclasses.schema_check_mode
-import torch.profiler._cupti_monitor  # what the first profile loads
 from tiers import list_left_out
 
 import lora_dist.run  # noqa: F401
 from lora_dist.cli.compose import compose_config
+from lora_dist.uncompiled import without_compiler
 
+_ENGINE = (
+    *("deepspeed.comm.mori", "deepspeed.module_inject.auto_ep_layer"),
+    *("deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.muon_optimizer"),
+)
+"""What DeepSpeed's first engine loads."""
+_OPTIMIZER_AND_PROFILE = ("torch._dynamo", "torch._subclasses.schema_check_mode", "torch.profiler._cupti_monitor")
+"""What the first optimizer and the first profile load."""
+
+
+def _load(modules: tuple[str, ...]) -> None:
+    """What not every version has is left to the processes that want it."""
+    for module in modules:
+        with suppress(ModuleNotFoundError):
+            import_module(module)
+
+
+with without_compiler():
+    _load(_ENGINE)
+_load(_OPTIMIZER_AND_PROFILE)
 torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # loads its lazy modules
 compose_config([])  # builds Hydra's grammar
 torch.manual_seed(0)  # asks devices that are not there, and reads sources for that
