@@ -80,7 +80,7 @@ def configure_method(config: RunConfig, method: str) -> RunConfig:
         config,
         method=method,
         optim=replace(config.optim, lr=lr),
-        track=replace(config.track, run_id=None if run_id is None else f"{run_id}-{method}"),
+        track=replace(config.track, run_id=f"{run_id}-{method}" if run_id else None),
         run_dir=str(Path(config.run_dir) / method),
         resume="none" if config.resume == "none" else "auto",
     )

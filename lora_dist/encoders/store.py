@@ -7,7 +7,6 @@ Shapes: A [R, H], B [O, R].
 """
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,9 +28,9 @@ from lora_dist.files.directories import (
 )
 from lora_dist.files.loralib import read_state_dict
 from lora_dist.files.peft_config import describe_peft_config
+from lora_dist.files.tokenizer_files import copy_tokenizer
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.spec import AdapterSpec
-from lora_dist.mcore.hf_weights import TOKENIZER_FILES
 
 PREFIX = "base_model.model."
 Values = Mapping[str, torch.Tensor]
@@ -138,9 +137,7 @@ def _write_model_config(directory: Path, encoder: Encoder, config: ClassifyConfi
     words = list(about["labels"]) or ["LABEL_0"]
     names = {"id2label": dict(enumerate(words)), "label2id": {word: number for number, word in enumerate(words)}}
     write_json(directory / "config.json", content | names | {"architectures": [type(encoder.model).__name__]})
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copy(base / name, directory / name)
+    copy_tokenizer(base, directory)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from lora_dist.files.hf_layout import HfPart, split_to_hf
 from lora_dist.files.hf_reader import CONFIG, INDEX, SINGLE_FILE, HfReader
 from lora_dist.files.quantization import QUANTIZATION
 from lora_dist.files.safetensors_stream import open_writer
+from lora_dist.files.tokenizer_files import CHAT_TEMPLATE, copy_generation_config, copy_tokenizer
 from lora_dist.lora.layer import compute_fused_rows, find_shared_ranges
 from lora_dist.mcore.base_parameters import describe_weights, initialize_base, open_value
 from lora_dist.mcore.model import ShardedGpt
@@ -28,20 +29,6 @@ from lora_dist.whole import (
     read_value,
     with_constants,
     write_together,
-)
-
-CHAT_TEMPLATE = "chat_template.jinja"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "tiktoken.model",
-    CHAT_TEMPLATE,
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
 )
 
 
@@ -212,9 +199,10 @@ def _write_config(directory: Path, model: ModelConfig, dtype: torch.dtype) -> No
     if source is not None and "auto_map" in config:
         for path in source.glob("*.py"):
             shutil.copyfile(path, directory / path.name)
+    if source is not None:
+        copy_generation_config(source, directory)
     tokenizer = source if model.tokenizer is None else Path(model.tokenizer)
-    for name in TOKENIZER_FILES:
-        if tokenizer is not None and (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, directory / name)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, directory)
     if model.chat_template is not None:
         shutil.copyfile(model.chat_template, directory / CHAT_TEMPLATE)

@@ -6,6 +6,7 @@ offline, offline to nothing, each said in one line on standard error. `wandb syn
 
 import netrc
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -137,7 +138,8 @@ def _start(track: TrackConfig, run_dir: Path, config: Mapping[str, Any], name: s
         return None
     if mode == "offline":
         reason = "WANDB_MODE=offline" if requested else "no key in WANDB_API_KEY or netrc"
-        _say(f"tracking offline ({reason}); upload later with `wandb sync {run_dir / 'wandb'}/offline-run-*`")
+        runs = f"{shlex.quote(str(run_dir / 'wandb'))}/offline-run-*"
+        _say(f"tracking offline ({reason}); upload later with `wandb sync {runs}`")
     for attempt in dict.fromkeys((mode, "offline")):
         try:
             return _init(track, run_dir, config, name, attempt)
@@ -153,8 +155,8 @@ def _init(track: TrackConfig, run_dir: Path, config: Mapping[str, Any], name: st
     id_file = run_dir / RUN_ID_FILE
     run_id = track.run_id or (id_file.read_text().strip() if id_file.exists() else None)
     run = wandb.init(
-        project=track.project,
-        entity=track.entity,
+        project=track.project or None,
+        entity=track.entity or None,
         name=name,
         id=run_id,
         resume="allow" if run_id and mode == "online" else None,
@@ -174,7 +176,7 @@ def _init(track: TrackConfig, run_dir: Path, config: Mapping[str, Any], name: st
 
 
 def _shorten(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _say(message: str) -> None:

@@ -1,6 +1,7 @@
 """Conversations and running text, as a user trains on them: losses are transformers', answers are learnt and given."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,13 +179,18 @@ def test_a_template_that_a_run_was_given_is_merged_with_its_adapter(
     template.write_text(CHATML + "{# own #}")
     more = ["data=chat", f"data.train={place / 'chat.jsonl'}", f"model.chat_template={template}", "method=lora"]
     run = train(place, "templated", 1, *more, "loop.num_steps=1")
-    merge = ["merge", "model=hf", f"model.checkpoint={place / 'base'}", f"adapter={run}"]
+    base = shutil.copytree(place / "base", tmp_path / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": 7}')
+    shutil.copytree(base, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    merge = ["merge", "model=hf", f"model.checkpoint={base}", f"adapter={run}"]
     for output, given, text in (
         ("own", [], template.read_text()),
-        ("given", [f"model.chat_template={place / 'base' / 'chat_template.jinja'}"], CHATML),
+        ("given", [f"model.chat_template={base / 'chat_template.jinja'}"], CHATML),
+        ("elsewhere", [f"model.tokenizer={tmp_path / 'tokenizer'}"], template.read_text()),
     ):
         assert run_distributed(call, 1, [*merge, f"output={tmp_path / output}", *given]) == [0]
         assert (tmp_path / output / "chat_template.jinja").read_text() == text
+        assert (tmp_path / output / "generation_config.json").read_text() == '{"eos_token_id": 7}'
     template.unlink()
     assert run_distributed(call, 1, [*merge, f"output={tmp_path / 'none'}"]) != [0]
     assert f"was trained with model.chat_template={template}, which is no file" in capfd.readouterr().err

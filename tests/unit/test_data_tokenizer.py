@@ -18,6 +18,7 @@ from lora_dist.data.contexts import encode_contexts
 from lora_dist.data.examples import draw_fake_examples, encode_pairs
 from lora_dist.data.rows import BadRows, Pair
 from lora_dist.data.tokenizer import find_start_tokens, find_target_prefix, load_model_tokenizer, load_tokenizer
+from lora_dist.files.tokenizer_files import copy_tokenizer
 
 END = VOCAB_SIZE - 1
 
@@ -40,6 +41,24 @@ def test_tokenizer_json_alone(tmp_path: Path) -> None:
     text = " The Vaults near The Mill"
     options = {"add_special_tokens": False}
     assert tokenizer(text, **options)["input_ids"] == tiny_tokenizer()(text, **options)["input_ids"]
+
+
+def test_a_copied_tokenizer_is_the_same_with_all_its_templates(tmp_path: Path) -> None:
+    source, target = write_llama_tokenizer(tmp_path / "source"), tmp_path / "target"
+    given = PreTrainedTokenizerFast.from_pretrained(source)
+    given.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    given.save_pretrained(source)
+    (source / "tekken.json").write_text("{}")
+    (source / "model.safetensors").touch()
+    target.mkdir()
+    copy_tokenizer(source, target)
+    copied = PreTrainedTokenizerFast.from_pretrained(target)
+    assert copied.chat_template == given.chat_template
+    assert copied.get_vocab() == given.get_vocab()
+    names = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()} == names - {
+        "model.safetensors"
+    }
 
 
 def test_vocabulary_of_another_model(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The W&B sink with the real wandb: an offline run read back from its file, and failures that do not stop a run."""
 
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -12,10 +13,12 @@ import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb_files import read_exit_codes, read_offline_run
 
+from lora_dist.cli.compose import compose_config
 from lora_dist.config import TrackConfig
 from lora_dist.measure import wandb_sink
 from lora_dist.measure.plots import save_bars
 from lora_dist.measure.wandb_sink import RUN_ID_FILE, WandbSink, open_wandb
+from lora_dist.run import configure_method
 from lora_dist.stopping import Stopped
 
 FAKE_KEY = "0123456789abcdef" * 2 + "01234567"
@@ -40,7 +43,7 @@ def run_once(run_dir: Path, track: TrackConfig, global_rank: int = 0) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_ENTITY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     yield
@@ -86,6 +89,39 @@ def test_a_given_id_wins(run_dir: Path) -> None:
     (run_dir / RUN_ID_FILE).write_text("other")
     run_once(run_dir, TrackConfig(run_id="mine1234"))
     assert (run_dir / RUN_ID_FILE).read_text().strip() == "mine1234"
+
+
+def test_wandbs_own_variables_say_what_no_override_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compose_config([]).track == TrackConfig()
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    monkeypatch.setenv("WANDB_PROJECT", "ours")
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    assert compose_config([]).track == TrackConfig(project="ours", entity="team", run_id="mine")
+    config = compose_config(["track.run_id=other"])
+    assert [configure_method(config, method).track.run_id for method in ("lora", "full")] == [
+        "other-lora",
+        "other-full",
+    ]
+
+
+def test_variables_that_are_empty_say_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To W&B an empty id alone is an error, which it names."""
+    for name in ("WANDB_PROJECT", "WANDB_ENTITY"):
+        monkeypatch.setenv(name, "")
+    config = compose_config([])
+    run_once(run_dir, config.track)
+    assert len((run_dir / RUN_ID_FILE).read_text().strip()) == 8
+
+
+def test_the_command_for_a_later_upload_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "my run"
+    run_dir.mkdir()
+    run_once(run_dir, TrackConfig())
+    command = capsys.readouterr().err.split("`")[1]
+    found = subprocess.run(
+        ["bash", "-c", f"ls -d {command.removeprefix('wandb sync ')}"], capture_output=True, text=True
+    )
+    assert found.stdout.startswith(str(run_dir))
 
 
 @pytest.mark.parametrize(
