@@ -74,7 +74,7 @@ class DataConfig:
         require(self.seq_len >= 2, f"data.seq_len={self.seq_len} must be at least 2")
         require(
             self.format == "fake" or self.train is not None,
-            f"data.train is not set; give the path of a {self.format} file",
+            f"data.train is not set; give the path of a file in format {self.format}",
         )
         require(
             self.format != "fake" or (self.train is None and self.valid is None),
@@ -109,5 +109,5 @@ def require_split(key: str, split: str | None, file_format: str, *, example: str
     """ValueError, naming `key`, where a file of the format holds several splits and none is chosen."""
     require(
         split is not None or file_format not in SPLIT_FORMATS,
-        f"{key} is not set, and a {file_format} file holds several splits; name one, e.g. {key}={example}",
+        f"{key} is not set, and a file in format {file_format} holds several splits; name one, e.g. {key}={example}",
     )

@@ -113,7 +113,7 @@ class GenerateOptions(GenerationConfig):
         require_split("generate.split", self.split, self.format, example="test")
         require(
             self.split is None or self.format in SPLIT_FORMATS,
-            f"generate.split={self.split}: a {self.format} file holds one split; leave it out",
+            f"generate.split={self.split}: a file in format {self.format} holds one split; leave it out",
         )
 
 

@@ -66,6 +66,15 @@ def _describe_factors(specs: Sequence[AdapterSpec]) -> dict[str, Any]:
     }
 
 
+_HASHED = {
+    "base_fingerprint": "the weights of model.checkpoint, or what they are drawn from",
+    "data.train": "the content of data.train",
+    "data.valid": "the content of data.valid",
+    "data.tokens": "what tokenizer, template and keys make of data.train",
+}
+"""What a hash stands for."""
+
+
 def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], path: Path, prefix: str = "") -> None:
     """ValueError naming the first key in which a stored description differs from this run's, with both values."""
     for key in wanted:
@@ -74,6 +83,8 @@ def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], path: Path, 
             every = dict.fromkeys((*ours, *theirs))
             check_same({k: ours.get(k) for k in every}, theirs, path, f"{prefix}{key}.")
         elif ours != theirs:
+            name = f"{prefix}{key}"
+            hashed = f" (a hash of {_HASHED[name]})" if name in _HASHED else ""
             raise ValueError(
-                f"{path}: {prefix}{key} is {theirs!r} there and {ours!r} in this run; they must be the same"
+                f"{path}: {name} is {theirs!r} there and {ours!r} in this run{hashed}; they must be the same"
             )

@@ -182,9 +182,12 @@ def find_newest_checkpoint(run_dir: str | Path) -> Path | None:
 
 
 def read_resume_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """state.json of a checkpoint of this very run. ValueError with both values where the runs differ."""
+    """state.json of a checkpoint of this very run. ValueError with both values and the remedy where the runs differ."""
     content = read_json(path / STATE_FILE)
-    check_same(identity, content["identity"], path)
+    try:
+        check_same(identity, content["identity"], path)
+    except ValueError as error:
+        raise ValueError(f"{error}: give what that run was given, or another run_dir") from None
     return content
 
 

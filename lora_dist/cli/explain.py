@@ -14,6 +14,7 @@ _REWORDED = {
     r"is not a ListConfig": "not a list; write [a,b]",
     r"is not Optional": "null is no value for it",
     r"is not a valid bool": "neither true nor false",
+    r"Cannot assign \w+ to Dict\[": "entries by name, not a value; write {name: value}",
     r"is not a subclass of": "a group of keys, not a value; set one of them",
     r".*raised while resolving interpolation: (.*)": r"\1",
 }

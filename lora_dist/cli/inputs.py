@@ -41,7 +41,7 @@ def _check_data_files(config: RunConfig) -> None:
         raise ValueError(f"model.chat_template={template} is no file; give the path of a Jinja file")
     for key, path in (("data.train", config.data.train), ("data.valid", config.data.valid)):
         if path is not None and not Path(path).is_file():
-            raise ValueError(f"{key}={path} is no file; give the path of a {config.data.format} file")
+            raise ValueError(f"{key}={path} is no file; give the path of a file in format {config.data.format}")
         if path is not None and not os.access(path, os.R_OK):
             raise ValueError(f"{key}={path} cannot be read: no permission")
 

@@ -43,7 +43,9 @@ def read_pairs(
             raise ValueError(f"{bad.path}: a clinc150 file holds several splits; name one, e.g. test")
         return classification.read_clinc150(text, split, bad)
     if split is not None:
-        raise ValueError(f"{bad.path}: a {file_format} file holds one split, so there is no {split!r} in it; use null")
+        raise ValueError(
+            f"{bad.path}: a file in format {file_format} holds one split, so there is no {split!r} in it; use null"
+        )
     if file_format == "jsonl":
         return read_json_rows(text, lambda line, record: Pair(line, *fields.take(record)), bad)
     if file_format == "chat":

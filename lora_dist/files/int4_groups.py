@@ -12,9 +12,13 @@ from pathlib import Path
 import torch
 
 from lora_dist.files.fp8_blocks import SCALE_DTYPES, BlockScales
-from lora_dist.files.quantization import CODES_PER_WORD, QUANTIZATION
+from lora_dist.files.quantization import CODES_PER_WORD, CONVERT, QUANTIZATION
 
 _CODES, _SCALES, _SHAPE = "_packed", "_scale", "_shape"
+_REFUSED = {
+    "_zero_point": "asymmetric int4, which has zero points",
+    "_g_idx": "int4 whose groups are not neighbours",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +45,9 @@ def find_int4(
     found = {}
     for codes in [name for name in shapes if name.endswith(f".weight{_CODES}")]:
         weight = codes.removesuffix(_CODES)
+        for suffix, what in _REFUSED.items():
+            if weight + suffix in shapes:
+                raise ValueError(f"{files[codes]} holds {weight}{suffix}: {what}, is not supported; {CONVERT}")
         scales, shape = weight + _SCALES, weight + _SHAPE
         if not group_sizes:
             raise ValueError(

@@ -36,7 +36,7 @@ _Settings = dict[str, tuple[object, tuple[object, ...]]]
 
 _METHODS: dict[str, _Settings] = {
     "fp8": {
-        "fmt": ("e4m3", ("e4m3",)),
+        "fmt": ("e4m3", ("e4m3", None)),
         "activation_scheme": ("dynamic", ("dynamic", "static")),
         "expert_dtype": ("fp8", ("fp8",)),
         "scale_fmt": ("float", ("float", "ue8m0")),
@@ -63,6 +63,7 @@ _FORMATS = {"float-quantized": _FP8, "naive-quantized": _FP8, "pack-quantized": 
 def read_quantization(config: Mapping[str, Any], path: Path) -> Quantization | None:
     """What its quantization_config allows, None without one. ValueError for other ways to quantise."""
     if config.get(QUANTIZATION) is None:
+        _refuse_other_places(config, path)
         return None
     where = f"{path}: {QUANTIZATION}"
     settings = _read_object(config, QUANTIZATION, str(path))
@@ -75,6 +76,15 @@ def read_quantization(config: Mapping[str, Any], path: Path) -> Quantization | N
         return Quantization(fp8=(_ROW,))
     key = "weight_block_size"
     return Quantization(fp8=(_TENSOR if settings.get(key) is None else _read_size(settings, key, where),))
+
+
+def _refuse_other_places(config: Mapping[str, Any], path: Path) -> None:
+    """Where older tools say it: compressed-tensors until 2024, NVIDIA's Model Optimizer."""
+    old_key, other_file = "compression_config", path.with_name("hf_quant_config.json")
+    found = path if config.get(old_key) else other_file if other_file.is_file() else None
+    if found is not None:
+        said = f"{found} has {old_key}" if found == path else f"{found} lies"
+        raise ValueError(f"{said} in the place of a {QUANTIZATION} in {path.name}, which is not supported; {CONVERT}")
 
 
 def _read_groups(settings: Mapping[str, Any], where: str) -> Quantization:

@@ -1,12 +1,12 @@
 """Which runs may stand beside each other in one report: asked before any of them trains, and when it is written."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from lora_dist.config import RunConfig
-from lora_dist.measure.summary import SUMMARY_FILE, Setup, Summary, describe_setup, read_summary
+from lora_dist.files.directories import read_json
+from lora_dist.measure.summary import SUMMARY_FILE, Setup, Summary, describe_setup
 from lora_dist.run_dir import read_run
 from lora_dist.topology import Topology
 
@@ -49,12 +49,11 @@ def _read_finished(config: RunConfig) -> Summary | None:
     path = Path(config.run_dir) / SUMMARY_FILE
     if not path.exists():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
     if config.loop.num_epochs is None:
-        over = values["num_steps"] >= config.loop.total_steps
+        over = read_json(path).get("num_steps", 0) >= config.loop.total_steps
     else:  # how many steps these are is known only once the data has been read
         over = (read_run(path.parent)["loop"]["num_epochs"] or 0) >= config.loop.num_epochs
-    return read_summary(values) if over else None
+    return Summary.read(path) if over else None
 
 
 def _list_differences(model: str, setup: Setup, other_model: str, other_setup: Setup) -> list[str]:

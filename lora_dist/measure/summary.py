@@ -1,6 +1,5 @@
 """One run in numbers: gathered over its processes, written to summary.json, compared by the report."""
 
-import json
 import math
 import types
 import typing
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from lora_dist.base_shapes import count_parameters, list_stage_layers
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS
 from lora_dist.config import LORA_METHODS, RunConfig, compute_num_microbatches
+from lora_dist.files.directories import read_json
 from lora_dist.measure.collectives import Collective, compute_count_per_layer
 from lora_dist.measure.first_step import FirstStep
 from lora_dist.measure.ledger import StaticLedger, StepLedger
@@ -111,8 +111,11 @@ class Summary:
 
     @staticmethod
     def read(path: Path) -> "Summary":
-        """What `write` wrote. ValueError where the file lacks a field or has one too many."""
-        return read_summary(json.loads(path.read_text(encoding="utf-8")))
+        """What `write` wrote. ValueError naming the file where it is damaged, lacks a field or has one too many."""
+        try:
+            return read_summary(read_json(path))
+        except ValueError as error:
+            raise ValueError(f"{error}; remove {path}, and a finished run writes it anew") from None
 
 
 def read_summary(values: dict[str, Any]) -> Summary:
@@ -169,7 +172,8 @@ def build_summary(
 ) -> Summary:
     """Every process calls it at the end of a run, gets the same summary, and finds it in the run's summary.json.
 
-    Two collectives over the world. A finished run that was resumed has measured nothing: its earlier summary stands.
+    Two collectives over the world. A finished run that was resumed has measured nothing: its earlier summary stands,
+    where it is of as many steps.
     """
     mine = _ProcessRecord(
         trainable={one.name: math.prod(one.full_shape) for one in trainable if one.owned},
@@ -186,7 +190,9 @@ def build_summary(
     def settle() -> Summary:
         path = Path(config.run_dir) / SUMMARY_FILE
         if first_step is None and path.exists():
-            return Summary.read(path)
+            earlier = Summary.read(path)
+            if earlier.num_steps >= config.loop.total_steps:  # else the run went on, and ended before it wrote its own
+                return earlier
         measured = _combine(config, topology, gathered)
         summary = Summary(
             **measured,

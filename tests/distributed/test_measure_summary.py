@@ -1,6 +1,7 @@
 """A whole run measured with every instrument and gathered into one summary, on several topologies."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,10 @@ def test_a_finished_run_keeps_its_summary(run_dir: Path) -> None:
     assert unmeasured.tp_collectives_per_layer is None
     [(summary, _)] = run_distributed(run, 1, Case(), run_dir)
     assert run_distributed(summarize_again, 1, run_dir) == [summary]
+    shorter = replace(summary, num_steps=summary.num_steps - 1)  # as where the run went on and died before its end
+    shorter.write(run_dir / SUMMARY_FILE)
+    [renewed] = run_distributed(summarize_again, 1, run_dir)
+    assert (renewed.num_steps, renewed.throughput) == (summary.num_steps, None)
 
 
 def test_flops_of_a_run_do_not_depend_on_the_replicas(run_dir: Path) -> None:

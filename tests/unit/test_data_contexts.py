@@ -86,8 +86,14 @@ def test_a_name_that_may_be_of_several_formats(name: str, formats: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "clinc150"}, "generate.split is not set, and a clinc150 file .* e.g. generate.split=test"),
-        ({"format": "dart", "split": "test"}, "generate.split=test: a dart file holds one split; leave it out"),
+        (
+            {"format": "clinc150"},
+            "generate.split is not set, .* in format clinc150 .* e.g. generate.split=test",
+        ),
+        (
+            {"format": "dart", "split": "test"},
+            "generate.split=test: a file in format dart holds one split; leave",
+        ),
         ({"context_fields": ["a"]}, r"generate.context_fields=\['a'\]: .* set generate.format=jsonl"),
     ],
 )

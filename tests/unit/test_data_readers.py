@@ -191,7 +191,7 @@ def test_file_that_cannot_be_read(tmp_path: Path, name: str, reason: str) -> Non
             {"format": "fake", "train": "x"},
             "data.format=fake reads no file; set data.train=x and data.valid=None to null",
         ),
-        ({"format": "jsonl"}, "data.train is not set; give the path of a jsonl file"),
+        ({"format": "jsonl"}, "data.train is not set; give the path of a file in format jsonl"),
         ({"format": "fake", "max_valid_examples": 0}, "data.max_valid_examples=0 must be at least 1"),
         ({"format": "fake", "num_fake_examples": 0}, "data.num_fake_examples=0 must be at least 1"),
     ],

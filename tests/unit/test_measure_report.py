@@ -114,6 +114,14 @@ def test_summary_goes_through_json_unchanged(tmp_path: Path) -> None:
     assert Summary.read(tmp_path / "untimed.json") == untimed
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"colour": 1}'])
+def test_a_damaged_summary_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"; remove {path}, and a finished run writes it anew"):
+        Summary.read(path)
+
+
 def test_a_summary_of_another_version_is_refused() -> None:
     with pytest.raises(ValueError, match="fields of Summary differ from this version's in colour, data"):
         read_summary({"colour": 1, **{name: 0 for name in Summary.__slots__ if name != "data"}})

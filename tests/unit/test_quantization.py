@@ -138,3 +138,13 @@ def test_other_ways_to_quantise_are_refused(settings: dict, message: str) -> Non
     with pytest.raises(ValueError, match=r"^[^\n]*; convert the weights to bf16 first$") as refusal:
         read_quantization({"quantization_config": settings}, PATH)
     assert str(refusal.value).startswith(f"{PATH}: quantization_config{message}")
+
+
+def test_what_says_it_elsewhere_is_named(tmp_path: Path) -> None:
+    path, settings = tmp_path / "config.json", {"quant_method": "fp8"}
+    with pytest.raises(ValueError, match=r"config.json has compression_config in the place of a quantization_config"):
+        read_quantization({"compression_config": COMPRESSED}, path)
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"hf_quant_config.json lies in the place of .*; convert the weights to bf16"):
+        read_quantization({}, path)
+    assert read_quantization({"quantization_config": settings | {"fmt": None}}, path) is not None

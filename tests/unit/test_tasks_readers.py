@@ -51,7 +51,7 @@ def test_clinc150() -> None:
         read_sample("clinc150.json", "clinc150", "tset")
     with pytest.raises(ValueError, match=r"holds several splits; name one"):
         read_sample("clinc150.json", "clinc150")
-    with pytest.raises(ValueError, match=r"a banking77 file holds one split, so there is no 'test' in it"):
+    with pytest.raises(ValueError, match=r"a file in format banking77 holds one split, so there is no 'test' in it"):
         read_sample("banking77.csv", "banking77", "test")
 
 

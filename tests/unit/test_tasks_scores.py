@@ -157,7 +157,10 @@ def test_a_wrong_database_is_named(database: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"metric": "bleu"}, "task.metric='bleu' is not one of e2e, webnlg"),
-        ({"format": "clinc150"}, "task.split is not set, and a clinc150 file holds several .* e.g. task.split=test"),
+        (
+            {"format": "clinc150"},
+            "task.split is not set, and a file in format clinc150 .* e.g. task.split=test",
+        ),
         ({"format": "xml"}, "task.format='xml' is not one of jsonl, chat, e2e_text"),
         ({"metric": "accuracy_f1"}, "task.positive=None is the label that F1 is of"),
         ({"positive": "yes"}, "task.positive=yes is the label that F1 is of"),
