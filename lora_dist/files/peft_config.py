@@ -31,7 +31,7 @@ def describe_peft_config(
         "inference_mode": True,
         "fan_in_fan_out": fan_in_fan_out,
         "r": lora_rank,
-        "lora_alpha": alpha,
+        "lora_alpha": _shorten(alpha),
         "lora_dropout": 0.0 if parameters else first.dropout,
         "use_rslora": first.rank_stabilized,
         "bias": bias,
@@ -39,6 +39,11 @@ def describe_peft_config(
         "target_modules": list(modules),
         **({"target_parameters": list(parameters)} if parameters else {}),
         "rank_pattern": {name: r for name, (r, _) in adapted.items() if r != lora_rank},
-        "alpha_pattern": {name: a for name, (_, a) in adapted.items() if a != alpha},
+        "alpha_pattern": {name: _shorten(a) for name, (_, a) in adapted.items() if a != alpha},
         **({"modules_to_save": list(modules_to_save)} if modules_to_save else {}),
     }
+
+
+def _shorten(alpha: float) -> float:
+    """A whole number as one, which is what PEFT writes and others declare."""
+    return int(alpha) if float(alpha).is_integer() else alpha

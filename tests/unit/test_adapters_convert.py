@@ -121,6 +121,8 @@ def test_one_adapter_a_projection_comes_in_and_goes_out_as_it_was(
     export_adapter(stored, tmp_path / "out", "peft_split")
     raw = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("source", "out")]
     assert raw[0] == raw[1]
+    for name in ("source", "out"):
+        assert '"lora_alpha": 8,' in (tmp_path / name / "adapter_config.json").read_text()  # no 8.0
     again = read_in(tmp_path / "out", tmp_path / "again", base[1])
     assert again.specs == stored.specs
     # PEFT itself puts the exported files on a model whose projections are apart
