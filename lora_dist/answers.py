@@ -66,7 +66,7 @@ def choose_labels(
 
 def encode_labels(labels: Sequence[str], asked: Questions) -> list[list[int]]:
     """As targets are in training, without the end token."""
-    return tokenize_texts([asked.answer_prefix + label for label in labels], asked.tokenizer, "labels")
+    return list(tokenize_texts([asked.answer_prefix + label for label in labels], asked.tokenizer, "labels"))
 
 
 def _answer_rows(

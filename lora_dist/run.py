@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import Loader, Loaders, build_loaders
+from lora_dist.data.sharing import open_sharing
 from lora_dist.engine import Engine
 from lora_dist.epochs import settle_epochs
 from lora_dist.fusion import compile_chains
@@ -101,7 +102,8 @@ def open_job(config: RunConfig) -> Iterator[Topology]:
 def train_method(config: RunConfig, topology: Topology) -> Summary:
     """Build, train, save and measure one method in `config.run_dir`, which exists."""
     memory = PeakMemoryMeter(topology.device)
-    loaders = build_loaders(config, dp_size=topology.dp_size, dp_rank=topology.dp_rank)
+    with open_sharing(config.run_dir, topology) as share:
+        loaders = build_loaders(config, dp_size=topology.dp_size, dp_rank=topology.dp_rank, share=share)
     loop, optim = settle_epochs(
         config.loop, config.optim, rows_per_epoch=loaders.train.num_rows, dp_size=topology.dp_size
     )

@@ -118,7 +118,7 @@ class ChatTemplate:
             raise BadRow("template asks otherwise", f"it asks {asked[-40:]!r} and writes {answered[-80:]!r}")
         return answer
 
-    def encode_part(self, part: Part) -> tuple[list[int], NDArray[np.bool_]]:
+    def encode_part(self, part: Part) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokens and which are learnt: each answer's, up to the special token that ends it, behind which the text ends.
 
         BadRow where an answer has no such token, or begins within one of the question's.
@@ -136,7 +136,7 @@ class ChatTemplate:
                 raise BadRow("answer joined to the question", f"{joined!r} is one token")
             learnt[first : first + ends[-1] + 1] = True
         length = int(np.flatnonzero(learnt)[-1]) + 1
-        return tokens[:length], learnt[:length]
+        return np.array(tokens[:length], dtype=np.int32), learnt[:length]
 
     def find_end_tokens(self) -> list[int]:
         """What ends an answer: the template's tokens behind it, the first ahead, and the tokenizer's own.
@@ -150,7 +150,7 @@ class ChatTemplate:
             asked = self.encode_question(Conversation(line=1, messages=_PROBE[:1]))
         except BadRow as problem:
             raise ValueError(f"the chat template: {problem.reason} ({problem.detail}); {_REMEDY}") from None
-        if tokens[: int(learnt.argmax())] != asked:
+        if tokens[: int(learnt.argmax())].tolist() != asked:
             raise ValueError(f"the chat template asks with a space that belongs to the answer's first word; {_REMEDY}")
         behind = self.encode(part.text[part.text.rindex(_ANSWER) + len(_ANSWER) :])[0]
         ends = [token for token in behind if token in self._special]
@@ -202,7 +202,7 @@ def encode_conversations(
     A conversation is one example, or several where its template changes what came before (see `ChatTemplate.split`); it
     is left out whole where one of them is bad.
     """
-    rows: list[list[int]] = []
+    rows: list[NDArray[np.int32]] = []
     learnt: list[NDArray[np.bool_]] = []
     for conversation in show_progress(conversations, "conversations"):
         try:

@@ -70,23 +70,29 @@ def encode_pairs(
     slots: PrefixConfig | None = None,
 ) -> Examples:
     """Tokens of the pairs that fit into `seq_len` positions with their slots; the others go to `bad`."""
+    start, end = find_start_tokens(tokenizer), [int(tokenizer.eos_token_id)]
+    before_context, before_target = list_slots(slots)
     # E2E repeats each context some nine times.
     distinct = list(dict.fromkeys(pair.context for pair in pairs))
-    contexts = dict(zip(distinct, tokenize_texts(distinct, tokenizer, "contexts"), strict=True))
-    prefix, start, end = find_target_prefix(tokenizer), find_start_tokens(tokenizer), [int(tokenizer.eos_token_id)]
+    tokenized = zip(distinct, tokenize_texts(distinct, tokenizer, "contexts"), strict=True)
+    asked = {text: _as_row([*before_context, *start, *one, *end, *before_target]) for text, one in tokenized}
+    prefix = find_target_prefix(tokenizer)
     targets = tokenize_texts([prefix + pair.target for pair in pairs], tokenizer, "targets")
-    before_context, before_target = list_slots(slots)
-    rows, num_asked = [], []
+    rows, learnt = [], []
     for pair, target in zip(pairs, targets, strict=True):
-        context = [*before_context, *start, *contexts[pair.context], *end, *before_target]
-        num_positions = len(context) + len(target)
+        question = asked[pair.context]
+        num_positions = len(question) + len(target)
         if num_positions > seq_len:
             bad.add(pair.line, "too long", f"{num_positions} tokens, data.seq_len={seq_len}")
             continue
-        rows.append([*context, *target, *end])
-        num_asked.append(len(context))
-    learnt = [np.arange(len(row)) >= asked for row, asked in zip(rows, num_asked, strict=True)]
+        rows.append(np.concatenate([question, _as_row([*target, *end])]))
+        learnt.append(np.arange(num_positions + 1) >= len(question))
     return replace(join_examples(rows, learnt), has_slots=slots is not None)
+
+
+def _as_row(tokens: Sequence[int]) -> NDArray[np.int32]:
+    """An array at once: as Python's numbers a file's tokens would take ten times the memory."""
+    return np.array(tokens, dtype=np.int32)
 
 
 def draw_fake_examples(
@@ -108,16 +114,14 @@ def draw_fake_examples(
     )
 
 
-def tokenize_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, what: str) -> list[list[int]]:
+def tokenize_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, what: str) -> Iterator[list[int]]:
     """Plain text only: `<|endoftext|>` spelt out in a file does not become the end token."""
-    ids: list[list[int]] = []
     parts = [list(texts[first : first + _TEXTS_PER_CALL]) for first in range(0, len(texts), _TEXTS_PER_CALL)]
     for part in show_progress(parts, what, scale=_TEXTS_PER_CALL):
         encoded = tokenizer(
             part, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )
-        ids += encoded["input_ids"]
-    return ids
+        yield from encoded["input_ids"]
 
 
 def show_progress(items: Sequence[_Item], what: str, *, scale: int = 1) -> Iterator[_Item]:
@@ -141,9 +145,11 @@ def concatenate_examples(parts: Sequence[Examples]) -> Examples:
     )
 
 
-def join_examples(rows: Sequence[Sequence[int]], learnt: Sequence[NDArray[np.bool_]]) -> Examples:
+def join_examples(rows: Sequence[NDArray[np.int32]], learnt: Sequence[NDArray[np.bool_]]) -> Examples:
     """The examples whose tokens are `rows`; each has a truth value for each of its tokens in `learnt`."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-    tokens = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(starts[-1]))
-    return Examples(tokens=tokens, starts=starts, is_learnt=np.concatenate([np.zeros(0, dtype=np.bool_), *learnt]))
+    return Examples(
+        tokens=np.concatenate([np.zeros(0, dtype=np.int32), *rows]),
+        starts=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]),
+        is_learnt=np.concatenate([np.zeros(0, dtype=np.bool_), *learnt]),
+    )

@@ -12,6 +12,7 @@ from lora_dist.data.collate import collate_rows
 from lora_dist.data.examples import Examples
 from lora_dist.data.packing import Layout, build_layout, shuffle_layout
 from lora_dist.data.report import DataReport
+from lora_dist.data.sharing import Share, encode_alone
 from lora_dist.data.splits import Split, load_splits
 
 _Rows = Sequence[NDArray[np.int64]]
@@ -128,13 +129,14 @@ class Loaders:
     report: DataReport
 
 
-def build_loaders(config: RunConfig, *, dp_size: int, dp_rank: int) -> Loaders:
-    """Read, encode and lay out the splits; the same on every process but for the replica's share.
+def build_loaders(config: RunConfig, *, dp_size: int, dp_rank: int, share: Share = encode_alone) -> Loaders:
+    """Read, encode and lay out the splits; the same on every process but for the replica's share. Collective where
+    `share`, which encodes rows, is.
 
     ValueError for a missing file, a bad row, a tokenizer that is not the model's, or sizes that do not divide.
     """
     shape = _compute_batch_shape(config, dp_size, dp_rank)
-    train_split, valid_split = load_splits(config)
+    train_split, valid_split = load_splits(config, share)
     train = Loader(train_split.examples, shape, seed=config.loop.seed)
     valid = None if valid_split is None else Loader(valid_split.examples, shape, seed=config.loop.seed)
     return Loaders(train=train, valid=valid, report=_describe(train, train_split, valid_split))

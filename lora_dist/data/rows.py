@@ -62,6 +62,10 @@ class BadRows:
         if num_lines > 1:
             self.counts[f"further lines of {reason}"] += num_lines - 1
 
+    def copy_empty(self) -> "BadRows":
+        """For other rows of the same file."""
+        return BadRows(self.path, "skip" if self.skip else "error", remedy=self.remedy)
+
     def describe(self) -> str:
         """The counts in words; empty where there are none."""
         return ", ".join(f"{count} x {reason}" for reason, count in sorted(self.counts.items()))

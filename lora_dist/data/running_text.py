@@ -47,7 +47,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: PreTrainedTokeniz
     start, end = find_start_tokens(tokenizer), [int(tokenizer.eos_token_id)]
     rows = []
     for one in tokenize_texts([document.text for document in documents], tokenizer, "documents"):
-        tokens = [*start, *one, *end]
+        tokens = np.array([*start, *one, *end], dtype=np.int32)
         rows += [tokens[first : first + seq_len + 1] for first in range(0, len(tokens) - 1, seq_len)]
     return join_examples(rows, [np.arange(len(row)) > 0 for row in rows])
 
