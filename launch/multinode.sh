@@ -31,7 +31,7 @@ run_through_shells() {
     trap 'rm -rf "$SETTINGS"' EXIT
     trap 'kill -TERM $(jobs -p) 2>/dev/null || exit 143' HUP INT TERM
     write_settings
-    DS_ENV_FILE="$SETTINGS/exports" "${DEEPSPEED[@]}" "${words[@]}" &
+    DS_ENV_FILE="$SETTINGS/exports" "${DEEPSPEED[@]}" "${JOB[@]}" "${words[@]}" &
     while :; do # a signal ends a wait, not DeepSpeed, which first ends its processes
         code=0
         wait "$!" || code=$?
@@ -78,10 +78,13 @@ if [ $# -eq 0 ] || ! command -v lora-dist >/dev/null; then
     exit 2
 fi
 if [ -n "${HOSTFILE:-}" ]; then
-    DEEPSPEED=(deepspeed --hostfile "$HOSTFILE" --no_local_rank --module lora_dist.cli.main)
-    # DeepSpeed starts the processes of one node itself, those of several through pdsh and the nodes' shells.
-    [ "$(count_nodes)" -le 1 ] || run_through_shells "$@"
-    exec "${DEEPSPEED[@]}" "$@"
+    DEEPSPEED=(deepspeed --hostfile "$HOSTFILE" --no_local_rank)
+    JOB=(--module lora_dist.cli.main)
+    # DeepSpeed starts the processes of one node here and itself, those of several through pdsh and the nodes' shells.
+    if [ "$(count_nodes)" -gt 1 ]; then
+        run_through_shells "$@"
+    fi
+    exec "${DEEPSPEED[@]}" --no_ssh_check --master_addr 127.0.0.1 "${JOB[@]}" "$@"
 fi
 exec torchrun --nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --rdzv-backend c10d \
     --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" --rdzv-id "${JOB_ID:-lora_dist}" \

@@ -69,14 +69,16 @@ WORDS = [
 ]
 
 
-def run_multinode(directory: Path, hosts: int, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+def run_multinode(
+    directory: Path, hosts: int, *words: str, ssh: str = STAND_INS["ssh"], **environ: str
+) -> subprocess.CompletedProcess[str]:
     """The script in a checkout of its own, of which the only part is launch/; what it starts are stand-ins."""
     if not (directory / "launch").exists():
         shutil.copytree(ROOT / "launch", directory / "launch")
     (directory / "hosts.txt").write_text("# comment\n\n" + "".join(f"node{host} slots=1\n" for host in range(hosts)))
     stand_ins = directory / "bin"
     stand_ins.mkdir(exist_ok=True)
-    for name, text in STAND_INS.items():
+    for name, text in (STAND_INS | {"ssh": ssh}).items():
         (stand_ins / name).write_text(f"#!/bin/bash\n{text}")
         (stand_ins / name).chmod(0o755)
     path = f"{stand_ins}:{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -124,6 +126,19 @@ def test_a_hostfile_of_one_node_has_no_shell_in_the_way(tmp_path: Path) -> None:
     write_deepspeed(tmp_path, """printf '%s\\0' "$@" >words""")
     assert run_multinode(tmp_path, 1, *WORDS).returncode == 0
     assert (tmp_path / "words").read_text().split("\0")[-len(WORDS) - 1 : -1] == WORDS
+
+
+def test_a_hostfile_of_one_node_needs_no_ssh(tmp_path: Path) -> None:
+    """DeepSpeed's own launcher, which starts its processes here, whatever the node is called."""
+    (tmp_path / "lora_dist" / "cli").mkdir(parents=True)
+    for name in ("lora_dist/__init__.py", "lora_dist/cli/__init__.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "lora_dist" / "cli" / "main.py").write_text(
+        "import os, sys\nopen('words', 'w').write(' '.join([os.environ['MASTER_ADDR'], *sys.argv[1:]]))"
+    )
+    done = run_multinode(tmp_path, 1, "train", "run_dir=/x", PYTHONPATH=str(tmp_path), ssh="exit 1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "words").read_text() == "127.0.0.1 train run_dir=/x"
 
 
 def test_a_stop_reaches_deepspeed_and_leaves_no_settings(tmp_path: Path) -> None:
