@@ -46,6 +46,9 @@ class ClassifyConfig:
     """Part of `train`, where it holds several (clinc150)."""
     on_bad_row: str = "error"
     """Of `train`: error stops at the first bad row and names it; skip leaves bad rows out and counts them."""
+    predict: str | None = None
+    """File to be answered as well, in the format of task.references; labels in it, if any, are not looked at. The
+    answers go to predictions-TASK.jsonl, and GLUE's also to predictions-TASK.tsv in the form that GLUE takes."""
     adapter: str | None = None
     """What training starts from, or what is scored: a run of this verb, a directory that PEFT loads, or a state dict
     of loralib, whose scaling lora.alpha and lora.rank say."""

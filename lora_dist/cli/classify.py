@@ -13,7 +13,8 @@ CONFIG = ClassifyConfig
 
 def check(config: ClassifyConfig) -> None:
     """ValueError where a file is missing, or where nothing can be written."""
-    for key, path in (("train", config.train), ("task.references", config.task.references)):
+    files = {"train": config.train, "task.references": config.task.references, "predict": config.predict}
+    for key, path in files.items():
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{key}={path} is no file; give the path of one")
     if config.adapter is not None and not Path(config.adapter).exists():

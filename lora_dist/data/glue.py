@@ -59,11 +59,11 @@ def read_glue(name: str, text: str, bad: BadRows, *, labelled: bool = True) -> I
     return _read(name, text, bad, join, labelled=labelled)
 
 
-def read_sentences(name: str, text: str, bad: BadRows) -> Iterator[Pair]:
+def read_sentences(name: str, text: str, bad: BadRows, *, labelled: bool = True) -> Iterator[Pair]:
     """The same rows with the one or two sentences as they stand, as an encoder reads them; one of two may be empty, as
     in a few rows of QQP.
     """
-    return _read(name, text, bad, lambda parts: SENTENCE_END.join(parts.values()), labelled=True)
+    return _read(name, text, bad, lambda parts: SENTENCE_END.join(parts.values()), labelled=labelled)
 
 
 def _read(

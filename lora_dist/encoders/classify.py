@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from lora_dist.classify_config import ClassifyConfig
+from lora_dist.data.glue import TASKS
 from lora_dist.encoders.engine import compute_losses
 from lora_dist.encoders.job import Job, keep_best, load_data, open_job, read_best, resume, save, write
 from lora_dist.encoders.model import read_family
@@ -100,7 +102,7 @@ def train(job: Job, memory: PeakMemoryMeter, given: ClassifyConfig) -> dict[str,
 
 def validate(job: Job) -> Validation:
     """The mean loss a row, and the task's scores; every process calls it."""
-    outputs, texts = job.answer()
+    outputs, texts = job.answer(job.data.scored)
     labels_B = torch.tensor([example.label for example in job.data.scored])
     loss = compute_losses(outputs, labels_B).double().mean().item()
     scores = _list_scores(score(job.config.task, texts, job.data.items))
@@ -110,9 +112,12 @@ def validate(job: Job) -> Validation:
 def score_job(job: Job, summary: dict[str, Any]) -> None:
     """Predictions as JSON lines that `lora-dist evaluate predictions=FILE` takes, their scores, and summary.json."""
     config, items = job.config, job.data.items
-    _, texts = job.answer()
+    _, texts = job.answer(job.data.scored)
+    predictions = job.answer(job.data.asked)[1] if job.data.asked else []
     if job.topology.global_rank != 0:
         return
+    if predictions:
+        _write_predictions(job, predictions)
     path = Path(config.run_dir) / f"classify-{config.task.name}.jsonl"
     write_lines(path, ({"context": item.context, "text": text} for item, text in zip(items, texts, strict=True)))
     scores = score(config.task, texts, items)
@@ -122,6 +127,18 @@ def score_job(job: Job, summary: dict[str, Any]) -> None:
         print(f"best validation: {shown}; in {name_trained(config, best=True)}", flush=True)
     summary = {"method": config.method, **summary, "data": job.data.describe(), "scores": _list_scores(scores)}
     write_text(path.parent / "summary.json", format_json(summary))
+
+
+def _write_predictions(job: Job, predictions: Sequence[str]) -> None:
+    """Of config.predict; GLUE's also as its server takes them: a row's number, and the label in its files' terms."""
+    task = job.config.task
+    path = Path(job.config.run_dir) / f"predictions-{task.name}.jsonl"
+    answered = zip(job.data.contexts, predictions, strict=True)
+    write_lines(path, ({"context": context, "text": text} for context, text in answered))
+    if task.format.startswith("glue_"):
+        own = {word: label for label, word in TASKS[task.format.removeprefix("glue_")].words.items()}
+        rows = [f"{row}\t{own.get(text, text)}\n" for row, text in enumerate(predictions)]
+        write_text(path.with_suffix(".tsv"), "".join(["index\tprediction\n", *rows]))
 
 
 def _list_scores(scores: Scores) -> dict[str, float | None]:

@@ -1,14 +1,16 @@
 """A classification file as an encoder reads it: one or two sentences tokenised as a pair, and the label's number."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_dist.classify_config import EncoderConfig
+from lora_dist.data.contexts import read_contexts
 from lora_dist.data.glue import SENTENCE_END, TASKS, read_sentences
 from lora_dist.data.readers import read_pairs
-from lora_dist.data.rows import BadRows, Pair, read_file
+from lora_dist.data.rows import BadRows, Pair, decode, read_file
 from lora_dist.task_config import TaskConfig
 from lora_dist.tasks.items import name_fields, read_number
 
@@ -48,14 +50,28 @@ def load_pairs(key: str, task: TaskConfig, split: str | None, bad: BadRows) -> l
     """Every good row of the file `bad.path`; GLUE's with its sentences apart. ValueError where there is none."""
     content = read_file(key, bad.path)
     if task.format.startswith(_GLUE):
-        text = content.decode("utf-8-sig", errors="surrogateescape")
-        pairs = list(read_sentences(task.format.removeprefix(_GLUE), text, bad))
+        pairs = list(read_sentences(task.format.removeprefix(_GLUE), decode(content), bad))
     else:
         pairs = list(read_pairs(content, task.format, bad, split=split, fields=name_fields(task)))
     if not pairs:
         found = bad.describe() or "it is empty"
         raise ValueError(f"{key}={bad.path}: no row is usable as {task.format} ({found}); give a file that has some")
     return pairs
+
+
+def load_unlabelled(key: str, path: str, task: TaskConfig) -> tuple[list[str], list[Pair]]:
+    """Every row of the file without its label, which it need not have: as tasks write contexts, and as `load_pairs`.
+
+    ValueError `file:line: ...` at the first bad row, and where there is none.
+    """
+    content = read_file(key, path)
+    contexts = [
+        one.text for one in read_contexts(content, task.format, path, split=task.split, fields=name_fields(task))
+    ]
+    if not task.format.startswith(_GLUE):
+        return contexts, [Pair(row, context, "") for row, context in enumerate(contexts, 1)]
+    bad = BadRows(path, "error", remedy="correct the row")
+    return contexts, list(read_sentences(task.format.removeprefix(_GLUE), decode(content), bad, labelled=False))
 
 
 def has_two_sentences(task: TaskConfig) -> bool:
@@ -91,10 +107,15 @@ def encode_examples(
     labels: Labels,
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
+    *,
+    labelled: bool = True,
 ) -> list[Example]:
-    """Of `load_pairs`' rows. ValueError with file and line for a label that is none of `labels`, or no number."""
-    for pair in pairs:
-        _check_label(f"{key}={path}:{pair.line}", pair.target, labels)
+    """Of `load_pairs`' rows. ValueError with file and line for a label that is none of `labels`, or no number, unless
+    the rows have none.
+    """
+    if labelled:
+        for pair in pairs:
+            _check_label(f"{key}={path}:{pair.line}", pair.target, labels)
     sentences = [pair.context for pair in pairs]
     seconds = None
     if has_two_sentences(task):
@@ -105,7 +126,7 @@ def encode_examples(
     return [
         Example(
             inputs={name: rows[row] for name, rows in encoded.items()},
-            label=labels.encode(pair.target),
+            label=labels.encode(pair.target) if labelled else math.nan,
             is_cut=row in cut,
         )
         for row, pair in enumerate(pairs)

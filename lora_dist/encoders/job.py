@@ -24,6 +24,7 @@ from lora_dist.encoders.examples import (
     encode_examples,
     find_label_words,
     load_pairs,
+    load_unlabelled,
     open_tokenizer,
 )
 from lora_dist.encoders.model import Encoder, open_encoder
@@ -40,13 +41,17 @@ from lora_dist.zero.engine import build_zero_engine
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """Both files as examples."""
+    """The files as examples."""
 
     train: list[Example]
     """Empty where nothing trains."""
     scored: list[Example]
     items: list[Item]
     """What `scored` should be answered."""
+    asked: list[Example]
+    """Of config.predict, without labels; empty where that is not set."""
+    contexts: list[str]
+    """What `asked` is about."""
     labels: Labels
     tokenizer: PreTrainedTokenizerBase
     train_sha256: str
@@ -56,9 +61,10 @@ class Data:
 
     def describe(self) -> dict[str, Any]:
         """What was read, for summary.json."""
+        files = {"train": self.train, "references": self.scored} | ({"predict": self.asked} if self.asked else {})
         counts: dict[str, Any] = {
             name: {"num_rows": len(examples), "num_cut": sum(example.is_cut for example in examples)}
-            for name, examples in (("train", self.train), ("references", self.scored))
+            for name, examples in files.items()
         }
         counts["train"]["skipped_rows"] = dict(sorted(self.skipped.counts.items()))
         return counts
@@ -112,9 +118,9 @@ class Job:
             seed=loop.seed,
         )
 
-    def answer(self) -> tuple[torch.Tensor, list[str]]:
-        """The head's outputs [rows, labels] for all of task.references, and what they say; every process calls it."""
-        outputs = torch.stack(self.engine.predict(self.loader(self.data.scored).validation_batches()))
+    def answer(self, examples: Sequence[Example]) -> tuple[torch.Tensor, list[str]]:
+        """The head's outputs [rows, labels], and what they say; every process calls it."""
+        outputs = torch.stack(self.engine.predict(self.loader(examples).validation_batches()))
         words = self.data.labels.words
         return outputs, [words[int(row.argmax())] if words else f"{row.item():.4f}" for row in outputs]
 
@@ -128,10 +134,13 @@ def load_data(config: ClassifyConfig) -> Data:
     training = [] if config.train is None else load_pairs("train", task, config.train_split, bad)
     labels = _find_labels(config, training, scored)
     encode = partial(encode_examples, task=task, labels=labels, tokenizer=tokenizer, seq_len=seq_len)
+    contexts, asked = load_unlabelled("predict", config.predict, task) if config.predict else ([], [])
     return Data(
         train=encode("train", config.train, training) if config.train else [],
         scored=encode("task.references", task.references, scored),
         items=load_items(task),
+        asked=encode("predict", config.predict, asked, labelled=False) if config.predict else [],
+        contexts=contexts,
         labels=labels,
         tokenizer=tokenizer,
         train_sha256=_hash_pairs(training),

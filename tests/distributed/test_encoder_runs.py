@@ -86,9 +86,23 @@ def test_a_run_trains_resumes_and_is_scored(tmp_path: Path, capfd: pytest.Captur
     assert run_distributed(call, 1, words) == [2]
     assert "is an encoder's; lora-dist classify adapter=" in capfd.readouterr().err
 
-    scored = describe_command(tmp_path, "scored", f"adapter={tmp_path / 'whole'}")
-    assert run_distributed(call, 1, scored) == [0]
-    assert json.loads((tmp_path / "scored" / "summary.json").read_text())["scores"] == summary["scores"]
+    dev = [line.split("\t") for line in (tmp_path / "dev.tsv").read_text().splitlines()[1:]]
+    test = "".join(f"{row}\t{sentence}\n" for row, (sentence, _) in enumerate(dev[:5]))
+    (tmp_path / "test.tsv").write_text(f"index\tsentence\n{test}")
+    scored = describe_command(
+        tmp_path, "scored", f"adapter={tmp_path / 'whole'}", f"predict={tmp_path / 'test.tsv'}", "topology=dp2"
+    )
+    assert run_distributed(call, 2, scored) == [0, 0]
+    again = json.loads((tmp_path / "scored" / "summary.json").read_text())
+    assert again["scores"] == summary["scores"]
+    assert again["data"]["predict"] == {"num_rows": 5, "num_cut": 0}
+    tsv = (tmp_path / "scored" / "predictions-glue_sst2.tsv").read_text().splitlines()
+    assert tsv == ["index\tprediction", *(f"{row}\t{label}" for row, (_, label) in enumerate(dev[:5]))]
+    lines = [
+        (tmp_path / "scored" / f"{name}-glue_sst2.jsonl").read_text().splitlines()
+        for name in ("predictions", "classify")
+    ]
+    assert lines[0] == lines[1][:5]
 
 
 def test_a_run_that_diverged_is_refused_and_failed(
@@ -148,8 +162,11 @@ def test_a_file_that_lacks_a_label_is_scored(tmp_path: Path, capfd: pytest.Captu
         assert run_distributed(call, 1, words) == [0]
     trained = (f"adapter={tmp_path / 'lora'}", f"encoder.checkpoint={tmp_path / 'full' / 'model'}")
     for method, given in zip(("lora", "full"), trained, strict=True):
-        words = [*task, f"task.references={tmp_path / 'few.csv'}", given]
+        words = [*task, f"task.references={tmp_path / 'few.csv'}", given, f"predict={tmp_path / 'other.csv'}"]
         assert run_distributed(call, 1, describe_command(tmp_path, f"{method}-few", *words)) == [0]
+        answered = (tmp_path / f"{method}-few" / "predictions-banking77.jsonl").read_text()  # its label is not known
+        expected = read_outputs(tmp_path / method)["it was good"]
+        assert json.loads(answered) == {"context": "it was good", "text": expected}
         said, again = (read_outputs(tmp_path / run) for run in (method, f"{method}-few"))
         assert again == {context: said[context] for context in ("it was bad", "it was fine")}
         words = [*task, f"task.references={tmp_path / 'other.csv'}", given]

@@ -103,7 +103,9 @@ def test_numbers_are_no_classes_whatever_the_file(tmp_path: Path) -> None:
 
 def test_a_file_of_several_splits_needs_one(tmp_path: Path) -> None:
     task = TaskConfig(name="clinc150", format="clinc150", metric="accuracy", references="f", split="test")
-    with pytest.raises(ValueError, match=r"^train_split is not set, and a clinc150 .* e.g. train_split=train$"):
+    with pytest.raises(
+        ValueError, match=r"^train_split is not set, and a file in format clinc150 .* e.g. train_split=train$"
+    ):
         build_config(tmp_path, "roberta", task=task)
 
 
