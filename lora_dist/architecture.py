@@ -19,6 +19,8 @@ class Architecture:
     """Each head's queries and keys are normalised before they are turned."""
     optional_qk_norm: bool = False
     """A model may have that or not, whatever is usual."""
+    whole_qk_norm: bool = False
+    """Instead the queries of all heads are normalised together, and so are the keys."""
     unit_norms: bool = False
     """Norms multiply by one more than their weight."""
     output_norms: bool = False
@@ -82,6 +84,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_expert=True,
         sigmoid_router=True,
     ),
+    "minimax_m2": replace(_LLAMA, whole_qk_norm=True, partial_rotary=True, experts=True, sigmoid_router=True),
     "deepseek_v3": replace(
         _LLAMA, grouped_query=False, latent_attention=True, experts=True, shared_expert=True, sigmoid_router=True
     ),

@@ -74,6 +74,10 @@ def compute_layer_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int,
     if model.has_qk_norm:
         for name in ("q_layernorm", "k_layernorm"):
             shapes |= _norm(f"self_attention.{name}", model.head_dim, model)
+    if kind.whole_qk_norm:
+        shapes |= _norm("self_attention.layernorm_q", q, model) | _norm(
+            "self_attention.layernorm_k", model.kv_size, model
+        )
     latents = {"q_latent_layernorm": model.query_latent_size, "kv_latent_layernorm": model.kv_latent_size}
     for name, latent_size in latents.items():
         shapes |= {} if latent_size is None else _norm(f"self_attention.{name}", latent_size, model)

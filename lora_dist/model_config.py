@@ -14,8 +14,8 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, glm4_moe, deepseek_v3, gpt_oss, phi3,
-    gemma3_text, opt or gpt_neox: what its layers consist of."""
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, glm4_moe, minimax_m2, deepseek_v3,
+    gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -46,7 +46,7 @@ class ModelConfig:
     """Queries and keys are normalised head by head, where a family has models with and without: glm4_moe; null means
     as the family usually does."""
     num_experts: int | None = None
-    """Experts of a layer, of mixtral, qwen3_moe, glm4_moe, deepseek_v3 and gpt_oss."""
+    """Experts of a layer, of mixtral, qwen3_moe, glm4_moe, minimax_m2, deepseek_v3 and gpt_oss."""
     experts_per_token: int | None = None
     """Of them those that the router picks for each token."""
     normalize_expert_weights: bool = True

@@ -11,7 +11,7 @@ _EMBEDDING, _HEAD, _FINAL_NORM = "embedding.word_embeddings", "output_layer", "d
 _POSITIONS = "embedding.position_embeddings"
 _INPUT_NORM, _MLP_NORM = "decoder.layers.*.input_layernorm", "decoder.layers.*.pre_mlp_layernorm"
 _Q_NORM, _K_NORM = "decoder.layers.*.self_attention.q_layernorm", "decoder.layers.*.self_attention.k_layernorm"
-
+_WHOLE_Q_NORM, _WHOLE_K_NORM = (f"decoder.layers.*.self_attention.layernorm_{name}" for name in "qk")
 _Q_LATENT_NORM = "decoder.layers.*.self_attention.q_latent_layernorm"
 _KV_LATENT_NORM = "decoder.layers.*.self_attention.kv_latent_layernorm"
 
@@ -32,6 +32,7 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "gpt_oss", "phi3"), _LLAMA),
     **dict.fromkeys(("qwen3", "qwen3_moe", "glm4_moe"), _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)}),
+    "minimax_m2": _LLAMA | {"q_norm": (_WHOLE_Q_NORM,), "k_norm": (_WHOLE_K_NORM,)},
     "deepseek_v3": _LLAMA | {"q_a_layernorm": (_Q_LATENT_NORM,), "kv_a_layernorm": (_KV_LATENT_NORM,)},
     "gemma3_text": _LLAMA
     | {

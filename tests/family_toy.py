@@ -18,6 +18,8 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     MinistralConfig,
     MinistralForCausalLM,
     MistralConfig,
@@ -140,6 +142,27 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             tie_word_embeddings=True,
         )
     ),
+    "minimax_m2": lambda: MiniMaxM2ForCausalLM(
+        MiniMaxM2Config(
+            **_SIZES,
+            head_dim=8,
+            rotary_dim=4,
+            num_local_experts=6,
+            num_experts_per_tok=3,
+            rms_norm_eps=1e-3,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        )
+    ),
+    "minimax_m2_long": lambda: MiniMaxM2ForCausalLM(
+        MiniMaxM2Config(
+            **_SIZES | {"num_key_value_heads": 8},
+            head_dim=6,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            tie_word_embeddings=True,
+            rope_parameters=_YARN,
+        )
+    ),
     "deepseek_v3": lambda: DeepseekV3ForCausalLM(
         DeepseekV3Config(
             **_SIZES | _LATENT,
@@ -230,8 +253,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 """Name -> a model of that family; where there are two, they differ in what a checkpoint may choose."""
 _SECOND = (
-    *("llama_tied", "mistral_listed", "qwen2_windows", "qwen3_moe_shares", "glm4_moe_flat", "deepseek_v3_direct"),
-    *("gpt_oss_listed", "phi3_long", "gpt_neox_serial"),
+    *("llama_tied", "mistral_listed", "qwen2_windows", "qwen3_moe_shares", "glm4_moe_flat", "minimax_m2_long"),
+    *("deepseek_v3_direct", "gpt_oss_listed", "phi3_long", "gpt_neox_serial"),
 )
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
 UNLIKE = ("llama", "gemma3_text", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")
@@ -260,10 +283,11 @@ def name_as_stored(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> d
     """What transformers holds in memory by the names of its files, where it stacks the experts of a layer."""
     if model.num_experts is None or model.family == "gpt_oss":  # whose files have them so too
         return dict(tensors)
-    gate, up, down = ("w1", "w3", "w2") if model.family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    as_mixtral = model.family in ("mixtral", "minimax_m2")
+    gate, up, down = ("w1", "w3", "w2") if as_mixtral else ("gate_proj", "up_proj", "down_proj")
     stored = {}
     for name, tensor in tensors.items():
-        if model.family == "mixtral":
+        if as_mixtral:
             name = name.replace(".mlp.", ".block_sparse_moe.")
         place, _, kind = name.rpartition(".")
         if kind == "gate_up_proj":

@@ -13,6 +13,7 @@ from lora_dist.files.hf_gemma3 import GEMMA3_NAMES
 from lora_dist.files.hf_glm4_moe import GLM4_MOE_NAMES
 from lora_dist.files.hf_gpt_oss import GPT_OSS_NAMES
 from lora_dist.files.hf_llama import LLAMA_FAMILIES, LLAMA_NAMES
+from lora_dist.files.hf_minimax_m2 import MINIMAX_M2_NAMES
 from lora_dist.files.hf_neox import NEOX_NAMES
 from lora_dist.files.hf_opt import OPT_NAMES
 from lora_dist.files.hf_phi3 import PHI3_NAMES
@@ -31,6 +32,7 @@ FAMILY_NAMES: dict[str, dict[str, str]] = {
     "mixtral": MIXTRAL_NAMES.list_target_names(),
     "qwen3_moe": QWEN3_MOE_NAMES.list_target_names(),
     "glm4_moe": GLM4_MOE_NAMES.list_target_names(),
+    "minimax_m2": MINIMAX_M2_NAMES.list_target_names(),
     "deepseek_v3": DEEPSEEK_V3_NAMES.list_target_names(),
     "gpt_oss": GPT_OSS_NAMES.list_target_names(),
     "gemma3_text": GEMMA3_NAMES.list_target_names(),

@@ -36,7 +36,7 @@ _Settings = dict[str, tuple[object, tuple[object, ...]]]
 
 _METHODS: dict[str, _Settings] = {
     "fp8": {
-        "fmt": ("e4m3", ("e4m3", None)),
+        "fmt": ("e4m3", ("e4m3", "float8_e4m3fn", None)),
         "activation_scheme": ("dynamic", ("dynamic", "static")),
         "expert_dtype": ("fp8", ("fp8",)),
         "scale_fmt": ("float", ("float", "ue8m0")),

@@ -34,7 +34,11 @@ _SHARD_DIMS = {
     "linear_proj.weight": 1,
     "linear_fc2.weight": 1,
     "core_attention.sinks": 0,
+    "layernorm_q.weight": 0,
+    "layernorm_k.weight": 0,
 }
+_SHARED_ROWS = {".linear_qkv.": "fused", ".layernorm_k.": "k_proj"}
+"""Parts of the names of what ranks that share a key-value head have alike, and whose ranges those are."""
 _BLOCK_SIZE = 2**24
 """Elements drawn from one generator: one thread draws some 1e8 a second, and GPT-3 has 1.75e11."""
 _ON_SEQUENCE_SHARD = (
@@ -153,6 +157,7 @@ def open_value(one: TrainableParameter) -> Iterator[torch.Tensor]:
 def canonical_name(gpt: ShardedGpt, local_name: str) -> str:
     """Megatron's name with the layer's global index, the same at every pipeline size."""
     local_name = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", local_name)  # a bias that trains in fp32
+    local_name = re.sub(r"\.whole_norm\.([qk])_weight$", r".layernorm_\1.weight", local_name)  # one module for both
     return re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{int(m[1]) + gpt.first_layer}.", local_name)
 
 
@@ -165,13 +170,14 @@ def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableP
     topology = gpt.topology
     shard_dim = find_shard_dim(name)
     full_shape = list(find_shape(parameter))
-    tp_ranges = find_shared_ranges(gpt.model, topology.tp_size).get("fused") if ".linear_qkv." in name else None
+    shared_ranges = find_shared_ranges(gpt.model, topology.tp_size)
+    tp_ranges = next((shared_ranges.get(rows) for part, rows in _SHARED_ROWS.items() if part in name), None)
     is_of_experts = _is_of_experts(name, full_shape)
     if shard_dim is not None:
         shard_dim += is_of_experts
         full_shape[shard_dim] *= topology.tp_size
     if tp_ranges is not None:
-        full_shape[0] = gpt.model.query_size + 2 * gpt.model.kv_size
+        full_shape[0] = max(start + size for ranges in tp_ranges for start, size in ranges)
     is_embedding = name.endswith(("word_embeddings.weight", "output_layer.weight"))
     if is_embedding:
         full_shape[0] = gpt.true_vocab_size

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from lora_dist.architecture import Architecture
 from lora_dist.base_shapes import list_stage_layers
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
@@ -31,6 +32,7 @@ from lora_dist.mcore.latent_attention import LatentAttention
 from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, NormedLayer, ParallelLayer
 from lora_dist.mcore.norm import Norm, RmsNorm, UnitRmsNorm
 from lora_dist.mcore.rotary import NormedSelfAttention, Rotary, RotarySelfAttention
+from lora_dist.mcore.whole_norm import WholeNormedSelfAttention
 from lora_dist.topology import Topology
 
 _VOCAB_ROWS_MULTIPLE = 8
@@ -248,6 +250,12 @@ def _find_norm(model: ModelConfig) -> type[nn.Module]:
     return RmsNorm if model.architecture.rms_norm else Norm
 
 
+def _find_attention(architecture: Architecture) -> type[RotarySelfAttention]:
+    if architecture.whole_qk_norm:
+        return WholeNormedSelfAttention
+    return NormedSelfAttention if architecture.output_norms else RotarySelfAttention
+
+
 def _build_layer_spec(model: ModelConfig, number: int) -> ModuleSpec:
     spec, architecture = get_gpt_layer_local_spec(), model.architecture
     spec.module = Layer
@@ -269,7 +277,7 @@ def _build_layer_spec(model: ModelConfig, number: int) -> ModuleSpec:
     if architecture.latent_attention:
         layer.self_attention = ModuleSpec(module=LatentAttention)
     elif architecture.rotary:
-        layer.self_attention.module = NormedSelfAttention if architecture.output_norms else RotarySelfAttention
+        layer.self_attention.module = _find_attention(architecture)
     if model.has_qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     return spec

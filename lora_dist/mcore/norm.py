@@ -14,7 +14,7 @@ from lora_dist.fusion import Chain
 
 _MIN_RATIO_LIMIT = 4.0
 _MAX_ERROR = 1e-5
-_MIN_NORMALS = 16.0
+MIN_NORMALS = 16.0
 """Smallest weight of an RMS norm that is divided by, in units of the dtype's smallest normal number."""
 
 
@@ -101,7 +101,7 @@ class RmsNorm(nn.Module):
     def _is_invertible(self) -> bool:
         """Whether no factor is so small that the output has lost the input; asked once, since weights are frozen."""
         if self._invertible is None:
-            bad_H = self.compute_factor().abs() < _MIN_NORMALS * torch.finfo(self.weight.dtype).smallest_normal
+            bad_H = self.compute_factor().abs() < MIN_NORMALS * torch.finfo(self.weight.dtype).smallest_normal
             self._invertible = bad_H.sum().item() == 0
         return self._invertible
 
@@ -114,7 +114,7 @@ class UnitRmsNorm(RmsNorm):
         nn.init.zeros_(self.weight)
 
     def compute_factor(self) -> torch.Tensor:
-        return 1 + _upcast(self.weight)
+        return 1 + upcast(self.weight)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -137,7 +137,7 @@ class _RmsNorm(torch.autograd.Function):
 @Chain
 def _divide_by_rms(x_NH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and what it was multiplied by [N, 1]."""
-    exact_NH = _upcast(x_NH)
+    exact_NH = upcast(x_NH)
     rstd_N1 = exact_NH.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (exact_NH * rstd_N1).mul_(weight_H).to(x_NH.dtype), rstd_N1
 
@@ -152,16 +152,17 @@ def _compute_rms_grads(
     needed: tuple[bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Of the input and of the weight, those that are needed; `kept_NH` is the output or the input."""
-    normalised_NH = _upcast(kept_NH) / _upcast(weight_H) if from_output else _upcast(kept_NH) * rstd_N1
+    normalised_NH = upcast(kept_NH) / upcast(weight_H) if from_output else upcast(kept_NH) * rstd_N1
     dx_NH = dweight_H = None
     if needed[1]:
-        dweight_H = (_upcast(dy_NH) * normalised_NH).flatten(0, -2).sum(0).to(weight_H.dtype)
+        dweight_H = (upcast(dy_NH) * normalised_NH).flatten(0, -2).sum(0).to(weight_H.dtype)
     if needed[0]:
-        scaled_NH = _upcast(dy_NH) * weight_H
+        scaled_NH = upcast(dy_NH) * weight_H
         share_N1 = (scaled_NH * normalised_NH).mean(-1, keepdim=True)
         dx_NH = scaled_NH.sub_(normalised_NH.mul_(share_N1)).mul_(rstd_N1).to(dy_NH.dtype)
     return dx_NH, dweight_H
 
 
-def _upcast(tensor: torch.Tensor) -> torch.Tensor:
+def upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """In fp32, or fp64 where it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -112,12 +112,12 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SBAD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x_SBAD, cos, sin)
+        return turn(x_SBAD, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dy_SBAD: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turn(dy_SBAD, cos, -sin), None, None
+        return turn(dy_SBAD, cos, -sin), None, None
 
 
 def _write_turned(x_SBAD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,8 @@ def _split(x_SBAD: torch.Tensor, cos: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return x_SBAD.split([num_frequencies, num_frequencies, x_SBAD.shape[-1] - 2 * num_frequencies], dim=-1)
 
 
-_turn = Chain(_write_turned, compiled=_join_turned)
+turn = Chain(_write_turned, compiled=_join_turned)
+"""`x_SBAD` by the angles of cosines and sines; not known to autograd, as `rotate` is."""
 
 
 class RotarySelfAttention(SelfAttention):
@@ -167,7 +168,12 @@ class RotarySelfAttention(SelfAttention):
         query, key, value = super().get_query_key_value_tensors(*args, **options)
         assert self._angles is not None
         # The value's own copy: a view would keep the whole fused projection for backward.
-        return rotate(query, self._angles), rotate(key, self._angles), value.contiguous()
+        return *self._turn(query, key, self._angles), value.contiguous()
+
+    def _turn(
+        self, query_SBAD: torch.Tensor, key_SBAD: torch.Tensor, angles: Angles
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotate(query_SBAD, angles), rotate(key_SBAD, angles)
 
 
 class NormedSelfAttention(RotarySelfAttention):

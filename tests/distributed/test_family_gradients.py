@@ -71,6 +71,16 @@ MODELS = {
         tied_output=True,
     ),
     "glm4_moe": build_toy("glm4_moe", num_kv_heads=4, rotary_fraction=0.5, qk_norm=True, **PICKED),
+    "minimax_m2": build_toy(
+        "minimax_m2",
+        num_kv_heads=4,
+        head_size=6,
+        rotary_fraction=1 / 3,
+        ffn_hidden_size=12,
+        num_experts=6,
+        experts_per_token=3,
+        tied_output=False,
+    ),
     "deepseek_v3": build_toy("deepseek_v3", query_latent_size=20, rope_interleaved=True, **LATENT, **PICKED),
     "deepseek_v3_direct": build_toy("deepseek_v3", **LATENT, **PICKED),
     "gpt_oss": build_toy(
@@ -111,7 +121,11 @@ _CASES = [
     ("qwen2", "full", TOPOLOGIES[1:4:2]),
     *(("gemma3_text", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
     *((name, method, TOPOLOGIES[1:4:2]) for name in ("mixtral", "qwen3_moe") for method in ("lora", "full")),
-    *((name, method, TOPOLOGIES) for name in ("glm4_moe", "deepseek_v3", "gpt_oss") for method in ("lora", "full")),
+    *(
+        (name, method, TOPOLOGIES)
+        for name in ("glm4_moe", "minimax_m2", "deepseek_v3", "gpt_oss")
+        for method in ("lora", "full")
+    ),
     *(("deepseek_v3_direct", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
