@@ -26,7 +26,7 @@ from lora_dist.mcore.generate import generate_rows
 from lora_dist.mcore.hf_weights import load_hf_checkpoint
 from lora_dist.mcore.live import LiveMerge, attach_adapters, attach_alone, load_shards
 
-FAMILIES = ("mixtral", "qwen3_moe", "glm4_moe", "gpt_oss")
+FAMILIES = ("mixtral", "qwen3_moe", "glm4_moe", "minimax_m2", "gpt_oss")
 PARAMETERS = (
     ["mlp.experts.gate_up_proj"],
     ["experts.down_proj"],

@@ -115,6 +115,7 @@ TARGETS = {
     "mixtral": ["v_proj", "q_proj", "o_proj"],
     "qwen3_moe": ["k_proj", "o_proj"],
     "glm4_moe": ["k_proj", "v_proj"],
+    "minimax_m2": ["q_proj", "k_proj", "o_proj"],
     "deepseek_v3": ["kv_a_proj_with_mqa", "q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"],
     "opt": ["v_proj", "q_proj", "fc1"],
     "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"],
@@ -159,7 +160,7 @@ def call(words: list[str]) -> int:
     return main(words)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "glm4_moe", "minimax_m2", "deepseek_v3"])
 def test_the_verbs_merge_and_export(name: str, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = write_family_checkpoint(name, base)

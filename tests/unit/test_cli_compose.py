@@ -133,6 +133,7 @@ HF_NAMES = [
     "qwen3_235b_a22b",
     "glm4_5",
     "glm4_5_air",
+    "minimax_m2",
     "gpt_oss_20b",
     "gpt_oss_120b",
     "phi4",

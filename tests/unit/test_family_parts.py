@@ -59,7 +59,7 @@ def test_every_target_is_a_linear_of_transformers(name: str, tmp_path: Path) -> 
     assert list(names) == [target for target in CANONICAL_TARGETS if target in found]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "minimax_m2", "deepseek_v3", "gpt_oss"])
 def test_every_target_of_experts_is_in_a_parameter_of_transformers(name: str, tmp_path: Path) -> None:
     model, theirs = write_family_checkpoint(name, tmp_path), build_family_model(name)
     for parameter, targets in PEFT_TARGETS.items():
@@ -213,6 +213,8 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "shared_ffn_size": 8}),
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "expert_weight_scale": 2.0}),
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "qk_norm": True}),
+            ("minimax_m2", {"num_experts": 2, "experts_per_token": 1}),
+            ("minimax_m2", {"num_experts": 2, "experts_per_token": 1, "rotary_fraction": 0.5}),
             ("deepseek_v3", {**latent}),
             ("deepseek_v3", {**latent, "kv_latent_size": 4}),
             ("deepseek_v3", {**latent, "query_latent_size": 4}),
@@ -226,7 +228,9 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
     assert len({compute_base_fingerprint(model, 0) for model in models}) == len(models)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long", "minimax_m2_long", "deepseek_v3", "gpt_oss"]
+)
 def test_angles_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
     theirs = LlamaRotaryEmbedding(build_family_model(name).config)
