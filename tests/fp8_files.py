@@ -112,6 +112,15 @@ LAYOUTS = {
         block=(None, None),
         tensor_shape=(),
     ),
+    "minimax": Layout(
+        settings={
+            **{"quant_method": "fp8", "fmt": "float8_e4m3fn", "activation_scheme": "dynamic"},
+            **{"weight_block_size": [9, 7]},
+            "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+        },
+        block=(9, 7),
+        suffix="_scale_inv",
+    ),
     "mistral": Layout(
         settings={
             **{"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False},

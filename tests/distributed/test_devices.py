@@ -44,6 +44,10 @@ ADAPTED = {
         *("model.query_latent_size=16", "model.kv_latent_size=8", "model.rope_head_size=4", "model.value_head_size=8"),
         *("model.shared_ffn_size=16", "model.tied_output=false", "lora.target_modules=[all]"),
     ],
+    "whole norms": [
+        *("topology=tp2_sp", "model.family=minimax_m2", "model.num_experts=4", "model.experts_per_token=2"),
+        *("model.rotary_fraction=0.5", "model.tied_output=false", "lora.target_modules=[all,gate_proj]"),
+    ],
     "sinks": [
         *("topology=tp2_sp", "model.family=gpt_oss", "model.num_experts=4", "model.experts_per_token=2"),
         *("model.swiglu_alpha=1.7", "model.swiglu_limit=7", "model.sliding_window=5", "model.tied_output=false"),

@@ -44,6 +44,7 @@ CASES = [
     ("llama", {"tp_size": 2}, "compressed_tensor"),
     ("qwen3_moe", EVERY_SPLIT, "int4_and_fp8"),
     ("qwen2", {"tp_size": 2}, "mistral"),
+    ("minimax_m2", EVERY_SPLIT, "minimax"),
     *exhaustive(
         ("glm4_moe", EVERY_SPLIT, "compressed_row"),
         ("qwen3_moe", {"tp_size": 2}, "compressed_block"),

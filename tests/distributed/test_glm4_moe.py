@@ -1,4 +1,4 @@
-"""GLM-4.5's and DeepSeek-V3's files: offsets in fp32 among bf16 weights, and layers that predict further tokens."""
+"""Files of GLM-4.5, DeepSeek-V3 and MiniMax-M2: offsets in fp32 among bf16 weights, layers that predict further tokens."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.files.hf_checkpoint import check_hf_checkpoint, read_dtype
+from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.experts import ExpertMlp
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
 
 EXTRA = "model.layers.4.eh_proj.weight"
-OFFSETS = [f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2, 3)]
+OFFSETS = "e_score_correction_bias"
+FURTHER = {"minimax_m2": {"use_mtp": True, "num_mtp_modules": 1}}
+"""What config.json says of them, where that is not num_nextn_predict_layers."""
 
 
 def write_published(directory: Path, name: str) -> ModelConfig:
@@ -25,12 +28,15 @@ def write_published(directory: Path, name: str) -> ModelConfig:
     write_family_checkpoint(name, directory)
     path = directory / "model.safetensors"
     tensors = {
-        name: tensor if name in OFFSETS else tensor.bfloat16().contiguous() for name, tensor in load_file(path).items()
+        key: tensor if key.endswith(OFFSETS) else tensor.bfloat16().contiguous()
+        for key, tensor in load_file(path).items()
     }
-    assert all(not torch.equal(tensors[name], tensors[name].bfloat16().float()) for name in OFFSETS)
+    offsets = [tensor for key, tensor in tensors.items() if key.endswith(OFFSETS)]
+    assert offsets
+    assert all(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in offsets)
     save_file({**tensors, EXTRA: torch.ones(4, 8, dtype=torch.bfloat16)}, path, {"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    (directory / "config.json").write_text(json.dumps(config | FURTHER.get(name, {"num_nextn_predict_layers": 1})))
     return read_family_config(directory)
 
 
@@ -40,7 +46,7 @@ def load_and_write(options: dict, source: Path, target: Path) -> None:
     write_hf_checkpoint(gpt, target, model=gpt.model, max_shard_bytes=20_000)
 
 
-@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["glm4_moe", "minimax_m2", "deepseek_v3"])
 def test_offsets_stay_exact_and_further_layers_are_left_out(name: str, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     model = write_published(source, name)
@@ -50,11 +56,11 @@ def test_offsets_stay_exact_and_further_layers_are_left_out(name: str, tmp_path:
     stored = load_file(source / "model.safetensors")
     written = {key: tensor for file in target.glob("*.safetensors") for key, tensor in load_file(file).items()}
     assert written.keys() == stored.keys() - {EXTRA}
-    assert all(written[name].dtype == torch.float32 for name in OFFSETS)
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in written.items())
+    assert all(tensor.dtype == torch.float32 for key, tensor in written.items() if key.endswith(OFFSETS))
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in written.items())
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in written.values())
-    assert json.loads((target / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert json.loads((target / "config.json").read_text()).items() >= HF_FAMILIES[name].without_extra.items()
     assert torch.equal(*(compute_family_logits(directory, draw_tokens()) for directory in (source, target)))
 
 

@@ -33,6 +33,10 @@ LATENT = [
     *("model.shared_ffn_size=64", "model.num_dense_layers=1", "model.dense_ffn_size=128"),
     "lora.target_modules=[all,gate_proj,up_proj,down_proj]",
 ]
+WHOLE = [
+    *("model.family=minimax_m2", "model.num_kv_heads=2", "model.rotary_fraction=0.5", "model.num_experts=4"),
+    *("model.experts_per_token=2", "model.tied_output=false", "lora.target_modules=[all,gate_proj,down_proj]"),
+]
 SINKS = [
     *("model.family=gpt_oss", "model.num_kv_heads=2", "model.sliding_window=9", "model.full_attention_layers=[1]"),
     *("model.num_experts=4", "model.experts_per_token=2", "model.swiglu_alpha=1.702", "model.swiglu_limit=7"),
@@ -66,6 +70,10 @@ CASES = {
     "experts-bf16": ([*EXPERTS, "dtype=bf16"], 2e-2),
     "latent": (LATENT, 1e-5),
     "latent-bf16": ([*LATENT, "dtype=bf16"], 2e-2),
+    "whole-norms": (WHOLE, 1e-5),
+    "whole-norms-compiled": ([*WHOLE, "compile=true"], 1e-5),
+    "whole-norms-bf16": ([*WHOLE, "dtype=bf16"], 2e-2),
+    "whole-norms-full": ([*WHOLE, "method=full", "optim.lr=1e-3"], 1e-5),
     "sinks": (SINKS, 1e-5),
     "sinks-compiled": ([*SINKS, "compile=true"], 1e-5),
     "sinks-bf16": ([*SINKS, "dtype=bf16"], 2e-2),

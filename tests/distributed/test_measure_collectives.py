@@ -186,6 +186,32 @@ def sum_bytes(collectives: list[Collective]) -> int:
     return sum(one.count * one.payload_bytes for one in collectives)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_norms_of_all_heads_are_one_small_one_each_way(sequence_parallel: bool, recompute: str) -> None:
+    """[2, S, B] in fp64, of queries and keys together; adapters add none."""
+    picked = {"num_experts": 3, "experts_per_token": 2, "num_kv_heads": 2}
+    whole, plain = (
+        Case(
+            model=replace(MODEL, family=family, **picked),
+            tp_size=2,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+        )
+        for family in ("minimax_m2", "mixtral")
+    )
+    attention = ["q_proj", "v_proj"]
+    without, base = (run_distributed(count_step, 2, case, attention, True)[0][0] for case in (plain, whole))
+    [added] = set(base) - set(without)
+    assert set(without) < set(base)
+    assert (added.op, added.group, added.in_layer, added.payload_bytes) == ("all_reduce", "tp", True, 2 * 16 * 2 * 8)
+    each_way = 3 if recompute == "full" else 2
+    assert added.count == each_way * MODEL.num_layers * NUM_MICROBATCHES
+    lora, after = run_distributed(count_step, 2, whole, SEVEN_TARGETS, True)[0]
+    assert count_by_kind(lora) == count_by_kind(base)
+    assert [(one.op, one.group, one.count) for one in after] == [("all_reduce", "tp", 1)]
+
+
 @pytest.mark.parametrize("sequence_parallel", few_of([False, True], True))
 def test_experts_communicate_what_a_dense_layer_does(sequence_parallel: bool) -> None:
     """Bytes too; and adapters on the experts add nothing to it but what is summed once a step."""

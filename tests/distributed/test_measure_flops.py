@@ -96,9 +96,10 @@ BOUNDED = {**EXPERTS, "head_size": 16, "swiglu_alpha": 1.702, "swiglu_limit": 7.
         *exhaustive(("mixtral", EXPERTS, TARGETS)),
         *exhaustive(("qwen3_moe", EXPERTS, TARGETS)),
         *exhaustive(("glm4_moe", SHARED, TARGETS + SHARED_TARGETS)),
+        *exhaustive(("minimax_m2", EXPERTS, TARGETS[:1])),
         ("gpt_oss", BOUNDED, TARGETS),
     ],
-    ids=["mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"],
+    ids=["mixtral", "qwen3_moe", "glm4_moe", "minimax_m2", "gpt_oss"],
 )
 @pytest.mark.parametrize("recompute", few_of(["none", "selective"], "selective"))
 def test_experts_share_the_tokens(family: str, sizes: dict, all_targets: tuple, recompute: str) -> None:

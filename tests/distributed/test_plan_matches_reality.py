@@ -64,6 +64,7 @@ SINKS = replace(
     EXPERTS, name="sinks", family="gpt_oss", sliding_window=48, full_attention_layers=[1, 3], swiglu_alpha=1.702,
     swiglu_limit=7.0,
 )  # fmt: skip
+WHOLE = replace(EXPERTS, name="whole", family="minimax_m2", head_size=48, rotary_fraction=0.5)
 HARDWARE = HardwareConfig(
     name="here", kind="cpu", memory_gib=16, reserved_gib=0.5, peak_tflops={"fp32": 0.09, "bf16": 0.02},
     achievable_fraction=0.8, memory_gb_s=12, memory_fraction=0.8, gpus_per_node=8, link_gb_s=1, network_gb_s=1,
@@ -226,6 +227,15 @@ CASES = {
         **{"model": replace(LATENT, base_format="nf4"), "topology": {"tp_size": 2}},
         "lora": LoraConfig(rank=4, target_modules=["q_a_proj", "kv_b_proj"]),
     },
+    "whole-lora-tp2-sp": {
+        **{"model": WHOLE, "lora": replace(EXPERT_LORA, modules_to_save=["k_norm"])},
+        **{"topology": {"tp_size": 2, "sequence_parallel": True}, "recompute": "full"},
+    },
+    "whole-lora-bf16-packed-tp4": {
+        **{"model": WHOLE, "topology": {"tp_size": 4}, "dtype": "bf16", "collate": "pack"},
+    },
+    "whole-full-tp2": {**FULL, "model": WHOLE, "topology": {"tp_size": 2}},
+    "whole-full-dp2-stage3": {**FULL, "model": WHOLE, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "sinks-lora-tp2-sp": {
         **{"model": SINKS, "lora": EXPERT_LORA, "topology": {"tp_size": 2, "sequence_parallel": True}},
     },
@@ -290,7 +300,7 @@ def is_close(planned: int, real: int) -> bool:
 ALWAYS = (
     *("lora-all-dropout-packed", "full-base-dropout", "lora-dp2-stage2"),
     *("full-dp2-stage3", "lora-nf4-double-tp2-sp-recompute", "gemma-lora-tp2-sp-packed", "latent-lora"),
-    *("sinks-lora-mxfp4-tp2", "adapter_h-pp2-recompute"),
+    *("sinks-lora-mxfp4-tp2", "whole-lora-bf16-packed-tp4", "adapter_h-pp2-recompute"),
 )
 
 

@@ -28,6 +28,7 @@ ADAPTERS = {
     "llama": LoraConfig(rank=3, target_modules=["k_proj", "gate_proj", "down_proj"], layers=["1"]),
     "latent": LoraConfig(rank=3, target_modules=["all"], dropout=0.2),
     "experts": LoraConfig(rank=3, target_modules=["q_proj", "gate_proj", "down_proj", "shared_up_proj"]),
+    "whole": LoraConfig(rank=3, target_modules=["k_proj", "o_proj", "gate_proj"]),
     "sinks": LoraConfig(rank=3, target_modules=["o_proj", "gate_proj", "down_proj"]),
 }
 FAMILIES = {
@@ -45,6 +46,10 @@ FAMILIES["latent"] = {
 FAMILIES["sinks"] = {
     **{"family": "gpt_oss", "num_kv_heads": 2, "num_experts": 3, "experts_per_token": 2, "tied_output": False},
     **{"ffn_hidden_size": 128, "swiglu_alpha": 1.702, "swiglu_limit": 0.2},
+}
+FAMILIES["whole"] = {
+    **{"family": "minimax_m2", "num_kv_heads": 2, "num_experts": 3, "experts_per_token": 2, "tied_output": False},
+    "ffn_hidden_size": 128,
 }
 FORMATS = ["nf4", "nf4_double", "fp8"]
 Trained = tuple[list[float], list[float], dict[str, torch.Tensor]]
@@ -128,8 +133,9 @@ GRID = [
     ("experts", EVERYTHING, 1),
     ("sinks", {"tp_size": 2}, 1),
     ("sinks", EVERYTHING, 1),
+    ("whole", EVERYTHING, 1),
 ]
-FEW = [case for case in GRID if case[1] == EVERYTHING] + [GRID[1], GRID[3], GRID[9]]
+FEW = [case for case in GRID[:-1] if case[1] == EVERYTHING] + [GRID[1], GRID[3], GRID[9]]
 
 
 @pytest.mark.parametrize(

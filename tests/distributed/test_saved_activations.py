@@ -104,6 +104,13 @@ def test_sinks_keep_no_scores(window: int | None) -> None:
     assert 1 + 2 + 1 + 1 + 2 * 8 <= units < 1 + 2 + 1 + 1 + 2 * 8 + 0.5
 
 
+def test_norms_of_all_heads_keep_one_number_a_token_each() -> None:
+    """Of a layer: what Mixtral's keeps, though its queries and keys are normalised."""
+    targets, sizes = ["q_proj", "v_proj"], {"num_kv_heads": 1, "num_experts": 4, "experts_per_token": 2}
+    units, plain = (measure_units_a_layer(targets, family=family, **sizes) for family in ("minimax_m2", "mixtral"))
+    assert units == pytest.approx(plain + 2 / H, abs=1e-9)
+
+
 @pytest.mark.parametrize("blocks", [True, False])
 def test_packing_keeps_nothing_more_in_a_layer(blocks: bool) -> None:
     """Block by block, and under one bias for all layers."""

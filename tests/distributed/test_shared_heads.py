@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,16 @@ from safetensors.torch import load_file
 from test_adapters_mixed import compare_mixed_with_alone
 from test_baselines import call, read_losses, run_training
 from test_family_gradients import TOLERANCE, build_toy, run_case
-from tiers import few_of
+from tiers import exhaustive, few_of
 from toy import SEVEN_TARGETS, Case
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lora_dist import gradients
 from lora_dist.analyse_job import cut_weight
@@ -40,17 +48,23 @@ METHODS = {
     "biases": {"lora": LoraConfig(rank=2, target_modules=["q", "k", "v"], bias="lora_only", modules_to_save=["norm"])},
     "full": {"method": "full"},
     "bitfit": {"method": "bitfit"},
+    "whole lora": {"lora": LoraConfig(rank=3, target_modules=["all"])},
+    "whole norms": {"lora": LoraConfig(rank=3, target_modules=["q", "k"], modules_to_save=["q_norm", "k_norm"])},
+    "whole full": {"method": "full"},
 }
+"""The whole ones of models whose keys are normalised over all heads, of which each counts once."""
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "ffn_hidden_size": 12}
 
 
-def build_model(num_kv_heads: int, family: str = "qwen2") -> ModelConfig:
-    return build_toy(family, num_kv_heads=num_kv_heads, tied_output=False)
+def build_model(num_kv_heads: int, method: str = "lora") -> ModelConfig:
+    family, sizes = ("minimax_m2", EXPERTS) if method.startswith("whole") else ("qwen2", {})
+    return build_toy(family, num_kv_heads=num_kv_heads, tied_output=False, **sizes)
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
-@pytest.mark.parametrize("method", few_of(METHODS, "lora", "biases", "full"))
+@pytest.mark.parametrize("method", few_of(METHODS, "lora", "biases", "full", "whole norms"))
 def test_gradients_equal_one_process(method: str, num_kv_heads: int) -> None:
-    case = Case(model=build_model(num_kv_heads), **METHODS[method])
+    case = Case(model=build_model(num_kv_heads, method), **METHODS[method])
     expected_loss, expected = run_case(case)
     for options in TOPOLOGIES:
         loss, actual = run_case(replace(case, **options))
@@ -72,10 +86,10 @@ def test_an_unsummed_shared_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
         assert ((actual[key] - gradient).abs().max() > 0.1 * gradient.abs().max()) == is_shared, key
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", "full", *exhaustive("whole norms")])
 def trained(request: pytest.FixtureRequest) -> Iterator[tuple[Case, test_zero.Trained]]:
     """By plain torch in one process, every step clipped: a row counted twice in the norm would show."""
-    model = replace(build_model(2), tied_output=request.param == "full")
+    model = replace(build_model(2, request.param), tied_output=request.param == "full")
     case = Case(model=model, dtype=torch.float32, **METHODS[request.param])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_zero, "NUM_STEPS", 3)
@@ -94,9 +108,11 @@ def test_trains_like_plain_torch(options: dict, stages: list[int], trained: tupl
 
 
 def write_checkpoint(num_kv_heads: int, family: str, directory: Path) -> None:
-    config_class, model_class = (
-        (Qwen2Config, Qwen2ForCausalLM) if family == "qwen2" else (Qwen3Config, Qwen3ForCausalLM)
-    )
+    config_class, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "minimax_m2": (partial(MiniMaxM2Config, num_local_experts=4, num_experts_per_tok=2), MiniMaxM2ForCausalLM),
+    }[family]
     config = config_class(**_SIZES | {"num_key_value_heads": num_kv_heads, "head_dim": 4})
     model = model_class(config)
     generator = torch.Generator().manual_seed(0)
@@ -121,6 +137,7 @@ def load_compute_and_write(options: dict, source: Path, target: Path) -> torch.T
         ("qwen2", 1, {"tp_size": 4, "sequence_parallel": True}),
         ("qwen2", 2, {"tp_size": 4}),
         ("qwen3", 1, {"tp_size": 2, "pp_size": 2}),
+        ("minimax_m2", 2, {"tp_size": 4}),
     ],
     ids=str,
 )

@@ -36,6 +36,15 @@ BIASED = replace(
 )  # fmt: skip
 BIASED_LORA = replace(LORA, model=BIASED, lora=LoraConfig(rank=3, alpha=5, target_modules=EXPERT_TARGETS[:4]))
 BIASED_FULL = replace(FULL, model=BIASED)
+WHOLE = replace(
+    TOY, family="minimax_m2", num_kv_heads=2, rotary_fraction=0.5, ffn_hidden_size=40, num_experts=5,
+    experts_per_token=2, init_std=0.1,
+)  # fmt: skip
+WHOLE_TARGETS = ["q_proj", "k_proj", "gate_proj"]
+WHOLE_LORA = replace(
+    LORA, model=WHOLE, lora=LoraConfig(rank=3, target_modules=WHOLE_TARGETS, modules_to_save=["k_norm"])
+)
+WHOLE_FULL = replace(FULL, model=WHOLE)
 LATENT_LORA = replace(LORA, model=LATENT, lora=LoraConfig(rank=3, alpha=3, target_modules=["all"], dropout=0.2))
 LATENT_FULL = replace(FULL, model=LATENT)
 
@@ -141,7 +150,7 @@ def test_latents_train_like_plain_torch(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [*exhaustive(EXPERT_LORA, EXPERT_FULL, BIASED_LORA), BIASED_FULL],
+    [*exhaustive(EXPERT_LORA, EXPERT_FULL, BIASED_LORA, WHOLE_LORA, WHOLE_FULL), BIASED_FULL],
     ids=lambda case: f"{case.model.family}-{case.method}",
 )
 def test_experts_train_like_plain_torch(case: Case) -> None:
