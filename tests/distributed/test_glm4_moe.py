@@ -1,4 +1,4 @@
-"""Files of GLM-4.5, DeepSeek-V3 and MiniMax-M2: offsets in fp32 among bf16 weights, layers that predict further tokens."""
+"""Files of GLM-4.5, DeepSeek-V3 and MiniMax-M2: offsets in fp32 among bf16 weights, further layers."""
 
 import json
 from pathlib import Path
