@@ -146,11 +146,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         MiniMaxM2Config(
             **_SIZES,
             head_dim=8,
-            rotary_dim=4,
             num_local_experts=6,
             num_experts_per_tok=3,
             rms_norm_eps=1e-3,
-            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            rope_parameters=_NEOX_ROPE,
         )
     ),
     "minimax_m2_long": lambda: MiniMaxM2ForCausalLM(
