@@ -20,8 +20,16 @@ from lora_dist.mcore.gates import (
 from lora_dist.mcore.head_loss import _exponentiate, _find_max
 from lora_dist.mcore.mixing import _add_biases, _add_weighted_biases, _multiply_biases
 from lora_dist.mcore.norm import _compute_norm_input_grad, _compute_rms_grads, _divide_by_rms
-from lora_dist.mcore.rotary import _turn
+from lora_dist.mcore.rotary import turn
 from lora_dist.mcore.sinks import _compute_sink_grad, _join_sinks
+from lora_dist.mcore.whole_norm import (
+    _compute_input_grad,
+    _compute_weight_grad,
+    _normalise,
+    _scale,
+    _sum_products,
+    _sum_squares,
+)
 from lora_dist.quant.blocks import _scale_blocks
 
 N, H = 6, 64
@@ -77,8 +85,26 @@ CHAINS: dict[str, tuple[Chain, Arguments]] = {
         lambda dtype: (*(draw(2, 3, N, H, dtype=dtype) for _ in range(2)), draw(2, 3, N + 2), draw(3, dtype=dtype)),
     ),
     "turn": (
-        _turn,
+        turn,
         lambda dtype: (draw(N, 2, 3, H, dtype=dtype), *(draw(N, 2, 1, H // 2, dtype=dtype) for _ in range(2))),
+    ),
+    "whole_squares": (_sum_squares, lambda dtype: (draw(N, 2, 3, H, dtype=dtype),)),
+    "whole_norm": (_normalise, lambda dtype: (draw(N, 2, 3, H, dtype=dtype), draw(N, 2).abs())),
+    "whole_scale": (_scale, lambda dtype: (draw(N, 2, 3, H, dtype=dtype), draw(N, 2).abs(), draw(3, H, dtype=dtype))),
+    "whole_products": (
+        _sum_products,
+        lambda dtype: (draw(N, 2, 3, H, dtype=dtype), draw(N, 2, 3, H), draw(3, H, dtype=dtype)),
+    ),
+    "whole_weight_grad": (
+        _compute_weight_grad,
+        lambda dtype: (draw(N, 2, 3, H, dtype=dtype), draw(N, 2, 3, H), draw(3, H, dtype=dtype)),
+    ),
+    "whole_input_grad": (
+        _compute_input_grad,
+        lambda dtype: (
+            *(draw(N, 2, 3, H, dtype=dtype), draw(N, 2, 3, H), draw(3, H, dtype=dtype)),
+            *(draw(N, 2), draw(N, 2)),
+        ),
     ),
     "max": (_find_max, lambda dtype: (draw(N, H),)),
     "exponentiate": (_exponentiate, lambda dtype: (draw(N, H), draw(N), 50)),
