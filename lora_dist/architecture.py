@@ -23,6 +23,8 @@ class Architecture:
     """Instead the queries of all heads are normalised together, and so are the keys."""
     unit_norms: bool = False
     """Norms multiply by one more than their weight."""
+    input_norms: bool = True
+    """What attention and the MLP read is normalised."""
     output_norms: bool = False
     """What attention and the MLP give is normalised before it is added to the residual stream."""
     scaled_embedding: bool = False
@@ -67,6 +69,7 @@ class Architecture:
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _LLAMA = Architecture(rotary=True, grouped_query=True, rms_norm=True, gated=True, linear_biases=False)
+_OLMO2 = replace(_LLAMA, whole_qk_norm=True, input_norms=False, output_norms=True)
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(fused_targets=(_QKV,)),
     "llama": _LLAMA,
@@ -84,6 +87,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_expert=True,
         sigmoid_router=True,
     ),
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, windows=True),
     "minimax_m2": replace(_LLAMA, whole_qk_norm=True, partial_rotary=True, experts=True, sigmoid_router=True),
     "deepseek_v3": replace(
         _LLAMA, grouped_query=False, latent_attention=True, experts=True, shared_expert=True, sigmoid_router=True

@@ -61,7 +61,9 @@ def compute_layer_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int,
     for mlp, size in _list_mlps(model, layer):
         linears[f"{mlp}.linear_fc1"] = ((2 if kind.gated else 1) * size, h, kind.linear_biases)
         linears[f"{mlp}.linear_fc2"] = (h, size, kind.linear_biases)
-    shapes = _norm("input_layernorm", h, model) | _norm("pre_mlp_layernorm", h, model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in ("input_layernorm", "pre_mlp_layernorm") if kind.input_norms else ():
+        shapes |= _norm(name, h, model)
     if model.has_experts(layer):
         linears["mlp.router"] = (model.num_experts or 0, h, kind.linear_biases)
         shapes |= {CHOICE_OFFSETS: (model.num_experts or 0,)} if kind.sigmoid_router else {}
@@ -69,19 +71,22 @@ def compute_layer_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int,
         shapes[f"{name}.weight"] = (num_out, num_in)
         shapes |= {f"{name}.bias": (num_out,)} if has_bias else {}
     shapes |= {"self_attention.core_attention.sinks": (model.num_heads,)} if kind.attention_sinks else {}
-    if kind.output_norms:
-        shapes |= _norm("self_attention.output_layernorm", h, model) | _norm("mlp.output_layernorm", h, model)
-    if model.has_qk_norm:
-        for name in ("q_layernorm", "k_layernorm"):
-            shapes |= _norm(f"self_attention.{name}", model.head_dim, model)
-    if kind.whole_qk_norm:
-        shapes |= _norm("self_attention.layernorm_q", q, model) | _norm(
-            "self_attention.layernorm_k", model.kv_size, model
-        )
-    latents = {"q_latent_layernorm": model.query_latent_size, "kv_latent_layernorm": model.kv_latent_size}
-    for name, latent_size in latents.items():
-        shapes |= {} if latent_size is None else _norm(f"self_attention.{name}", latent_size, model)
+    for name, size in _list_inner_norms(model).items():
+        shapes |= _norm(name, size, model)
     return shapes
+
+
+def _list_inner_norms(model: ModelConfig) -> dict[str, int]:
+    """Features of each norm of a layer but of those before attention and MLP."""
+    kind, h, norms = model.architecture, model.hidden_size, dict[str, int]()
+    if kind.output_norms:
+        norms |= {"self_attention.output_layernorm": h, "mlp.output_layernorm": h}
+    if model.has_qk_norm:
+        norms |= {"self_attention.q_layernorm": model.head_dim, "self_attention.k_layernorm": model.head_dim}
+    if kind.whole_qk_norm:
+        norms |= {"self_attention.layernorm_q": model.query_size, "self_attention.layernorm_k": model.kv_size}
+    latents = {"q_latent_layernorm": model.query_latent_size, "kv_latent_layernorm": model.kv_latent_size}
+    return norms | {f"self_attention.{name}": size for name, size in latents.items() if size is not None}
 
 
 def _list_latent_linears(model: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -14,8 +14,8 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, glm4_moe, minimax_m2, deepseek_v3,
-    gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, olmo2, olmo3, glm4_moe, minimax_m2,
+    deepseek_v3, gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int

@@ -12,6 +12,8 @@ _POSITIONS = "embedding.position_embeddings"
 _INPUT_NORM, _MLP_NORM = "decoder.layers.*.input_layernorm", "decoder.layers.*.pre_mlp_layernorm"
 _Q_NORM, _K_NORM = "decoder.layers.*.self_attention.q_layernorm", "decoder.layers.*.self_attention.k_layernorm"
 _WHOLE_Q_NORM, _WHOLE_K_NORM = (f"decoder.layers.*.self_attention.layernorm_{name}" for name in "qk")
+_ATTENTION_OUTPUT_NORM = "decoder.layers.*.self_attention.output_layernorm"
+_MLP_OUTPUT_NORM = "decoder.layers.*.mlp.output_layernorm"
 _Q_LATENT_NORM = "decoder.layers.*.self_attention.q_latent_layernorm"
 _KV_LATENT_NORM = "decoder.layers.*.self_attention.kv_latent_layernorm"
 
@@ -21,6 +23,15 @@ _LLAMA: dict[str, tuple[str, ...]] = {
     "input_layernorm": (_INPUT_NORM,),
     "post_attention_layernorm": (_MLP_NORM,),
     "norm": (_FINAL_NORM,),
+}
+_OLMO: dict[str, tuple[str, ...]] = {
+    "embed_tokens": (_EMBEDDING,),
+    "lm_head": (_HEAD,),
+    "post_attention_layernorm": (_ATTENTION_OUTPUT_NORM,),
+    "post_feedforward_layernorm": (_MLP_OUTPUT_NORM,),
+    "norm": (_FINAL_NORM,),
+    "q_norm": (_WHOLE_Q_NORM,),
+    "k_norm": (_WHOLE_K_NORM,),
 }
 _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
     "gpt2": {
@@ -34,11 +45,12 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(("qwen3", "qwen3_moe", "glm4_moe"), _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)}),
     "minimax_m2": _LLAMA | {"q_norm": (_WHOLE_Q_NORM,), "k_norm": (_WHOLE_K_NORM,)},
     "deepseek_v3": _LLAMA | {"q_a_layernorm": (_Q_LATENT_NORM,), "kv_a_layernorm": (_KV_LATENT_NORM,)},
+    **dict.fromkeys(("olmo2", "olmo3"), _OLMO),
     "gemma3_text": _LLAMA
     | {
-        "post_attention_layernorm": ("decoder.layers.*.self_attention.output_layernorm",),
+        "post_attention_layernorm": (_ATTENTION_OUTPUT_NORM,),
         "pre_feedforward_layernorm": (_MLP_NORM,),
-        "post_feedforward_layernorm": ("decoder.layers.*.mlp.output_layernorm",),
+        "post_feedforward_layernorm": (_MLP_OUTPUT_NORM,),
         "q_norm": (_Q_NORM,),
         "k_norm": (_K_NORM,),
     },

@@ -26,6 +26,10 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -217,6 +221,18 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         )
     ),
+    "olmo2": lambda: Olmo2ForCausalLM(
+        Olmo2Config(**_SIZES, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    ),
+    "olmo3": lambda: Olmo3ForCausalLM(
+        Olmo3Config(
+            **_SIZES | {"num_key_value_heads": 8},
+            sliding_window=5,
+            layer_types=[_WINDOW, _FULL, _WINDOW, _FULL],
+            tie_word_embeddings=True,
+            rope_parameters={_FULL: _YARN, _WINDOW: _LOCAL},
+        )
+    ),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES, partial_rotary_factor=0.5, sliding_window=9)),
     "phi3_long": lambda: Phi3ForCausalLM(
         Phi3Config(**_SIZES, tie_word_embeddings=True, original_max_position_embeddings=48, rope_parameters=_LONG)
@@ -256,7 +272,7 @@ _SECOND = (
     *("deepseek_v3_direct", "gpt_oss_listed", "phi3_long", "gpt_neox_serial"),
 )
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
-UNLIKE = ("llama", "gemma3_text", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")
+UNLIKE = ("llama", "gemma3_text", "minimax_m2", "olmo3", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")
 """Which have the least in common."""
 
 

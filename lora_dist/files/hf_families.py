@@ -10,6 +10,7 @@ from lora_dist.files.hf_layout import HfFamily
 from lora_dist.files.hf_llama import LLAMA_FAMILIES
 from lora_dist.files.hf_minimax_m2 import MINIMAX_M2_FAMILY
 from lora_dist.files.hf_neox import NEOX_FAMILY
+from lora_dist.files.hf_olmo import OLMO_FAMILIES
 from lora_dist.files.hf_opt import OPT_FAMILY
 from lora_dist.files.hf_phi3 import PHI3_FAMILY
 
@@ -18,6 +19,7 @@ HF_FAMILIES: dict[str, HfFamily] = {
     **LLAMA_FAMILIES,
     **EXPERT_FAMILIES,
     "glm4_moe": GLM4_MOE_FAMILY,
+    **OLMO_FAMILIES,
     "minimax_m2": MINIMAX_M2_FAMILY,
     "deepseek_v3": DEEPSEEK_V3_FAMILY,
     "gpt_oss": GPT_OSS_FAMILY,

@@ -15,6 +15,7 @@ from lora_dist.files.hf_gpt_oss import GPT_OSS_NAMES
 from lora_dist.files.hf_llama import LLAMA_FAMILIES, LLAMA_NAMES
 from lora_dist.files.hf_minimax_m2 import MINIMAX_M2_NAMES
 from lora_dist.files.hf_neox import NEOX_NAMES
+from lora_dist.files.hf_olmo import OLMO2_NAMES
 from lora_dist.files.hf_opt import OPT_NAMES
 from lora_dist.files.hf_phi3 import PHI3_NAMES
 from lora_dist.lora.layer import compute_fused_rows
@@ -32,6 +33,7 @@ FAMILY_NAMES: dict[str, dict[str, str]] = {
     "mixtral": MIXTRAL_NAMES.list_target_names(),
     "qwen3_moe": QWEN3_MOE_NAMES.list_target_names(),
     "glm4_moe": GLM4_MOE_NAMES.list_target_names(),
+    **dict.fromkeys(("olmo2", "olmo3"), OLMO2_NAMES.list_target_names()),
     "minimax_m2": MINIMAX_M2_NAMES.list_target_names(),
     "deepseek_v3": DEEPSEEK_V3_NAMES.list_target_names(),
     "gpt_oss": GPT_OSS_NAMES.list_target_names(),

@@ -22,7 +22,7 @@ from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.function import NO_COMMUNICATION, BaseWeight, ShardCommunication, frozen_linear
 from lora_dist.lora.layer import LoraShard
 from lora_dist.lora.mixed import MixedLoraShard
-from lora_dist.mcore.norm import UnitRmsNorm
+from lora_dist.mcore.norm import build_output_norm
 from lora_dist.quant.weight import build_quantized_weight
 
 
@@ -193,11 +193,11 @@ class Layer(TransformerLayer):
 
 
 class NormedLayer(Layer):
-    """With a norm on what the MLP gives; attention has its own (`rotary.NormedSelfAttention`)."""
+    """With a norm on what the MLP gives; attention has its own (`rotary.RotarySelfAttention`)."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
-        self.mlp.output_layernorm = UnitRmsNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.mlp.output_layernorm = build_output_norm(config)
 
     def _forward_post_mlp(
         self, mlp_output_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor

@@ -15,12 +15,11 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
 
-from lora_dist.architecture import Architecture
 from lora_dist.base_shapes import list_stage_layers
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
@@ -30,8 +29,8 @@ from lora_dist.mcore.gates import GeGlu, SwiGlu
 from lora_dist.mcore.head_loss import compute_target_loss
 from lora_dist.mcore.latent_attention import LatentAttention
 from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, NormedLayer, ParallelLayer
-from lora_dist.mcore.norm import Norm, RmsNorm, UnitRmsNorm
-from lora_dist.mcore.rotary import NormedSelfAttention, Rotary, RotarySelfAttention
+from lora_dist.mcore.norm import find_norm
+from lora_dist.mcore.rotary import Rotary, RotarySelfAttention
 from lora_dist.mcore.whole_norm import WholeNormedSelfAttention
 from lora_dist.topology import Topology
 
@@ -241,19 +240,7 @@ def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: tor
 def _build_block_spec(model: ModelConfig, topology: Topology) -> TransformerBlockSubmodules:
     layers = list_stage_layers(model, topology.pp_rank, topology.pp_size)
     specs = [_build_layer_spec(model, layer) for layer in layers]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_find_norm(model))
-
-
-def _find_norm(model: ModelConfig) -> type[nn.Module]:
-    if model.architecture.unit_norms:
-        return UnitRmsNorm
-    return RmsNorm if model.architecture.rms_norm else Norm
-
-
-def _find_attention(architecture: Architecture) -> type[RotarySelfAttention]:
-    if architecture.whole_qk_norm:
-        return WholeNormedSelfAttention
-    return NormedSelfAttention if architecture.output_norms else RotarySelfAttention
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=find_norm(model))
 
 
 def _build_layer_spec(model: ModelConfig, number: int) -> ModuleSpec:
@@ -265,8 +252,8 @@ def _build_layer_spec(model: ModelConfig, number: int) -> ModuleSpec:
         spec.module = NormedLayer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     mlp = layer.mlp.submodules
-    norm = _find_norm(model)
-    layer.input_layernorm = layer.pre_mlp_layernorm = norm
+    norm = find_norm(model)
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm if architecture.input_norms else IdentityOp
     attention.core_attention = SinkAttention if architecture.attention_sinks else SdpaAttention
     attention.linear_qkv = mlp.linear_fc1 = LoraColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = LoraRowParallelLinear
@@ -277,7 +264,7 @@ def _build_layer_spec(model: ModelConfig, number: int) -> ModuleSpec:
     if architecture.latent_attention:
         layer.self_attention = ModuleSpec(module=LatentAttention)
     elif architecture.rotary:
-        layer.self_attention.module = _find_attention(architecture)
+        layer.self_attention.module = WholeNormedSelfAttention if architecture.whole_qk_norm else RotarySelfAttention
     if model.has_qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     return spec

@@ -10,6 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from lora_dist.config import ModelConfig
 from lora_dist.fusion import Chain
 
 _MIN_RATIO_LIMIT = 4.0
@@ -161,6 +162,21 @@ def _compute_rms_grads(
         share_N1 = (scaled_NH * normalised_NH).mean(-1, keepdim=True)
         dx_NH = scaled_NH.sub_(normalised_NH.mul_(share_N1)).mul_(rstd_N1).to(dy_NH.dtype)
     return dx_NH, dweight_H
+
+
+def find_norm(model: ModelConfig) -> type[nn.Module]:
+    """The class of all of the model's norms of hidden vectors."""
+    if model.architecture.unit_norms:
+        return UnitRmsNorm
+    return RmsNorm if model.architecture.rms_norm else Norm
+
+
+def build_output_norm(config: TransformerConfig) -> nn.Module | None:
+    """Of what attention or the MLP gives, where the model has such norms."""
+    model: ModelConfig = config.model
+    if not model.architecture.output_norms:
+        return None
+    return find_norm(model)(config, config.hidden_size, config.layernorm_epsilon)
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:

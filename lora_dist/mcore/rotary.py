@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lora_dist.config import ModelConfig
 from lora_dist.fusion import Chain
-from lora_dist.mcore.norm import UnitRmsNorm
+from lora_dist.mcore.norm import build_output_norm
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, each [S, B, 1, F] in the model's dtype."""
@@ -146,21 +146,30 @@ turn = Chain(_write_turned, compiled=_join_turned)
 
 
 class RotarySelfAttention(SelfAttention):
-    """Megatron's self-attention, whose queries and keys are turned by the angles that the model passes down.
+    """Megatron's self-attention, whose queries and keys are turned by the angles that the model passes down; in some
+    models with a norm on what it gives.
 
     Megatron would compute cosines and sines again in each layer, and keep them.
     """
 
     _angles: Angles | None = None
 
+    def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.output_layernorm = build_output_norm(config)
+
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, rotary_pos_emb: tuple[Angles, Angles], **options: Any
     ) -> Any:
         self._angles = rotary_pos_emb[self.core_attention.sees_window]
         try:
-            return super().forward(hidden_states, *args, rotary_pos_emb=None, **options)
+            output, bias = super().forward(hidden_states, *args, rotary_pos_emb=None, **options)
         finally:
             self._angles = None
+        if self.output_layernorm is None:
+            return output, bias
+        assert bias is None, "nothing but the norm's output is added to the residual stream"
+        return self.output_layernorm(output), None
 
     def get_query_key_value_tensors(
         self, *args: Any, **options: Any
@@ -174,16 +183,3 @@ class RotarySelfAttention(SelfAttention):
         self, query_SBAD: torch.Tensor, key_SBAD: torch.Tensor, angles: Angles
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return rotate(query_SBAD, angles), rotate(key_SBAD, angles)
-
-
-class NormedSelfAttention(RotarySelfAttention):
-    """The same with a norm on what it gives."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
-        super().__init__(config, *args, **options)
-        self.output_layernorm = UnitRmsNorm(config, config.hidden_size, config.layernorm_epsilon)
-
-    def forward(self, *args: Any, **options: Any) -> Any:
-        output, bias = super().forward(*args, **options)
-        assert bias is None, "nothing but the norm's output is added to the residual stream"
-        return self.output_layernorm(output), None

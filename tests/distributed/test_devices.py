@@ -53,6 +53,7 @@ ADAPTED = {
         *("model.swiglu_alpha=1.7", "model.swiglu_limit=7", "model.sliding_window=5", "model.tied_output=false"),
         "lora.target_modules=[all,gate_proj,down_proj]",
     ],
+    "olmo2": ["topology=tp2_sp", "model.family=olmo2", "loop.recompute=selective"],
     "gpt_neox": ["topology=pp2", "model.family=gpt_neox", "loop.recompute=selective"],
     "opt": ["topology=tp2_sp", "model.family=opt"],
     "dora": ["topology=tp2", "method=dora"],

@@ -108,6 +108,10 @@ PEFTS_OWN = {
     "mistral": ({"modules_to_save": ["norm"]}, ["input_layernorm", "post_attention_layernorm", "norm"]),
     "qwen2": ({"bias": "all", "modules_to_save": ["model.norm"]}, ["norm"]),
     "qwen3": ({"modules_to_save": ["lm_head", "k_norm"]}, ["lm_head", "k_norm"]),
+    "olmo2": (
+        {"modules_to_save": ["q_norm", "post_attention_layernorm", "post_feedforward_layernorm"]},
+        ["q_norm", "post_attention_layernorm", "post_feedforward_layernorm"],
+    ),
     "minimax_m2": ({"modules_to_save": ["q_norm", "k_norm"]}, ["q_norm", "k_norm"]),
     "gpt_neox": (
         {"bias": "lora_only", "modules_to_save": ["lm_head", "final_layer_norm"]},

@@ -71,6 +71,10 @@ MODELS = {
         tied_output=True,
     ),
     "glm4_moe": build_toy("glm4_moe", num_kv_heads=4, rotary_fraction=0.5, qk_norm=True, **PICKED),
+    "olmo2": build_toy("olmo2", num_kv_heads=4, tied_output=False),
+    "olmo3": build_toy(
+        "olmo3", num_kv_heads=4, head_size=6, sliding_window=5, full_attention_layers=[1], local_rope_theta=100.0
+    ),
     "minimax_m2": build_toy(
         "minimax_m2",
         num_kv_heads=4,
@@ -127,12 +131,21 @@ _CASES = [
         for method in ("lora", "full")
     ),
     *(("deepseek_v3_direct", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
+    *((name, method, TOPOLOGIES[1:4]) for name in ("olmo2", "olmo3") for method in ("lora", "full")),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
     *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
 ]
 CASES = {f"{name}-{method}": (name, method, topologies) for name, method, topologies in _CASES}
-ALWAYS = ("llama-lora", "gemma3_text-lora", "deepseek_v3-lora", "gpt_oss-full", "gpt_neox-full")
+ALWAYS = (
+    "llama-lora",
+    "gemma3_text-lora",
+    "minimax_m2-lora",
+    "olmo3-full",
+    "deepseek_v3-lora",
+    "gpt_oss-full",
+    "gpt_neox-full",
+)
 
 
 @pytest.mark.parametrize("case", few_of(CASES, *ALWAYS))

@@ -74,6 +74,8 @@ CASES = {
     "whole-norms-compiled": ([*WHOLE, "compile=true"], 1e-5),
     "whole-norms-bf16": ([*WHOLE, "dtype=bf16"], 2e-2),
     "whole-norms-full": ([*WHOLE, "method=full", "optim.lr=1e-3"], 1e-5),
+    "olmo2": (["model.family=olmo2", "model.num_kv_heads=2"], 1e-5),
+    "olmo2-graphs-bf16": (["model.family=olmo2", "cuda_graphs=true", "dtype=bf16"], 2e-2),
     "sinks": (SINKS, 1e-5),
     "sinks-compiled": ([*SINKS, "compile=true"], 1e-5),
     "sinks-bf16": ([*SINKS, "dtype=bf16"], 2e-2),

@@ -65,6 +65,9 @@ SINKS = replace(
     swiglu_limit=7.0,
 )  # fmt: skip
 WHOLE = replace(EXPERTS, name="whole", family="minimax_m2", head_size=48, rotary_fraction=0.5)
+OLMO = replace(
+    LLAMA, name="olmo", family="olmo3", sliding_window=48, full_attention_layers=[1], local_rope_theta=10000.0
+)
 HARDWARE = HardwareConfig(
     name="here", kind="cpu", memory_gib=16, reserved_gib=0.5, peak_tflops={"fp32": 0.09, "bf16": 0.02},
     achievable_fraction=0.8, memory_gb_s=12, memory_fraction=0.8, gpus_per_node=8, link_gb_s=1, network_gb_s=1,
@@ -236,6 +239,11 @@ CASES = {
     },
     "whole-full-tp2": {**FULL, "model": WHOLE, "topology": {"tp_size": 2}},
     "whole-full-dp2-stage3": {**FULL, "model": WHOLE, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
+    "olmo-lora-tp2-sp-selective": {
+        **{"model": OLMO, "lora": SEVEN, "topology": {"tp_size": 2, "sequence_parallel": True}},
+        "recompute": "selective",
+    },
+    "olmo-full-pp2": {**FULL, "model": OLMO, "topology": {"pp_size": 2}, "num_microbatches": 4},
     "sinks-lora-tp2-sp": {
         **{"model": SINKS, "lora": EXPERT_LORA, "topology": {"tp_size": 2, "sequence_parallel": True}},
     },

@@ -104,6 +104,13 @@ def test_sinks_keep_no_scores(window: int | None) -> None:
     assert 1 + 2 + 1 + 1 + 2 * 8 <= units < 1 + 2 + 1 + 1 + 2 * 8 + 0.5
 
 
+def test_norms_behind_alone_keep_their_inputs_and_no_more() -> None:
+    """Of a gated layer: attention's input, which the MLP before it has handed on, q, k and v, attention's output, both
+    norms' inputs, gate and up."""
+    units = measure_units_a_layer(["q_proj", "v_proj"], family="olmo2", num_kv_heads=1)
+    assert 1 + 2 + 1 + 2 + 8 <= units < 1 + 2 + 1 + 2 + 8 + 0.3
+
+
 def test_norms_of_all_heads_keep_one_number_a_token_each() -> None:
     """Of a layer: what Mixtral's keeps, though its queries and keys are normalised."""
     targets, sizes = ["q_proj", "v_proj"], {"num_kv_heads": 1, "num_experts": 4, "experts_per_token": 2}

@@ -134,6 +134,8 @@ HF_NAMES = [
     "glm4_5",
     "glm4_5_air",
     "minimax_m2",
+    "olmo2_7b",
+    "olmo3_7b",
     "gpt_oss_20b",
     "gpt_oss_120b",
     "phi4",

@@ -87,6 +87,7 @@ def test_older_configurations_say_the_same(tmp_path: Path) -> None:
         ("qwen2", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
         ("qwen3", {"rope_type": "yarn", "factor": 2.0}),
         ("gemma3_text", {"rope_type": "linear", "factor": 8.0}),
+        ("olmo3", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
     ],
 )
 def test_a_second_rotary_rule_is_refused(name: str, scaling: dict, tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_second_rotary_rule_is_refused(name: str, scaling: dict, tmp_path: Pat
     assert f"rope_parameters={saved.get('full_attention', saved)} and rope_scaling={scaling} are" in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long", "gemma3_text", "olmo3"])
 def test_a_rotary_rule_may_be_there_twice(name: str, tmp_path: Path) -> None:
     """In the words of transformers 4 beside what transformers 5 made of them."""
     model = write_family_checkpoint(name, tmp_path)

@@ -88,6 +88,23 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint
         ("minimax_m2", {"output_router_logits": True}, "output_router_logits=True asks for a loss that"),
         ("minimax_m2", {"rope_parameters": "gone", "rotary_dim": "x"}, "rotary_dim='x' is not a positive integer"),
         ("minimax_m2", {"rope_parameters": "gone", "rotary_dim": 2}, "model.rope_theta=500.0 but"),
+        ("olmo2", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+        (
+            "olmo3",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "do not say which layers they are for; wri",
+        ),
+        (
+            "olmo3",
+            {"rope_parameters": "gone", "rope_theta": 7.0},
+            "rope_theta=7.0 do not say which layers they are for",
+        ),
+        (
+            "olmo3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
+            "rope type 'yarn' of sliding_attention is not supported, only default",
+        ),
+        ("olmo3", {"layer_types": ["full_attention"]}, "layer_types is not a list of 4 times"),
         ("gpt_oss", {"attention_bias": False}, "attention_bias=False is not supported, only True"),
         ("gpt_oss", {"output_router_logits": True}, "output_router_logits=True asks for a loss that"),
         ("gpt_oss", {"attention_dropout": 0.1}, "model.attention_dropout=0.1: attention with sinks, of gpt_oss, "),
