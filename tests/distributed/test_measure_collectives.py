@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_distributed
-from tiers import few_of
+from tiers import exhaustive, few_of
 from toy import ALL_TARGETS, MODEL, SEVEN_TARGETS, Case, build_batches, build_case
 
 from lora_dist.config import LoraConfig, TopologyConfig
@@ -186,8 +186,10 @@ def sum_bytes(collectives: list[Collective]) -> int:
     return sum(one.count * one.payload_bytes for one in collectives)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(
+    ("sequence_parallel", "recompute"),
+    [(True, "full"), *exhaustive((False, "none"), (True, "none"), (False, "full"))],
+)
 def test_norms_of_all_heads_are_one_small_one_each_way(sequence_parallel: bool, recompute: str) -> None:
     """[2, S, B] in fp64, of queries and keys together; adapters add none."""
     picked = {"num_experts": 3, "experts_per_token": 2, "num_kv_heads": 2}

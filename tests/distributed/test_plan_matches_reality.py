@@ -234,8 +234,8 @@ CASES = {
         **{"model": WHOLE, "lora": replace(EXPERT_LORA, modules_to_save=["k_norm"])},
         **{"topology": {"tp_size": 2, "sequence_parallel": True}, "recompute": "full"},
     },
-    "whole-lora-bf16-packed-tp4": {
-        **{"model": WHOLE, "topology": {"tp_size": 4}, "dtype": "bf16", "collate": "pack"},
+    "whole-lora-bf16-packed-tp2": {
+        **{"model": WHOLE, "topology": {"tp_size": 2}, "dtype": "bf16", "collate": "pack"},
     },
     "whole-full-tp2": {**FULL, "model": WHOLE, "topology": {"tp_size": 2}},
     "whole-full-dp2-stage3": {**FULL, "model": WHOLE, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
@@ -308,7 +308,7 @@ def is_close(planned: int, real: int) -> bool:
 ALWAYS = (
     *("lora-all-dropout-packed", "full-base-dropout", "lora-dp2-stage2"),
     *("full-dp2-stage3", "lora-nf4-double-tp2-sp-recompute", "gemma-lora-tp2-sp-packed", "latent-lora"),
-    *("sinks-lora-mxfp4-tp2", "whole-lora-bf16-packed-tp4", "adapter_h-pp2-recompute"),
+    *("sinks-lora-mxfp4-tp2", "whole-lora-bf16-packed-tp2", "adapter_h-pp2-recompute"),
 )
 
 
