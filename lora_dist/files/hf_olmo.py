@@ -16,7 +16,6 @@ from lora_dist.files.hf_llama import (
     read_full_layers,
     read_positions,
     read_sizes,
-    read_window,
 )
 from lora_dist.files.hf_rope import describe_rope, get_rope
 from lora_dist.model_config import ModelConfig
@@ -59,12 +58,12 @@ def _read_windows(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     full, local = _split_ropes(config, path)
     positions = read_positions({**config, "rope_parameters": full}, path)
     absent = [layer for layer in range(num_layers) if (layer + 1) % _PATTERN == 0]
-    full_layers, window = read_full_layers(config, path, absent), read_window(config, path)
-    if window is None or len(full_layers) == num_layers:
+    full_layers = read_full_layers(config, path, absent)
+    if len(full_layers) == num_layers:
         return positions
     return {
         **positions,
-        "sliding_window": window,
+        "sliding_window": get_size(config, "sliding_window", path),
         "full_attention_layers": full_layers,
         "local_rope_theta": float(get_number(local, "rope_theta", _THETA, path)),
     }

@@ -1,4 +1,4 @@
-"""Queries and keys normalised over all heads together, as MiniMax-M2 has them, and turned, in one step.
+"""Queries and keys normalised over all heads together, as MiniMax-M2 and OLMo have them, and turned, in one step.
 
 A TP rank has some heads alone, so the sums of squares are summed over the ranks: one collective of two numbers a token
 forward, for queries and keys together, and one backward. Backward starts from what comes out, which attention keeps
@@ -24,6 +24,8 @@ from lora_dist.mcore.norm import MIN_NORMALS, upcast
 from lora_dist.mcore.rotary import Angles, RotarySelfAttention, turn
 
 _MIN_RATIO_LIMIT, _MAX_ERROR = 64.0, 1e-5
+"""Of two weights that are turned together the larger one over the smaller is at most the larger of the first and the
+second over the dtype's epsilon."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -104,6 +104,7 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint
             {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
             "rope type 'yarn' of sliding_attention is not supported, only default",
         ),
+        ("olmo3", {"sliding_window": None}, "sliding_window=None is not a positive integer"),
         ("olmo3", {"layer_types": ["full_attention"]}, "layer_types is not a list of 4 times"),
         ("gpt_oss", {"attention_bias": False}, "attention_bias=False is not supported, only True"),
         ("gpt_oss", {"output_router_logits": True}, "output_router_logits=True asks for a loss that"),
