@@ -47,6 +47,7 @@ PICKED = {
     "dense_ffn_size": 40,
 }
 LATENT = {"kv_latent_size": 12, "head_size": 10, "rope_head_size": 4, "value_head_size": 6, "tied_output": False}
+INDEXER = {"attended_positions": 32, "indexer_heads": 2, "indexer_head_size": 6, "layers_without_indexer": [1]}
 MODELS = {
     "llama": build_toy("llama", num_kv_heads=4, tied_output=False),
     "qwen2": build_toy("qwen2", num_kv_heads=8, tied_output=True),
@@ -72,6 +73,14 @@ MODELS = {
     ),
     "glm4_moe": build_toy("glm4_moe", num_kv_heads=4, rotary_fraction=0.5, qk_norm=True, **PICKED),
     "deepseek_v3": build_toy("deepseek_v3", query_latent_size=20, rope_interleaved=True, **LATENT, **PICKED),
+    "glm_moe_dsa": build_toy(
+        "glm_moe_dsa",
+        query_latent_size=20,
+        rope_interleaved=True,
+        **INDEXER,
+        **LATENT | {"value_head_size": 10},
+        **PICKED,
+    ),
     "deepseek_v3_direct": build_toy("deepseek_v3", **LATENT, **PICKED),
     "gpt_oss": build_toy(
         "gpt_oss",
@@ -112,7 +121,11 @@ _CASES = [
     *(("gemma3_text", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
     *((name, method, TOPOLOGIES[1:4:2]) for name in ("mixtral", "qwen3_moe") for method in ("lora", "full")),
     *((name, method, TOPOLOGIES) for name in ("glm4_moe", "deepseek_v3", "gpt_oss") for method in ("lora", "full")),
-    *(("deepseek_v3_direct", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
+    *(
+        (name, method, TOPOLOGIES[1:4:2])
+        for name in ("glm_moe_dsa", "deepseek_v3_direct")
+        for method in ("lora", "full")
+    ),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
     *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
@@ -190,7 +203,7 @@ def compute_expected_gradients(name: str, source: Path) -> tuple[float, dict[str
     return loss.item(), name_as_stored(gradients, read_family_config(source))
 
 
-@pytest.mark.parametrize("name", few_of(FAMILIES, *UNLIKE, "mistral", "qwen2_windows", "glm4_moe"))
+@pytest.mark.parametrize("name", few_of(FAMILIES, *UNLIKE, "mistral", "qwen2_windows", "glm4_moe", "glm_moe_dsa"))
 def test_packed_examples_have_the_gradients_that_transformers_gives_each_alone(name: str, tmp_path: Path) -> None:
     write_family_checkpoint(name, tmp_path)
     expected_loss, expected = compute_expected_gradients(name, tmp_path)

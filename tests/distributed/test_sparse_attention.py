@@ -13,6 +13,7 @@ from hf_toy import VOCAB_SIZE, build_shard, compute_logits, count_processes, dra
 from latent_toy import ATTENDED
 from processes import run_distributed
 from safetensors.torch import load_file, save_file
+from tiers import few_of
 from transformers import AutoModelForCausalLM
 
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
@@ -57,9 +58,8 @@ def test_up_to_the_picked_positions_logits_are_those_of_transformers(
     with torch.no_grad():
         expected = build_family_model(name).to(dtype)(draw_tokens(ATTENDED)).logits
     options = {"tp_size": 2, "sequence_parallel": True}
-    limit = 1e-5 if dtype == torch.float32 else 1e-6  # angles and routers are fp32 in both
     for logits in run_distributed(compute_ours, count_processes(options), options, tmp_path, dtype):
-        assert (logits - expected).abs().max() < limit * expected.abs().max()
+        assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()  # transformers' norms are fp32 in both
 
 
 def spoil_indexers(source: Path, target: Path) -> None:
@@ -78,7 +78,7 @@ def compute_with_peft(base: Path, adapter: Path) -> torch.Tensor:
     return model.eval()(draw_tokens(LONG)).logits
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few_of(NAMES, "glm_moe_dsa"))
 def test_what_is_merged_is_the_whole_model_for_longer_contexts_too(name: str, tmp_path: Path) -> None:
     base, adapter, merged, spoilt = (tmp_path / part for part in ("base", "adapter", "merged", "spoilt"))
     model = write_family_checkpoint(name, base)
@@ -93,7 +93,7 @@ def test_what_is_merged_is_the_whole_model_for_longer_contexts_too(name: str, tm
     assert (compute_theirs(base) - expected).abs().max() > 0.1
     spoil_indexers(merged, spoilt)
     error = (compute_theirs(spoilt) - actual).abs().amax(dim=(0, 2))
-    assert error[:ATTENDED].max() == 0
+    assert error[:ATTENDED].max() < 1e-5  # experts have other rows beside them
     assert error[ATTENDED:].max() > 0.1
 
 
@@ -103,13 +103,13 @@ def load_and_write(options: dict, source: Path, target: Path) -> None:
     write_hf_checkpoint(gpt, target, model=gpt.model, max_shard_bytes=20_000)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few_of(NAMES, "deepseek_v32"))
 def test_what_is_published_in_fp8_keeps_its_fp32_and_loses_the_layer_after_the_last(name: str, tmp_path: Path) -> None:
     source, fp8, plain, target = (tmp_path / part for part in ("source", "fp8", "plain", "target"))
     write_family_checkpoint(name, source)
     values = write_fp8_checkpoint(source, fp8, plain, block_size=(5, 7), dtype=torch.bfloat16)
     norms = {key: one.float() * 1.001 for key, one in values.items() if ".indexer.k_norm." in key}
-    extra = {"model.layers.4.self_attn.indexer.wk.weight": torch.ones(6, 32, dtype=torch.bfloat16)}
+    extra = {"model.layers.4.self_attn.indexer.wk.weight": torch.ones(8, 32, dtype=torch.bfloat16)}
     save_file(norms | extra, fp8 / "model-00003-of-00003.safetensors")
     for path in fp8.glob("model-0000[12]*"):
         kept = {key: one for key, one in load_file(path).items() if key not in norms}
@@ -185,7 +185,7 @@ def test_a_checkpoint_without_its_indexers_is_refused(gone: str, tmp_path: Path)
             CarriedTensors(model, torch.float32)
         return
     tensors = load_file(path)
-    tensors["model.layers.1.self_attn.indexer.k_norm.bias"] = torch.zeros(6)
+    tensors["model.layers.1.self_attn.indexer.k_norm.bias"] = torch.zeros(8)
     save_file({key: one for key, one in tensors.items() if key != gone}, path)
     message = "the checkpoint is incomplete" if gone else "layers.1.self_attn.indexer.k_norm.bias .1 in all., which its"
     with pytest.raises(ValueError, match=message):
