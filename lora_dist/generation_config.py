@@ -144,7 +144,6 @@ class GenerateConfig(LiveConfig):
             not self.topology.sequence_parallel,
             "topology.sequence_parallel=true: generation runs one position at a time, which cannot be split; set false",
         )
-
         require(
             options.max_new_tokens < self.model.longest_row,
             f"generate.max_new_tokens={options.max_new_tokens} leaves no room for a context in {self.model.row_limit};"
@@ -166,6 +165,5 @@ def check_room(lengths: Sequence[int], max_new_tokens: int, model: ModelConfig) 
         require(
             max_new_tokens <= most,
             f"context {number} has {length} tokens, with generate.max_new_tokens={max_new_tokens}"
-            f" {length + max_new_tokens}, but {model.row_limit};"
-            f" shorten the context{remedy}",
+            f" {length + max_new_tokens}, but {model.row_limit}; shorten the context{remedy}",
         )

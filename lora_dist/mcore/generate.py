@@ -70,8 +70,8 @@ def choose_answers(
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) + longest > gpt.model.longest_row:
             raise ValueError(
-                f"context {number} has {len(prompt)} tokens and the longest label {longest}, but"
-                f" {gpt.model.row_limit}; shorten the context"
+                f"context {number} has {len(prompt)} tokens and the longest label {longest}, but {gpt.model.row_limit};"
+                " shorten the context"
             )
     work = _Work(
         prompts=prompts,
