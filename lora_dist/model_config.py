@@ -24,23 +24,25 @@ class ModelConfig:
     head_size: int | None = None
     """Features of one head's query and key; null means hidden_size / num_heads."""
     query_latent_size: int | None = None
-    """Features that the queries of all heads come from, of deepseek_v3, deepseek_v32 and glm_moe_dsa; null means the
-    hidden ones, which deepseek_v3 alone can have."""
+    """Features that the queries of all heads come from, of families with latents (deepseek_v3, deepseek_v32,
+    glm_moe_dsa); null means the hidden ones, which deepseek_v3 alone can have."""
     kv_latent_size: int | None = None
-    """Features that the keys and values of all heads come from, of the same."""
+    """Features that the keys and values of all heads come from, of families with latents."""
     rope_head_size: int | None = None
-    """Features of a head that positions turn, its last ones, of the same; their key is one for all heads."""
+    """Features of a head that positions turn, its last ones, of families with latents; their key is one for all
+    heads."""
     value_head_size: int | None = None
-    """Features of one head's value, of the same; null elsewhere, where they are as many as its key's."""
+    """Features of one head's value, of families with latents; null elsewhere, where they are as many as its key's."""
     rope_interleaved: bool = False
-    """Positions turn neighbouring features as a pair, of the same; else those that are half a head apart."""
+    """Positions turn neighbouring features as a pair, of families with latents; else those that are half a head
+    apart."""
     attended_positions: int | None = None
     """Positions that a position attends to at most, picked by the indexer beside the attention, of deepseek_v32 and
     glm_moe_dsa. It is the longest row: up to there all are picked, and an indexer has nothing to compute."""
     indexer_heads: int | None = None
-    """Heads of an indexer."""
+    """Heads of an indexer, of deepseek_v32 and glm_moe_dsa."""
     indexer_head_size: int | None = None
-    """Features of one of them."""
+    """Features of one head of an indexer."""
     layers_without_indexer: list[int] = field(default_factory=list)
     """Layers, from 0, that attend to what the last indexer before them has picked, of glm_moe_dsa."""
     ffn_hidden_size: int
@@ -64,14 +66,15 @@ class ModelConfig:
     expert_weight_scale: float = 1.0
     """What these weights are multiplied by at last."""
     num_expert_groups: int = 1
-    """Groups of neighbouring experts, of glm4_moe, deepseek_v3, deepseek_v32 and glm_moe_dsa; a token's are picked from
-    the best groups."""
+    """Groups of neighbouring experts, of glm4_moe and families with latents; a token's are picked from the best
+    groups."""
     groups_per_token: int = 1
     """So many groups."""
     shared_ffn_size: int | None = None
-    """Features inside the MLP that every token passes beside its experts, of the same; null means there is none."""
+    """Features inside the MLP that every token passes beside its experts, of glm4_moe and families with latents; null
+    means there is none."""
     num_dense_layers: int = 0
-    """First layers that have one MLP in the place of experts, of the same."""
+    """First layers that have one MLP in the place of experts, of glm4_moe and families with latents."""
     dense_ffn_size: int | None = None
     """Features inside theirs."""
     swiglu_alpha: float | None = None
