@@ -29,7 +29,7 @@ def generate_texts(gpt: ShardedGpt, asked: Questions, config: GenerationConfig, 
     Rows that are equal have one text unless they are drawn: E2E repeats a context often. ValueError before anything
     runs for a context that leaves no room.
     """
-    check_room([len(prompt) for prompt in asked.prompts], config.max_new_tokens, gpt.max_position_embeddings)
+    check_room([len(prompt) for prompt in asked.prompts], config.max_new_tokens, gpt.model)
     drawn = config.temperature > 0
 
     def answer(rows: list[int]) -> list[str]:

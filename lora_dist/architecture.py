@@ -40,6 +40,9 @@ class Architecture:
     latent_attention: bool = False
     """Keys and values, and in most models queries too, come from narrow vectors, their latents, one for all heads
     (arXiv:2405.04434, section 2.1)."""
+    sparse_attention: bool = False
+    """Of the positions before it a position attends to some, which an indexer beside the attention picks
+    (arXiv:2512.02556, section 2.1)."""
     experts: bool = False
     """Each layer has several MLPs, of which a router picks some for each token (arXiv:2101.03961, arXiv:2401.04088)."""
     shared_expert: bool = False
@@ -70,6 +73,9 @@ class Architecture:
 _QKV = ("q_proj", "k_proj", "v_proj")
 _LLAMA = Architecture(rotary=True, grouped_query=True, rms_norm=True, gated=True, linear_biases=False)
 _OLMO2 = replace(_LLAMA, whole_qk_norm=True, input_norms=False, output_norms=True)
+_DEEPSEEK_V3 = replace(
+    _LLAMA, grouped_query=False, latent_attention=True, experts=True, shared_expert=True, sigmoid_router=True
+)
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(fused_targets=(_QKV,)),
     "llama": _LLAMA,
@@ -90,9 +96,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": _OLMO2,
     "olmo3": replace(_OLMO2, windows=True),
     "minimax_m2": replace(_LLAMA, whole_qk_norm=True, partial_rotary=True, experts=True, sigmoid_router=True),
-    "deepseek_v3": replace(
-        _LLAMA, grouped_query=False, latent_attention=True, experts=True, shared_expert=True, sigmoid_router=True
-    ),
+    "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_v32": replace(_DEEPSEEK_V3, sparse_attention=True),
+    "glm_moe_dsa": replace(_DEEPSEEK_V3, sparse_attention=True),
     "gpt_oss": replace(_LLAMA, linear_biases=True, windows=True, experts=True, bounded_gate=True, attention_sinks=True),
     "phi3": replace(_LLAMA, windows=True, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
     "gemma3_text": replace(

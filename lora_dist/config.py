@@ -171,9 +171,9 @@ class RunConfig:
 def _validate_data(config: RunConfig) -> None:
     """Rows that fit the model and its split sequence, and validations where a best one is kept."""
     require(
-        config.data.seq_len <= config.model.max_position_embeddings,
-        f"data.seq_len={config.data.seq_len} exceeds"
-        f" model.max_position_embeddings={config.model.max_position_embeddings}",
+        config.data.seq_len <= config.model.longest_row,
+        f"data.seq_len={config.data.seq_len} exceeds {config.model.row_limit}; set data.seq_len to"
+        f" {config.model.longest_row} or less",
     )
     if config.topology.sequence_parallel:
         require(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora_dist.adapter_config import LiveConfig
-from lora_dist.config import FILE_FORMATS
+from lora_dist.config import FILE_FORMATS, ModelConfig
 from lora_dist.data_config import SPLIT_FORMATS, require_split
 from lora_dist.refusals import require, require_one_of, require_seed
 
@@ -19,7 +19,8 @@ class GenerationConfig:
     """How tokens are chosen: greedily, drawn (temperature > 0), or by beam search (num_beams > 1)."""
 
     max_new_tokens: int = 64
-    """Most tokens after each context; context and new tokens must fit into model.max_position_embeddings."""
+    """Most tokens after each context; context and new tokens must fit into model.max_position_embeddings and
+    model.attended_positions."""
     batch_size: int = 8
     """Contexts in one forward pass of one replica; a beam search runs num_beams rows for each."""
     num_beams: int = 1
@@ -143,6 +144,11 @@ class GenerateConfig(LiveConfig):
             not self.topology.sequence_parallel,
             "topology.sequence_parallel=true: generation runs one position at a time, which cannot be split; set false",
         )
+        require(
+            options.max_new_tokens < self.model.longest_row,
+            f"generate.max_new_tokens={options.max_new_tokens} leaves no room for a context in {self.model.row_limit};"
+            f" shorten it to {self.model.longest_row - 1} or less",
+        )
 
     @property
     def directories(self) -> list[str]:
@@ -150,15 +156,14 @@ class GenerateConfig(LiveConfig):
         return self.adapters or ([] if self.adapter is None else [self.adapter])
 
 
-def check_room(lengths: Sequence[int], max_new_tokens: int, max_position_embeddings: int) -> None:
+def check_room(lengths: Sequence[int], max_new_tokens: int, model: ModelConfig) -> None:
     """ValueError, naming both, where a context of `lengths` and its new tokens exceed the model's positions."""
     for number, length in enumerate(lengths, 1):
-        most = max_position_embeddings - length
+        most = model.longest_row - length
         remedy = f", or set generate.max_new_tokens to {most} or less" if most >= 1 else ""
         require(length > 0, f"context {number} has no token; generation needs at least one to start from")
         require(
             max_new_tokens <= most,
             f"context {number} has {length} tokens, with generate.max_new_tokens={max_new_tokens}"
-            f" {length + max_new_tokens}, but model.max_position_embeddings={max_position_embeddings};"
-            f" shorten the context{remedy}",
+            f" {length + max_new_tokens}, but {model.row_limit}; shorten the context{remedy}",
         )

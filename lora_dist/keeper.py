@@ -1,5 +1,6 @@
 """What a run leaves behind while it trains: resume checkpoints, the best so far, and what is handed on at the end."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from lora_dist.methods import AppliedMethod
 from lora_dist.run_dir import name_trained
 from lora_dist.topology import Topology, run_on_first
 from lora_dist.validation import Best, Validation
+
+_STALE = (
+    "{}: full fine-tuning trains no indexer; those in it are the base's, and choose as before what is attended to in"
+    " contexts longer than model.attended_positions"
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +65,8 @@ class Keeper:
         read = self.engine.zero.read_value
         if self.config.method == "full":
             write_hf_checkpoint(self.engine.gpt, directory, model=self.config.model, read=read)
+            if self.config.model.architecture.sparse_attention:
+                run_on_first(self.topology, lambda: print(_STALE.format(directory), file=sys.stderr, flush=True))
             return
         if self.config.method != "lora":
             write_method(

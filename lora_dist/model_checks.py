@@ -1,5 +1,6 @@
 """What sizes and settings a base model can have together; standard library only."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lora_dist.architecture import ARCHITECTURES
@@ -24,6 +25,9 @@ _ONLY_WITH_SHARED_EXPERTS: dict[str, object] = {
     **{"shared_ffn_size": None, "num_dense_layers": 0, "dense_ffn_size": None},
     **{"expert_weight_scale": 1.0, "num_expert_groups": 1, "groups_per_token": 1},
 }
+_ONLY_WITH_SPARSE_ATTENTION: dict[str, object] = {
+    **{"attended_positions": None, "indexer_heads": None, "indexer_head_size": None, "layers_without_indexer": []},
+}
 
 
 def check_model(model: "ModelConfig") -> None:
@@ -44,6 +48,9 @@ def check_model(model: "ModelConfig") -> None:
         "kv_latent_size",
         "rope_head_size",
         "value_head_size",
+        "attended_positions",
+        "indexer_heads",
+        "indexer_head_size",
         "ffn_hidden_size",
         "vocab_size",
         "max_position_embeddings",
@@ -80,18 +87,15 @@ def check_model(model: "ModelConfig") -> None:
     _check_windows(model)
     _check_heads(model)
     _check_latents(model)
+    _check_indexers(model)
     if model.architecture.rotary:
         _check_rotary(model)
 
 
 def _check_experts(model: "ModelConfig") -> None:
     num_experts, num_picked = model.num_experts, model.experts_per_token
-    for key, plain in _ONLY_WITH_SHARED_EXPERTS.items():
-        shown = "null" if plain is None else plain
-        require(
-            model.architecture.shared_expert or getattr(model, key) == plain,
-            f"model.{key}={getattr(model, key)}: {model.family} has none of it; leave it {shown}",
-        )
+    if not model.architecture.shared_expert:
+        _check_left_out(model, _ONLY_WITH_SHARED_EXPERTS)
     if not model.architecture.experts:
         require(
             num_experts is None and num_picked is None,
@@ -220,6 +224,35 @@ def _check_latents(model: "ModelConfig") -> None:
         f"model.attention_scale={model.attention_scale}: {model.family} has it with a longer context alone, that is"
         " with a factor above 1 in model.rope_scaling; leave it null",
     )
+
+
+def _check_indexers(model: "ModelConfig") -> None:
+    if not model.architecture.sparse_attention:
+        _check_left_out(model, _ONLY_WITH_SPARSE_ATTENTION)
+        return
+    for key in ("query_latent_size", "attended_positions", "indexer_heads", "indexer_head_size"):
+        require(getattr(model, key) is not None, f"model.family={model.family} needs model.{key}")
+    require(model.rope_interleaved, f"model.rope_interleaved=false: {model.family} turns neighbours; set it true")
+    require(
+        model.rotary_size <= (model.indexer_head_size or 0),
+        f"model.indexer_head_size={model.indexer_head_size} is below model.rope_head_size={model.rotary_size}, the"
+        " features that positions turn there too",
+    )
+    for layer in model.layers_without_indexer:
+        require(
+            0 < layer < model.num_layers,
+            f"model.layers_without_indexer: layer {layer} of {model.num_layers} is not there, or is the first, before"
+            " which there is no indexer",
+        )
+
+
+def _check_left_out(model: "ModelConfig", plain_values: Mapping[str, object]) -> None:
+    for key, plain in plain_values.items():
+        shown = "null" if plain is None else plain
+        require(
+            getattr(model, key) == plain,
+            f"model.{key}={getattr(model, key)}: {model.family} has none of it; leave it {shown}",
+        )
 
 
 def _check_rotary(model: "ModelConfig") -> None:

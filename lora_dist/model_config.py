@@ -15,7 +15,7 @@ class ModelConfig:
     """Shown in reports."""
     family: str = "gpt2"
     """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, olmo2, olmo3, glm4_moe, minimax_m2,
-    deepseek_v3, gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
+    deepseek_v3, deepseek_v32, glm_moe_dsa, gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -24,15 +24,27 @@ class ModelConfig:
     head_size: int | None = None
     """Features of one head's query and key; null means hidden_size / num_heads."""
     query_latent_size: int | None = None
-    """Features that the queries of all heads come from, of deepseek_v3; null means the hidden ones."""
+    """Features that the queries of all heads come from, of families with latents (deepseek_v3, deepseek_v32,
+    glm_moe_dsa); null means the hidden ones, which deepseek_v3 alone can have."""
     kv_latent_size: int | None = None
-    """Features that the keys and values of all heads come from, of deepseek_v3."""
+    """Features that the keys and values of all heads come from, of families with latents."""
     rope_head_size: int | None = None
-    """Features of a head that positions turn, its last ones, of deepseek_v3; their key is one for all heads."""
+    """Features of a head that positions turn, its last ones, of families with latents; their key is one for all
+    heads."""
     value_head_size: int | None = None
-    """Features of one head's value, of deepseek_v3; null elsewhere, where they are as many as its key's."""
+    """Features of one head's value, of families with latents; null elsewhere, where they are as many as its key's."""
     rope_interleaved: bool = False
-    """Positions turn neighbouring features as a pair, of deepseek_v3; else those that are half a head apart."""
+    """Positions turn neighbouring features as a pair, of families with latents; else those that are half a head
+    apart."""
+    attended_positions: int | None = None
+    """Positions that a position attends to at most, picked by the indexer beside the attention, of deepseek_v32 and
+    glm_moe_dsa. It is the longest row: up to there all are picked, and an indexer has nothing to compute."""
+    indexer_heads: int | None = None
+    """Heads of an indexer, of deepseek_v32 and glm_moe_dsa."""
+    indexer_head_size: int | None = None
+    """Features of one head of an indexer."""
+    layers_without_indexer: list[int] = field(default_factory=list)
+    """Layers, from 0, that attend to what the last indexer before them has picked, of glm_moe_dsa."""
     ffn_hidden_size: int
     """Features inside the MLP; of one expert where a layer has several."""
     vocab_size: int
@@ -46,7 +58,8 @@ class ModelConfig:
     """Queries and keys are normalised head by head, where a family has models with and without: glm4_moe; null means
     as the family usually does."""
     num_experts: int | None = None
-    """Experts of a layer, of mixtral, qwen3_moe, glm4_moe, minimax_m2, deepseek_v3 and gpt_oss."""
+    """Experts of a layer, of mixtral, qwen3_moe, glm4_moe, minimax_m2, deepseek_v3, deepseek_v32, glm_moe_dsa and
+    gpt_oss."""
     experts_per_token: int | None = None
     """Of them those that the router picks for each token."""
     normalize_expert_weights: bool = True
@@ -54,14 +67,15 @@ class ModelConfig:
     expert_weight_scale: float = 1.0
     """What these weights are multiplied by at last."""
     num_expert_groups: int = 1
-    """Groups of neighbouring experts, of glm4_moe and deepseek_v3; a token's are picked from the best groups."""
+    """Groups of neighbouring experts, of glm4_moe and families with latents; a token's are picked from the best
+    groups."""
     groups_per_token: int = 1
     """So many groups."""
     shared_ffn_size: int | None = None
-    """Features inside the MLP that every token passes beside its experts, of glm4_moe and deepseek_v3; null means there
-    is none."""
+    """Features inside the MLP that every token passes beside its experts, of glm4_moe and families with latents; null
+    means there is none."""
     num_dense_layers: int = 0
-    """First layers that have one MLP in the place of experts, of glm4_moe and deepseek_v3."""
+    """First layers that have one MLP in the place of experts, of glm4_moe and families with latents."""
     dense_ffn_size: int | None = None
     """Features inside theirs."""
     swiglu_alpha: float | None = None
@@ -121,6 +135,21 @@ class ModelConfig:
     @property
     def num_query_groups(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def longest_row(self) -> int:
+        """Positions of one row at most."""
+        return min(self.max_position_embeddings, self.attended_positions or self.max_position_embeddings)
+
+    @property
+    def row_limit(self) -> str:
+        """What says so, for messages."""
+        if self.longest_row == self.max_position_embeddings:
+            return f"model.max_position_embeddings={self.max_position_embeddings}"
+        return (
+            f"model.attended_positions={self.attended_positions}, beyond which indexers of {self.family} choose what is"
+            " attended to, which is not computed here"
+        )
 
     def sees_window(self, layer: int) -> bool:
         """Whether `sliding_window` bounds what a layer's positions see."""

@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from latent_toy import list_latent_families
 from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Glm4MoeConfig,
@@ -67,7 +66,6 @@ _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "original_max_
 _LOCAL = {"rope_type": "default", "rope_theta": 9.0}
 _LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 _GLM = {"head_dim": 8, "attention_bias": True, "rope_parameters": _NEOX_ROPE}
-_LATENT = {"num_key_value_heads": 8, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 
@@ -166,35 +164,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             rope_parameters=_YARN,
         )
     ),
-    "deepseek_v3": lambda: DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **_SIZES | _LATENT,
-            q_lora_rank=20,
-            moe_intermediate_size=16,
-            n_routed_experts=8,
-            num_experts_per_tok=3,
-            n_group=4,
-            topk_group=2,
-            first_k_dense_replace=1,
-            routed_scaling_factor=1.7,
-            rope_parameters={**_YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
-        )
-    ),
-    "deepseek_v3_direct": lambda: DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **_SIZES | _LATENT,
-            q_lora_rank=None,
-            moe_intermediate_size=24,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_shared_experts=2,
-            n_group=1,
-            topk_group=1,
-            first_k_dense_replace=2,
-            rope_interleave=False,
-            rms_norm_eps=1e-3,  # which the latents' norms do not have
-        )
-    ),
+    **list_latent_families(_SIZES, _YARN),
     "gpt_oss": lambda: GptOssForCausalLM(
         GptOssConfig(
             **_SIZES,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-_NATIVE = ("embed", "lm_head", "wte", "wpe", ".gate.weight")
-"""Parts of the names of embeddings, output layers and routers, which are never published in fp8."""
+_NATIVE = ("embed", "lm_head", "wte", "wpe", ".gate.weight", "indexer.weights_proj")
+"""Parts of the names of embeddings, output layers, routers and what is like one, which are never published in fp8."""
 
 
 @dataclass(frozen=True, kw_only=True)

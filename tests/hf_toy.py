@@ -128,12 +128,12 @@ def build_shard(options: dict, model: ModelConfig, dtype: torch.dtype = torch.fl
 
 
 @torch.no_grad()
-def compute_logits(gpt: ShardedGpt) -> torch.Tensor | None:
+def compute_logits(gpt: ShardedGpt, tokens_BS: torch.Tensor | None = None) -> torch.Tensor | None:
     """[B, S, V] on the last stage, gathered over TP, without the padded vocabulary; stages hand over by broadcast."""
-    topology, tokens_BS = gpt.topology, draw_tokens()
+    topology, tokens_BS = gpt.topology, draw_tokens() if tokens_BS is None else tokens_BS
     positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
     local_len = tokens_BS.shape[1] // (topology.tp_size if topology.sequence_parallel else 1)
-    output = torch.empty(local_len, tokens_BS.shape[0], gpt.config.hidden_size)
+    output = torch.empty(local_len, tokens_BS.shape[0], gpt.config.hidden_size, dtype=gpt.config.params_dtype)
     gpt.eval()
     for pp_rank in range(topology.pp_size):
         if pp_rank == topology.pp_rank:

@@ -55,7 +55,7 @@ def compose_as(
 
 def _shrink(composed: DictConfig) -> None:
     """What `shrink` asks for: the kind of topology kept, its sizes at most two, and few experts where there are some;
-    of the layers without a window those that are left. No file of conf/ can say it.
+    of the layers that are named those that are left. No file of conf/ can say it.
     """
     if not composed.get("shrink"):
         return
@@ -66,13 +66,14 @@ def _shrink(composed: DictConfig) -> None:
         (composed.model, ("groups_per_token", "num_dense_layers"), 1),
         (composed.model, ("shared_ffn_size", "dense_ffn_size"), 256),
         (composed.model, ("query_latent_size", "kv_latent_size"), 64),
-        (composed.model, ("value_head_size",), 16),
+        (composed.model, ("value_head_size", "indexer_head_size"), 16),
+        (composed.model, ("indexer_heads",), 4),
         (composed.model, ("rope_head_size",), 8),
     ):
         for key in keys:
             node[key] = node[key] and min(node[key], most)
-    full_layers, num_layers = composed.model.full_attention_layers, composed.model.num_layers
-    composed.model.full_attention_layers = [layer for layer in full_layers if layer < num_layers]
+    for key in ("full_attention_layers", "layers_without_indexer"):
+        composed.model[key] = [layer for layer in composed.model[key] if layer < composed.model.num_layers]
 
 
 def _register(owner: type, on_paper: bool) -> str:

@@ -28,10 +28,11 @@ _EXPERT_SETTINGS = (
 )
 _GATE_SETTINGS = ("swiglu_alpha", "swiglu_limit")
 _LATENT_SETTINGS = ("query_latent_size", "kv_latent_size", "rope_head_size", "value_head_size", "rope_interleaved")
+_INDEXER_SETTINGS = ("attended_positions", "indexer_heads", "indexer_head_size", "layers_without_indexer")
 _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
     **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
-    **{key: key for key in ("sliding_window", "full_attention_layers", *_LATENT_SETTINGS)},
+    **{key: key for key in ("sliding_window", "full_attention_layers", *_LATENT_SETTINGS, *_INDEXER_SETTINGS)},
     **{key: key for key in ("num_experts", "experts_per_token", *_EXPERT_SETTINGS, *_GATE_SETTINGS)},
     **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
     **{"activation": "mlp_activation", "qk_norm": "has_qk_norm"},
@@ -84,7 +85,7 @@ def _check_field(key: str, wanted: object, found: object, directory: Path) -> No
 
 
 def _check_tensors(reader: HfReader, family: HfFamily, model: ModelConfig) -> None:
-    expected = family.compute_shapes(model)
+    expected = family.compute_shapes(model) | family.compute_carried(model)
     found = {name for name in reader.shapes if not family.is_ignored(name, model.num_layers)}
     stacked = next((name for name in sorted(found - expected.keys()) if ".experts.gate_up_proj" in name), None)
     if stacked is not None:
@@ -149,25 +150,32 @@ def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
     computes it and tells the others.
     """
     if model.checkpoint is None:
-        shape: list[object] = [getattr(model, key) for key in (*_SIZES, "init_std")]
-        if model.family != "gpt2":
-            shape += [model.family, model.num_query_groups, model.head_dim, model.tied_output]
-            shape += [model.rope_theta, sorted(model.rope_scaling.items())]
-        if model.sliding_window is not None:
-            shape += [model.sliding_window, model.full_attention_layers, model.local_rope_theta]
-        if model.num_experts is not None:
-            shape += [model.num_experts, model.experts_per_token, model.normalize_expert_weights]
-        if model.architecture.shared_expert:
-            shape += [model.has_qk_norm, *(getattr(model, key) for key in _EXPERT_SETTINGS)]
-        if model.architecture.latent_attention:
-            shape += [getattr(model, key) for key in _LATENT_SETTINGS]
-        if model.architecture.bounded_gate:
-            shape += [getattr(model, key) for key in _GATE_SETTINGS]
-        if model.attention_scale is not None:
-            shape += [model.attention_scale]
-        if model.architecture.partial_rotary:
-            shape += [model.rotary_fraction, model.mlp_activation, model.has_parallel_residual]
-        return f"seed:{seed}:{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]}"
+        return f"seed:{seed}:{hashlib.sha256(json.dumps(_describe_drawn(model)).encode()).hexdigest()[:16]}"
     with ThreadPoolExecutor(max_workers=8) as pool:
         hashes = sorted(pool.map(find_sha256, find_weight_files(Path(model.checkpoint))))
     return "sha256:" + hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _describe_drawn(model: ModelConfig) -> list[object]:
+    """What decides the weights that a seed gives; with the indexers, which are written with them."""
+    shape: list[object] = [getattr(model, key) for key in (*_SIZES, "init_std")]
+    if model.family != "gpt2":
+        shape += [model.family, model.num_query_groups, model.head_dim, model.tied_output]
+        shape += [model.rope_theta, sorted(model.rope_scaling.items())]
+    if model.sliding_window is not None:
+        shape += [model.sliding_window, model.full_attention_layers, model.local_rope_theta]
+    if model.num_experts is not None:
+        shape += [model.num_experts, model.experts_per_token, model.normalize_expert_weights]
+    if model.architecture.shared_expert:
+        shape += [model.has_qk_norm, *(getattr(model, key) for key in _EXPERT_SETTINGS)]
+    if model.architecture.latent_attention:
+        shape += [getattr(model, key) for key in _LATENT_SETTINGS]
+    if model.architecture.sparse_attention:
+        shape += [getattr(model, key) for key in _INDEXER_SETTINGS]
+    if model.architecture.bounded_gate:
+        shape += [getattr(model, key) for key in _GATE_SETTINGS]
+    if model.attention_scale is not None:
+        shape += [model.attention_scale]
+    if model.architecture.partial_rotary:
+        shape += [model.rotary_fraction, model.mlp_activation, model.has_parallel_residual]
+    return shape

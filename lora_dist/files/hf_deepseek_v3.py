@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ DEEPSEEK_V3_NAMES = LayerNames(
     others=LLAMA_NAMES.others,
     tensors=TENSORS,
 )
-_SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
+DEEPSEEK_V3_SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "hidden_act": ("silu", ("silu",)),
     "attention_bias": (False, (False,)),
     "scoring_func": ("sigmoid", ("sigmoid",)),
@@ -48,7 +48,7 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_layer_freq": (1, (1,)),
 }
 """Those from scoring_func to moe_layer_freq are of the models' own code, which transformers' does not read."""
-_ABSENT: dict[str, Any] = {
+DEEPSEEK_V3_ABSENT: dict[str, Any] = {
     **{"num_experts_per_tok": 8, "moe_intermediate_size": 2048, "num_key_value_heads": 128, "rms_norm_eps": 1e-6},
     **{"n_shared_experts": 1, "first_k_dense_replace": 3, "routed_scaling_factor": 2.5, "norm_topk_prob": True},
     **{"n_group": 8, "topk_group": 4, "n_routed_experts": 256, "q_lora_rank": 1536, "kv_lora_rank": 512},
@@ -58,11 +58,15 @@ _ABSENT: dict[str, Any] = {
 
 
 def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    config = _ABSENT | dict(config)
+    config = DEEPSEEK_V3_ABSENT | dict(config)
+    return {"family": "deepseek_v3", **read_latent_model(config, path, ("default", "linear", "yarn"))}
+
+
+def read_latent_model(config: Mapping[str, Any], path: Path, rope_kinds: Collection[str]) -> dict[str, Any]:
+    """ModelConfig's fields, of any family with attention out of latents, all but the family's name."""
     turned_size = get_size(config, "qk_rope_head_dim", path)
     head_size = get_size(config, "qk_nope_head_dim", path) + turned_size
     return {
-        "family": "deepseek_v3",
         **read_sizes(config, path),
         **read_shared_experts(config, path),
         "head_size": head_size,
@@ -72,7 +76,7 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "value_head_size": get_size(config, "v_head_dim", path),
         "rope_interleaved": bool(config["rope_interleave"]),
         "max_position_embeddings": get_size(config, "max_position_embeddings", path),
-        **read_rope(config, path, ("default", "linear", "yarn")),
+        **read_rope(config, path, rope_kinds),
         "attention_scale": _read_attention_scale(config, path, head_size),
     }
 
@@ -87,7 +91,8 @@ def _read_attention_scale(config: Mapping[str, Any], path: Path, head_size: int)
     return None if mscale == 1 else float(head_size**-0.5 * mscale * mscale)
 
 
-def _describe(model: ModelConfig) -> dict[str, Any]:
+def describe_latent_model(model: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_latent_model`."""
     return {
         **describe_llama(model),
         **describe_shared_experts(model),
@@ -112,9 +117,9 @@ def _describe_attention_scale(model: ModelConfig) -> dict[str, float]:
 
 DEEPSEEK_V3_FAMILY = HfFamily(
     architecture="DeepseekV3ForCausalLM",
-    settings=_SETTINGS,
+    settings=DEEPSEEK_V3_SETTINGS,
     read_fields=_read_fields,
-    describe=_describe,
+    describe=describe_latent_model,
     find_parts=DEEPSEEK_V3_NAMES.find_parts,
     compute_shapes=DEEPSEEK_V3_NAMES.compute_shapes,
     ignored=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),

@@ -1,6 +1,7 @@
 """The families whose Hugging Face checkpoints are read and written."""
 
 from lora_dist.files.hf_deepseek_v3 import DEEPSEEK_V3_FAMILY
+from lora_dist.files.hf_deepseek_v32 import SPARSE_FAMILIES
 from lora_dist.files.hf_experts import EXPERT_FAMILIES
 from lora_dist.files.hf_gemma3 import GEMMA3_FAMILY
 from lora_dist.files.hf_glm4_moe import GLM4_MOE_FAMILY
@@ -22,6 +23,7 @@ HF_FAMILIES: dict[str, HfFamily] = {
     **OLMO_FAMILIES,
     "minimax_m2": MINIMAX_M2_FAMILY,
     "deepseek_v3": DEEPSEEK_V3_FAMILY,
+    **SPARSE_FAMILIES,
     "gpt_oss": GPT_OSS_FAMILY,
     "phi3": PHI3_FAMILY,
     "gemma3_text": GEMMA3_FAMILY,

@@ -76,8 +76,10 @@ class HfFamily:
     """The tensor that a stored output layer must equal where it is tied."""
     in_mxfp4: bool = False
     """Its experts' weights may be stored so."""
+    compute_carried: Callable[[ModelConfig], dict[str, tuple[int, ...]]] = lambda model: {}
+    """Further tensors that a checkpoint must hold, with which nothing is computed here, and what is written too."""
     wider: re.Pattern[str] | None = None
-    """Tensors that transformers keeps in fp32 whatever the others have."""
+    """Tensors that may be in fp32 whatever the others are in."""
     extra_layers: re.Pattern[str] | None = None
     """Tensors, with their layer's number, of which a checkpoint may have more after the model's last layer, to predict
     several tokens at once. As by transformers they are left out."""

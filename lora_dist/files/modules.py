@@ -7,6 +7,7 @@ import torch
 
 from lora_dist.config import ModelConfig
 from lora_dist.files.hf_deepseek_v3 import DEEPSEEK_V3_NAMES
+from lora_dist.files.hf_deepseek_v32 import SPARSE_FAMILIES
 from lora_dist.files.hf_experts import MIXTRAL_NAMES, QWEN3_MOE_NAMES
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_gemma3 import GEMMA3_NAMES
@@ -35,7 +36,7 @@ FAMILY_NAMES: dict[str, dict[str, str]] = {
     "glm4_moe": GLM4_MOE_NAMES.list_target_names(),
     **dict.fromkeys(("olmo2", "olmo3"), OLMO2_NAMES.list_target_names()),
     "minimax_m2": MINIMAX_M2_NAMES.list_target_names(),
-    "deepseek_v3": DEEPSEEK_V3_NAMES.list_target_names(),
+    **dict.fromkeys(("deepseek_v3", *SPARSE_FAMILIES), DEEPSEEK_V3_NAMES.list_target_names()),
     "gpt_oss": GPT_OSS_NAMES.list_target_names(),
     "gemma3_text": GEMMA3_NAMES.list_target_names(),
     "phi3": PHI3_NAMES.list_target_names(),

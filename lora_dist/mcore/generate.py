@@ -41,7 +41,7 @@ def generate_rows(
             f"generate.num_beams={config.num_beams} weighs {num_candidates} tokens, but the vocabulary has"
             f" {gpt.true_vocab_size}; use fewer beams"
         )
-    check_room([len(prompt) for prompt in prompts], config.max_new_tokens, gpt.max_position_embeddings)
+    check_room([len(prompt) for prompt in prompts], config.max_new_tokens, gpt.model)
     work = _Work(
         prompts=prompts,
         build=lambda batch: build_search(config, batch, end_tokens),
@@ -68,10 +68,10 @@ def choose_answers(
     """
     longest = max(map(len, answers))
     for number, prompt in enumerate(prompts, 1):
-        if len(prompt) + longest > gpt.max_position_embeddings:
+        if len(prompt) + longest > gpt.model.longest_row:
             raise ValueError(
-                f"context {number} has {len(prompt)} tokens and the longest label {longest}, but"
-                f" model.max_position_embeddings={gpt.max_position_embeddings}; shorten the context"
+                f"context {number} has {len(prompt)} tokens and the longest label {longest}, but {gpt.model.row_limit};"
+                " shorten the context"
             )
     work = _Work(
         prompts=prompts,

@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from math import prod
 from pathlib import Path
 
 import torch
 
 from lora_dist.config import ModelConfig
+from lora_dist.files.carried import CarriedTensors
 from lora_dist.files.directories import open_new_directory, read_json, write_json
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import HfPart, split_to_hf
@@ -109,21 +111,24 @@ def write_hf_checkpoint(
     """The whole base as a directory transformers loads, in the dtype the shards have. Every process calls it.
 
     Global rank 0 writes, and holds one whole tensor at a time. `read` gives a parameter's local "value" where ZeRO
-    keeps it elsewhere. The configuration and tokenizer of `model.checkpoint` are kept. OSError, on every process,
-    where the directory cannot be written; what was there stays.
+    keeps it elsewhere. The configuration, tokenizer and indexers of `model.checkpoint` are kept. OSError, on every
+    process, where the directory cannot be written; what was there stays.
     """
     trainable, topology, dtype = describe_weights(gpt), gpt.topology, gpt.config.params_dtype
     entries = list_whole(trainable, topology)
     family = HF_FAMILIES[model.family]
     shapes = family.compute_shapes(model)
     names = dict.fromkeys(part.name for entry in entries for part in family.find_parts(entry.name, model))
-    files = plan_files({name: shapes[name] for name in names}, max_shard_bytes, dtype.itemsize)
     dtypes = dict.fromkeys(names, dtype) | _find_kept_dtypes(entries, model)
     stream = iterate_model(entries, trainable, topology, read_by_expert(with_constants(read)), dtype)
 
     def write() -> None:
+        carried = CarriedTensors(model, dtype)
+        stored = {name: shapes[name] for name in names} | carried.shapes
+        files = plan_files(stored, max_shard_bytes, dtype.itemsize)
+        tensors = chain(_split_stream(stream, model), carried)
         with open_new_directory(Path(directory)) as temporary:
-            _write_weights(temporary, files, stream, dtypes, model)
+            _write_weights(temporary, files, tensors, dtypes | carried.dtypes, family.prefix)
             _write_config(temporary, model, dtype)
 
     write_together(write if topology.global_rank == 0 else None, stream)
@@ -157,11 +162,10 @@ def plan_files(
 def _write_weights(
     directory: Path,
     files: Mapping[str, Mapping[str, tuple[int, ...]]],
-    stream: Iterator[tuple[str, torch.Tensor | None]],
+    tensors: Iterator[tuple[str, torch.Tensor]],
     dtypes: Mapping[str, torch.dtype],
-    model: ModelConfig,
+    prefix: str,
 ) -> None:
-    prefix, tensors = HF_FAMILIES[model.family].prefix, _split_stream(stream, model)
     for file_name, shapes in files.items():
         stored = {prefix + name: shape for name, shape in shapes.items()}
         own_dtypes = {prefix + name: dtypes[name] for name in shapes}

@@ -45,7 +45,6 @@ class ShardedGpt(GPTModel):
         super().__init__(*args, **options)
         self.model, self.topology, self.clock = model, topology, clock
         self.true_vocab_size = model.vocab_size
-        self.max_position_embeddings = model.max_position_embeddings
         self.position_offset = model.architecture.position_offset
         self.rotary: Rotary | None = None
         if model.architecture.rotary:

@@ -37,8 +37,8 @@ TOPOLOGIES = [
 CASES = [
     *(("llama", options) for options in TOPOLOGIES),
     *exhaustive(*((name, {"tp_size": 4}) for name in FAMILIES if name != "llama")),
-    *((name, EVERY_SPLIT) for name in UNLIKE),
-    *exhaustive(*((name, EVERY_SPLIT) for name in FAMILIES if name not in UNLIKE)),
+    *((name, EVERY_SPLIT) for name in (*UNLIKE, "glm_moe_dsa")),
+    *exhaustive(*((name, EVERY_SPLIT) for name in FAMILIES if name not in (*UNLIKE, "glm_moe_dsa"))),
 ]
 
 
@@ -72,7 +72,8 @@ def test_logits_equal_transformers_and_files_come_back(name: str, options: dict,
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parameters_are_counted_as_transformers_counts_them(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
-    assert count_parameters(model) == sum(parameter.numel() for parameter in build_family_model(name).parameters())
+    counted = [one.numel() for key, one in build_family_model(name).named_parameters() if ".indexer." not in key]
+    assert count_parameters(model) == sum(counted)
 
 
 def write_drawn(options: dict, source: Path, target: Path) -> None:

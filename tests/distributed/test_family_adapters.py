@@ -117,6 +117,8 @@ TARGETS = {
     "glm4_moe": ["k_proj", "v_proj"],
     "minimax_m2": ["q_proj", "k_proj", "o_proj"],
     "deepseek_v3": ["kv_a_proj_with_mqa", "q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"],
+    "deepseek_v32": ["q_a_proj", "kv_b_proj"],
+    "glm_moe_dsa": ["q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
     "opt": ["v_proj", "q_proj", "fc1"],
     "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"],
     "phi3": ["gate_up_proj", "qkv_proj", "down_proj"],

@@ -35,7 +35,8 @@ def generate(options: dict, base: Path, config: GenerationConfig, end_tokens: li
     ("name", "config"),
     [
         *few_of(
-            ((name, GREEDY) for name in ONE_EACH), *((name, GREEDY) for name in ("llama", "deepseek_v3", "gpt_oss"))
+            ((name, GREEDY) for name in ONE_EACH),
+            *((name, GREEDY) for name in ("llama", "deepseek_v3", "glm_moe_dsa", "gpt_oss")),
         ),
         ("llama", PAPER_BEAMS),
     ],

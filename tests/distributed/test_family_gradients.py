@@ -47,6 +47,7 @@ PICKED = {
     "dense_ffn_size": 40,
 }
 LATENT = {"kv_latent_size": 12, "head_size": 10, "rope_head_size": 4, "value_head_size": 6, "tied_output": False}
+INDEXER = {"attended_positions": 32, "indexer_heads": 2, "indexer_head_size": 6, "layers_without_indexer": [1]}
 MODELS = {
     "llama": build_toy("llama", num_kv_heads=4, tied_output=False),
     "qwen2": build_toy("qwen2", num_kv_heads=8, tied_output=True),
@@ -86,6 +87,14 @@ MODELS = {
         tied_output=False,
     ),
     "deepseek_v3": build_toy("deepseek_v3", query_latent_size=20, rope_interleaved=True, **LATENT, **PICKED),
+    "glm_moe_dsa": build_toy(
+        "glm_moe_dsa",
+        query_latent_size=20,
+        rope_interleaved=True,
+        **INDEXER,
+        **LATENT | {"value_head_size": 10},
+        **PICKED,
+    ),
     "deepseek_v3_direct": build_toy("deepseek_v3", **LATENT, **PICKED),
     "gpt_oss": build_toy(
         "gpt_oss",
@@ -130,7 +139,11 @@ _CASES = [
         for name in ("glm4_moe", "minimax_m2", "deepseek_v3", "gpt_oss")
         for method in ("lora", "full")
     ),
-    *(("deepseek_v3_direct", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
+    *(
+        (name, method, TOPOLOGIES[1:4:2])
+        for name in ("glm_moe_dsa", "deepseek_v3_direct")
+        for method in ("lora", "full")
+    ),
     *((name, method, TOPOLOGIES[1:4]) for name in ("olmo2", "olmo3") for method in ("lora", "full")),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
@@ -217,7 +230,7 @@ def compute_expected_gradients(name: str, source: Path) -> tuple[float, dict[str
     return loss.item(), name_as_stored(gradients, read_family_config(source))
 
 
-@pytest.mark.parametrize("name", few_of(FAMILIES, *UNLIKE, "mistral", "qwen2_windows", "glm4_moe"))
+@pytest.mark.parametrize("name", few_of(FAMILIES, *UNLIKE, "mistral", "qwen2_windows", "glm4_moe", "glm_moe_dsa"))
 def test_packed_examples_have_the_gradients_that_transformers_gives_each_alone(name: str, tmp_path: Path) -> None:
     write_family_checkpoint(name, tmp_path)
     expected_loss, expected = compute_expected_gradients(name, tmp_path)

@@ -33,7 +33,7 @@ from lora_dist.mcore.rotary import Rotary, compute_frequencies
 def test_every_canonical_parameter_is_a_stored_one(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
     family = HF_FAMILIES[model.family]
-    shapes = family.compute_shapes(model)
+    shapes = family.compute_shapes(model) | family.compute_carried(model)
     theirs = name_as_stored(build_family_model(name).state_dict(), model)
     if model.tied_output:
         del theirs["lm_head.weight"]
@@ -59,7 +59,9 @@ def test_every_target_is_a_linear_of_transformers(name: str, tmp_path: Path) -> 
     assert list(names) == [target for target in CANONICAL_TARGETS if target in found]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "minimax_m2", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "glm4_moe", "minimax_m2", "deepseek_v3", "glm_moe_dsa", "gpt_oss"]
+)
 def test_every_target_of_experts_is_in_a_parameter_of_transformers(name: str, tmp_path: Path) -> None:
     model, theirs = write_family_checkpoint(name, tmp_path), build_family_model(name)
     for parameter, targets in PEFT_TARGETS.items():
@@ -196,9 +198,11 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
     sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "ffn_hidden_size": 8, "vocab_size": 9}
     latent = {"num_experts": 2, "experts_per_token": 1}
     latent |= {"kv_latent_size": 6, "rope_head_size": 2, "value_head_size": 4}
+    indexer = {"query_latent_size": 4, "rope_interleaved": True}
+    indexer |= {"attended_positions": 3, "indexer_heads": 2, "indexer_head_size": 4}
     bounded = {"head_size": 8, "num_experts": 2, "experts_per_token": 1, "swiglu_alpha": 1.7, "swiglu_limit": 7.0}
     models = [
-        ModelConfig(name="x", family=family, max_position_embeddings=4, **sizes, **more)  # type: ignore[arg-type]
+        ModelConfig(name="x", family=family, max_position_embeddings=4, **sizes | more)  # type: ignore[arg-type]
         for family, more in (
             ("gpt2", {}),
             ("llama", {}),
@@ -221,6 +225,10 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
             ("deepseek_v3", {**latent, "query_latent_size": 4}),
             ("deepseek_v3", {**latent, "value_head_size": 2}),
             ("deepseek_v3", {**latent, "rope_interleaved": True}),
+            ("deepseek_v32", {**latent, **indexer}),
+            ("glm_moe_dsa", {**latent, **indexer}),
+            ("glm_moe_dsa", {**latent, **indexer, "attended_positions": 2}),
+            ("glm_moe_dsa", {**latent, **indexer, "layers_without_indexer": [1], "num_layers": 2}),
             ("gpt_oss", {**bounded}),
             ("gpt_oss", {**bounded, "swiglu_alpha": 2.0}),
             ("gpt_oss", {**bounded, "swiglu_limit": 2.0}),
@@ -230,7 +238,8 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long", "minimax_m2_long", "deepseek_v3", "gpt_oss"]
+    "name",
+    ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long", "minimax_m2_long", "deepseek_v3", "glm_moe_dsa", "gpt_oss"],
 )
 def test_angles_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)

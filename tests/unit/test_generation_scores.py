@@ -141,14 +141,18 @@ def test_settings_that_make_no_sense_are_refused(options: dict, message: str) ->
         GenerationConfig(**options)
 
 
+SIZES = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "ffn_hidden_size": 8, "vocab_size": 9}
+
+
 def test_rows_without_room_are_refused_with_both_numbers() -> None:
-    check_room([4, 6], 26, 32)
+    model = ModelConfig(name="toy", max_position_embeddings=32, **SIZES)
+    check_room([4, 6], 26, model)
     with pytest.raises(ValueError, match=r"context 2 has 7 tokens, .*max_new_tokens=26 33, but .*embeddings=32.* 25"):
-        check_room([4, 7], 26, 32)
+        check_room([4, 7], 26, model)
     with pytest.raises(ValueError, match=r"context 1 has 32 tokens, .*embeddings=32; shorten the context$"):
-        check_room([32], 1, 32)
+        check_room([32], 1, model)
     with pytest.raises(ValueError, match="context 1 has no token"):
-        check_room([0], 1, 32)
+        check_room([0], 1, model)
 
 
 @pytest.mark.parametrize(
@@ -157,12 +161,15 @@ def test_rows_without_room_are_refused_with_both_numbers() -> None:
         ({"adapter": "a", "adapters": ["b"]}, "adapter and adapters are both set"),
         ({"generate": GenerateOptions(prompt="x", input="y")}, "give generate.input=FILE or generate.prompt"),
         ({"generate": GenerateOptions(prompt="x", merge=True)}, "generate.merge=true merges one adapter"),
+        (
+            {"generate": GenerateOptions(prompt="x", max_new_tokens=80)},
+            r"max_new_tokens=80 leaves no room for a context in .*embeddings=80; shorten it to 79 or less",
+        ),
         ({"topology": TopologyConfig(tp_size=2, sequence_parallel=True)}, "topology.sequence_parallel=true"),
     ],
 )
 def test_a_verb_that_cannot_run_is_refused(changes: dict, message: str) -> None:
-    sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "ffn_hidden_size": 8, "vocab_size": 9}
-    model = ModelConfig(name="toy", max_position_embeddings=8, **sizes)
+    model = ModelConfig(name="toy", max_position_embeddings=80, **SIZES)
     given = {"model": model, "topology": TopologyConfig(), "generate": GenerateOptions(prompt="x")}
     GenerateConfig(**given)
     with pytest.raises(ValueError, match=message):
