@@ -51,6 +51,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "open_deepseek_v3": (
         *("model=deepseek_v3", "model.base_format=nf4", "topology=tp8_sp", "hardware=h100", *QUANTIZED),
     ),
+    "open_minimax_m2": ("model=minimax_m2", "topology=tp8_sp", "hardware=h100", *OPEN),
     "open_glm5": ("model=glm5", "model.base_format=nf4", "topology=tp8_sp", "hardware=h100", *QUANTIZED),
     "open_kimi_k2": ("model=kimi_k2", "model.base_format=nf4", "topology=tp8_sp", "hardware=h200", *QUANTIZED),
     "search_h200_4": ("experiment=gpt3_175b_h200", *SEARCH, "plan.num_gpus=4"),

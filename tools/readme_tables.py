@@ -121,7 +121,7 @@ def build_open_models_table() -> str:
         "glm4_5",
         "gpt_oss_120b",
         "deepseek_v3",
-        "glm5",
+        "minimax_m2", "glm5",
         "kimi_k2",
     )
     return format_models([_read(f"plan/open_{name}") for name in names])
