@@ -117,11 +117,12 @@ def build_open_models_table() -> str:
         "llama3_1_70b",
         "llama3_1_405b",
         "glm4_5_air",
+        "minimax_m2",
         "qwen3_235b",
         "glm4_5",
         "gpt_oss_120b",
         "deepseek_v3",
-        "minimax_m2", "glm5",
+        "glm5",
         "kimi_k2",
     )
     return format_models([_read(f"plan/open_{name}") for name in names])
