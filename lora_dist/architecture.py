@@ -36,11 +36,19 @@ class Architecture:
     latent_attention: bool = False
     """Keys and values, and in most models queries too, come from narrow vectors, their latents, one for all heads
     (arXiv:2405.04434, section 2.1)."""
+    gated_attention: bool = False
+    """What a head gives is multiplied by the sigmoid of a gate, which comes out of the same linear as its query
+    (arXiv:2505.06708)."""
+    delta_layers: bool = False
+    """All layers but those that full_attention_layers names have a gated DeltaNet in attention's place
+    (arXiv:2412.06464)."""
     experts: bool = False
     """Each layer has several MLPs, of which a router picks some for each token (arXiv:2101.03961, arXiv:2401.04088)."""
     shared_expert: bool = False
     """Beside them a model may have one that every token passes (arXiv:2401.06066, section 3.2), and layers without
     experts before those with them."""
+    gated_shared_expert: bool = False
+    """All models have that one, and what it gives is multiplied by the sigmoid of a gate; none has the layers."""
     sigmoid_router: bool = False
     """Its scores are sigmoids, to which offsets are added for the choice alone (arXiv:2412.19437, section 2.1.2)."""
     activations: tuple[str, ...] = ("gelu_tanh",)
@@ -86,6 +94,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         _LLAMA, grouped_query=False, latent_attention=True, experts=True, shared_expert=True, sigmoid_router=True
     ),
     "gpt_oss": replace(_LLAMA, linear_biases=True, windows=True, experts=True, bounded_gate=True, attention_sinks=True),
+    "qwen3_next": replace(
+        _LLAMA,
+        qk_norm=True,
+        unit_norms=True,
+        partial_rotary=True,
+        gated_attention=True,
+        delta_layers=True,
+        experts=True,
+        shared_expert=True,
+        gated_shared_expert=True,
+    ),
     "phi3": replace(_LLAMA, windows=True, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
     "gemma3_text": replace(
         _LLAMA,

@@ -244,7 +244,7 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
 
 def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None:
     tp_size, pp_size = topology.tp_size, topology.pp_size
-    for key in ("num_heads", "ffn_hidden_size", "dense_ffn_size", "shared_ffn_size"):
+    for key in ("num_heads", "delta_key_heads", "ffn_hidden_size", "dense_ffn_size", "shared_ffn_size"):
         size = getattr(model, key)
         require(
             size is None or size % tp_size == 0,

@@ -20,10 +20,11 @@ ROPE_SCALINGS: dict[str, frozenset[str]] = {
 NOT_ROUNDED = {"truncate": 0.0}
 _KERNEL_MULTIPLE = 8
 """Of a head's features, in torch's fused attention on GPUs."""
-_ONLY_WITH_SHARED_EXPERTS: dict[str, object] = {
-    **{"shared_ffn_size": None, "num_dense_layers": 0, "dense_ffn_size": None},
+_ONLY_WITH_SIGMOID_ROUTER: dict[str, object] = {
+    **{"num_dense_layers": 0, "dense_ffn_size": None},
     **{"expert_weight_scale": 1.0, "num_expert_groups": 1, "groups_per_token": 1},
 }
+_DELTA_SIZES = ("delta_key_heads", "delta_value_heads", "delta_key_size", "delta_value_size", "delta_kernel_size")
 
 
 def check_model(model: "ModelConfig") -> None:
@@ -44,6 +45,7 @@ def check_model(model: "ModelConfig") -> None:
         "kv_latent_size",
         "rope_head_size",
         "value_head_size",
+        *_DELTA_SIZES,
         "ffn_hidden_size",
         "vocab_size",
         "max_position_embeddings",
@@ -80,16 +82,25 @@ def check_model(model: "ModelConfig") -> None:
     _check_windows(model)
     _check_heads(model)
     _check_latents(model)
+    _check_delta_nets(model)
     if model.architecture.rotary:
         _check_rotary(model)
 
 
 def _check_experts(model: "ModelConfig") -> None:
     num_experts, num_picked = model.num_experts, model.experts_per_token
-    for key, plain in _ONLY_WITH_SHARED_EXPERTS.items():
+    require(
+        model.architecture.shared_expert or model.shared_ffn_size is None,
+        f"model.shared_ffn_size={model.shared_ffn_size}: {model.family} has none of it; leave it null",
+    )
+    require(
+        not model.architecture.gated_shared_expert or model.shared_ffn_size is not None,
+        f"model.family={model.family} needs model.shared_ffn_size",
+    )
+    for key, plain in _ONLY_WITH_SIGMOID_ROUTER.items():
         shown = "null" if plain is None else plain
         require(
-            model.architecture.shared_expert or getattr(model, key) == plain,
+            model.architecture.sigmoid_router or getattr(model, key) == plain,
             f"model.{key}={getattr(model, key)}: {model.family} has none of it; leave it {shown}",
         )
     if not model.architecture.experts:
@@ -167,8 +178,9 @@ def _check_windows(model: "ModelConfig") -> None:
         f"model.sliding_window={model.sliding_window}: {model.family} sees all positions before; leave it null",
     )
     for key in ("full_attention_layers", "local_rope_theta"):
+        names_kinds = key == "full_attention_layers" and model.architecture.delta_layers
         require(
-            not getattr(model, key) or model.sliding_window is not None,
+            not getattr(model, key) or model.sliding_window is not None or names_kinds,
             f"model.{key}={getattr(model, key)} has no meaning without model.sliding_window",
         )
     for layer in model.full_attention_layers:
@@ -220,6 +232,21 @@ def _check_latents(model: "ModelConfig") -> None:
         f"model.attention_scale={model.attention_scale}: {model.family} has it with a longer context alone, that is"
         " with a factor above 1 in model.rope_scaling; leave it null",
     )
+
+
+def _check_delta_nets(model: "ModelConfig") -> None:
+    for key in _DELTA_SIZES:
+        size = getattr(model, key)
+        if model.architecture.delta_layers:
+            require(size is not None, f"model.family={model.family} needs model.{key}")
+        else:
+            require(size is None, f"model.{key}={size}: {model.family} has none of it; leave it null")
+    if model.architecture.delta_layers:
+        require(
+            model.delta_value_heads % model.delta_key_heads == 0,  # type: ignore[operator]
+            f"model.delta_key_heads={model.delta_key_heads} does not divide"
+            f" model.delta_value_heads={model.delta_value_heads}",
+        )
 
 
 def _check_rotary(model: "ModelConfig") -> None:

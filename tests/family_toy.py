@@ -35,6 +35,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from lora_dist.config import ModelConfig
@@ -63,7 +65,11 @@ _LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 _GLM = {"head_dim": 8, "attention_bias": True, "rope_parameters": _NEOX_ROPE}
 _LATENT = {"num_key_value_heads": 8, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
-_FULL, _WINDOW = "full_attention", "sliding_attention"
+_FULL, _WINDOW, _LINEAR_LAYER = "full_attention", "sliding_attention", "linear_attention"
+_DELTA = {
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 5},
+    "linear_conv_kernel_dim": 4,
+}
 
 
 class _ListedMistralConfig(MinistralConfig):
@@ -111,6 +117,19 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             num_experts=4,
             num_experts_per_tok=2,
             tie_word_embeddings=True,
+        )
+    ),
+    "qwen3_next": lambda: Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **_SIZES,
+            **_DELTA,
+            head_dim=8,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+            num_experts=6,
+            num_experts_per_tok=3,
+            layer_types=[_LINEAR_LAYER, _FULL, _LINEAR_LAYER, _LINEAR_LAYER],
+            rms_norm_eps=1e-2,  # where a head reads next to nothing, its norm would make much of rounding
         )
     ),
     "glm4_moe": lambda: Glm4MoeForCausalLM(
@@ -234,20 +253,24 @@ _SECOND = (
     *("gpt_oss_listed", "phi3_long", "gpt_neox_serial"),
 )
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
-UNLIKE = ("llama", "gemma3_text", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")
+UNLIKE = ("llama", "gemma3_text", "qwen3_next", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")
 """Which have the least in common."""
+_FROM_ONE = ("gemma3_text", "qwen3_next")
+"""Whose norms' factors are one more than their weights, but for those inside a gated DeltaNet."""
 
 
 @torch.no_grad()
 def build_family_model(name: str, seed: int = 0) -> PreTrainedModel:
     """Eval mode, every parameter drawn: transformers leaves biases zero and norms one."""
     model = FAMILIES[name]()
-    if hasattr(model.config, "num_local_experts"):
+    if hasattr(model.config, "num_local_experts") or hasattr(model.config, "num_experts"):
         model.set_experts_implementation("eager")  # the other ones have no fp64
     generator = torch.Generator().manual_seed(seed)
     for parameter_name, parameter in model.named_parameters():
         drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
-        is_factor = "norm" in parameter_name and parameter_name.endswith("weight") and name != "gemma3_text"
+        is_factor = "norm" in parameter_name and parameter_name.endswith("weight")
+        if name in _FROM_ONE:
+            is_factor = parameter_name.endswith("linear_attn.norm.weight")
         drawn = drawn / 0.3 if parameter_name.endswith("sinks") else drawn  # as large as scores
         parameter.copy_(1 + drawn if is_factor else drawn)
     for buffer_name, buffer in model.named_buffers():

@@ -68,6 +68,9 @@ def _shrink(composed: DictConfig) -> None:
         (composed.model, ("query_latent_size", "kv_latent_size"), 64),
         (composed.model, ("value_head_size",), 16),
         (composed.model, ("rope_head_size",), 8),
+        (composed.model, ("delta_key_heads",), 2),
+        (composed.model, ("delta_value_heads",), 4),
+        (composed.model, ("delta_key_size", "delta_value_size"), 16),
     ):
         for key in keys:
             node[key] = node[key] and min(node[key], most)

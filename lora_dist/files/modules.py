@@ -16,6 +16,7 @@ from lora_dist.files.hf_llama import LLAMA_FAMILIES, LLAMA_NAMES
 from lora_dist.files.hf_neox import NEOX_NAMES
 from lora_dist.files.hf_opt import OPT_NAMES
 from lora_dist.files.hf_phi3 import PHI3_NAMES
+from lora_dist.files.hf_qwen3_next import QWEN3_NEXT_NAMES
 from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.lora.targets import compute_linear_shapes, find_linear, find_targets
 
@@ -30,6 +31,7 @@ FAMILY_NAMES: dict[str, dict[str, str]] = {
     **dict.fromkeys(LLAMA_FAMILIES, LLAMA_NAMES.list_target_names()),
     "mixtral": MIXTRAL_NAMES.list_target_names(),
     "qwen3_moe": QWEN3_MOE_NAMES.list_target_names(),
+    "qwen3_next": QWEN3_NEXT_NAMES.list_target_names(),
     "glm4_moe": GLM4_MOE_NAMES.list_target_names(),
     "deepseek_v3": DEEPSEEK_V3_NAMES.list_target_names(),
     "gpt_oss": GPT_OSS_NAMES.list_target_names(),

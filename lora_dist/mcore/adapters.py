@@ -19,7 +19,7 @@ from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter, find_source
 
 _NORM_BEFORE = {
-    "self_attention.linear_qkv": "input_layernorm",
+    **dict.fromkeys(("self_attention.linear_qkv", "self_attention.linear_in"), "input_layernorm"),
     **dict.fromkeys([f"self_attention.linear_{name}_proj" for name in ("q", "q_down", "kv_down")], "input_layernorm"),
     **dict.fromkeys(("mlp.linear_fc1", "mlp.shared_experts.linear_fc1"), "pre_mlp_layernorm"),
 }

@@ -70,6 +70,23 @@ MODELS = {
         normalize_expert_weights=False,
         tied_output=True,
     ),
+    "qwen3_next": build_toy(
+        "qwen3_next",
+        num_kv_heads=2,  # which two of four TP ranks share
+        head_size=8,
+        rotary_fraction=0.5,
+        delta_key_heads=4,
+        delta_value_heads=8,
+        delta_key_size=6,
+        delta_value_size=5,
+        delta_kernel_size=4,
+        full_attention_layers=[1],
+        ffn_hidden_size=12,
+        num_experts=4,
+        experts_per_token=2,
+        shared_ffn_size=24,
+        tied_output=False,
+    ),
     "glm4_moe": build_toy("glm4_moe", num_kv_heads=4, rotary_fraction=0.5, qk_norm=True, **PICKED),
     "deepseek_v3": build_toy("deepseek_v3", query_latent_size=20, rope_interleaved=True, **LATENT, **PICKED),
     "deepseek_v3_direct": build_toy("deepseek_v3", **LATENT, **PICKED),
@@ -111,14 +128,21 @@ _CASES = [
     ("qwen2", "full", TOPOLOGIES[1:4:2]),
     *(("gemma3_text", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
     *((name, method, TOPOLOGIES[1:4:2]) for name in ("mixtral", "qwen3_moe") for method in ("lora", "full")),
-    *((name, method, TOPOLOGIES) for name in ("glm4_moe", "deepseek_v3", "gpt_oss") for method in ("lora", "full")),
+    *(
+        (name, method, TOPOLOGIES)
+        for name in ("qwen3_next", "glm4_moe", "deepseek_v3", "gpt_oss")
+        for method in ("lora", "full")
+    ),
     *(("deepseek_v3_direct", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
     *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
 ]
 CASES = {f"{name}-{method}": (name, method, topologies) for name, method, topologies in _CASES}
-ALWAYS = ("llama-lora", "gemma3_text-lora", "deepseek_v3-lora", "gpt_oss-full", "gpt_neox-full")
+ALWAYS = (
+    *("llama-lora", "gemma3_text-lora", "deepseek_v3-lora", "gpt_oss-full", "gpt_neox-full"),
+    *("qwen3_next-lora", "qwen3_next-full"),
+)
 
 
 @pytest.mark.parametrize("case", few_of(CASES, *ALWAYS))
