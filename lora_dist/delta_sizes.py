@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DeltaSizes:
     """Heads and their features. All tensors of a layer lie key head by key head, which is how TP splits them."""
 

@@ -214,10 +214,13 @@ class ModelConfig:
     @property
     def delta_sizes(self) -> DeltaSizes:
         """Of the gated DeltaNets, where the family has them."""
-        sizes = (self.delta_key_heads, self.delta_value_heads, self.delta_key_size, self.delta_value_size)
-        assert None not in sizes
-        assert self.delta_kernel_size is not None
-        return DeltaSizes(*filter(None, sizes), self.delta_kernel_size)
+        return DeltaSizes(
+            key_heads=self.delta_key_heads or 0,
+            value_heads=self.delta_value_heads or 0,
+            key_size=self.delta_key_size or 0,
+            value_size=self.delta_value_size or 0,
+            kernel_size=self.delta_kernel_size or 0,
+        )
 
     @property
     def kv_size(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -129,7 +130,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             num_experts=6,
             num_experts_per_tok=3,
             layer_types=[_LINEAR_LAYER, _FULL, _LINEAR_LAYER, _LINEAR_LAYER],
-            rms_norm_eps=1e-2,  # where a head reads next to nothing, its norm would make much of rounding
+            rms_norm_eps=1e-3,  # where a head reads next to nothing, its norm would make much of rounding
         )
     ),
     "glm4_moe": lambda: Glm4MoeForCausalLM(
@@ -277,6 +278,21 @@ def build_family_model(name: str, seed: int = 0) -> PreTrainedModel:
         if buffer_name.endswith("e_score_correction_bias"):
             buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
+
+
+class StayDouble(TorchFunctionMode):
+    """Within, what is double stays so where transformers would make it fp32: its norms, routers and delta rule."""
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> torch.Tensor:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 def name_as_stored(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:

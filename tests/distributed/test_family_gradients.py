@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_toy import FAMILIES, UNLIKE, build_family_model, name_as_stored, read_family_config, write_family_checkpoint
+from family_toy import (
+    FAMILIES,
+    UNLIKE,
+    StayDouble,
+    build_family_model,
+    name_as_stored,
+    read_family_config,
+    write_family_checkpoint,
+)
 from hf_toy import build_shard, draw_tokens
 from processes import run_distributed
 from tiers import few_of
@@ -203,11 +211,12 @@ def compute_packed_gradients(options: dict, source: Path) -> tuple[float, dict[s
 def compute_expected_gradients(name: str, source: Path) -> tuple[float, dict[str, torch.Tensor]]:
     """transformers, each example alone."""
     model = build_family_model(name).double()
-    losses = [
-        torch.nn.functional.cross_entropy(model(example).logits[:, :-1].flatten(0, 1), example[:, 1:].flatten())
-        * example[:, 1:].numel()
-        for example in draw_tokens().split([BOUNDARY, draw_tokens().shape[1] - BOUNDARY], dim=1)
-    ]
+    with StayDouble():
+        losses = [
+            torch.nn.functional.cross_entropy(model(example).logits[:, :-1].flatten(0, 1), example[:, 1:].flatten())
+            * example[:, 1:].numel()
+            for example in draw_tokens().split([BOUNDARY, draw_tokens().shape[1] - BOUNDARY], dim=1)
+        ]
     loss = torch.stack(losses).sum() / int(build_packed_batch(draw_tokens()).num_loss_tokens)
     loss.backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
