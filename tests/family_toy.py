@@ -68,7 +68,7 @@ _LATENT = {"num_key_value_heads": 8, "kv_lora_rank": 12, "qk_nope_head_dim": 6, 
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
 _FULL, _WINDOW, _LINEAR_LAYER = "full_attention", "sliding_attention", "linear_attention"
 _DELTA = {
-    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 5},
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
     "linear_conv_kernel_dim": 4,
 }
 
@@ -129,8 +129,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             shared_expert_intermediate_size=24,
             num_experts=6,
             num_experts_per_tok=3,
-            layer_types=[_LINEAR_LAYER, _FULL, _LINEAR_LAYER, _LINEAR_LAYER],
-            rms_norm_eps=1e-3,  # where a head reads next to nothing, its norm would make much of rounding
+            layer_types=[_LINEAR_LAYER, _FULL, _LINEAR_LAYER, _FULL],
+            rms_norm_eps=1e-2,  # where a head reads next to nothing, its norm would make much of rounding
         )
     ),
     "glm4_moe": lambda: Glm4MoeForCausalLM(

@@ -122,12 +122,11 @@ def apply_delta_rule(
     """What each position reads [N, G, R, C, V], and the state [P, G, R, K, V] after the last step's sequences.
 
     Queries and keys are normalised; g, the `log_decay`, is not positive; b is the `strength`. `state_PGRKV` is that
-    before the sequences, None for zeros. Differentiable, and exact to rounding whatever g is: no decay is divided by.
+    before the sequences, None for zeros. Differentiable, and exact to rounding whatever g is: decays are not divided by,
+    nor their logarithms subtracted.
     """
-    sums_NGRC = log_decay_NGRC.cumsum(-1)
-    from_start_NGRC1 = sums_NGRC.exp()[..., None]
-    to_end_NGRC1 = (sums_NGRC[..., -1:] - sums_NGRC).exp()[..., None]
-    decay_NGRCC = _compute_decays(sums_NGRC)
+    from_start_NGRC1, decay_NGRCC = log_decay_NGRC.cumsum(-1).exp()[..., None], _compute_decays(log_decay_NGRC)
+    to_end_NGRC1 = decay_NGRCC[..., -1, :, None]
     query_NGCK = query_NGCK * query_NGCK.shape[-1] ** -0.5
     key_NG1CK, query_NG1CK = key_NGCK[:, :, None], query_NGCK[:, :, None]
     scores_NGRCC = (query_NGCK @ key_NGCK.mT)[:, :, None] * decay_NGRCC
@@ -152,8 +151,13 @@ def apply_delta_rule(
     return read, state_PGRKV
 
 
-def _compute_decays(sums_NGRC: torch.Tensor) -> torch.Tensor:
-    """[N, G, R, C, C]; what is left at a position of what an earlier one, or itself, wrote: 0 for later ones."""
-    size = sums_NGRC.shape[-1]
-    is_later = torch.ones(size, size, dtype=torch.bool, device=sums_NGRC.device).triu(1)
-    return (sums_NGRC[..., :, None] - sums_NGRC[..., None, :]).masked_fill(is_later, float("-inf")).exp()
+def _compute_decays(log_decay_NGRC: torch.Tensor) -> torch.Tensor:
+    """[N, G, R, C, C]; what is left at a position of what an earlier one, or itself, wrote: 0 for later ones.
+
+    Each logarithm is a sum of its own. As a difference of two sums from the chunk's start, as it is often computed, it
+    would be that of two large numbers where a head has forgotten much before.
+    """
+    size = log_decay_NGRC.shape[-1]
+    is_earlier = torch.ones(size, size, dtype=torch.bool, device=log_decay_NGRC.device).tril(-1)
+    since = log_decay_NGRC[..., :, None].expand(*log_decay_NGRC.shape, size).masked_fill(~is_earlier, 0).cumsum(-2)
+    return since.masked_fill(is_earlier.t(), float("-inf")).exp()

@@ -114,6 +114,7 @@ def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> Non
 TARGETS = {
     "mixtral": ["v_proj", "q_proj", "o_proj"],
     "qwen3_moe": ["k_proj", "o_proj"],
+    "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "o_proj"],
     "glm4_moe": ["k_proj", "v_proj"],
     "deepseek_v3": ["kv_a_proj_with_mqa", "q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"],
     "opt": ["v_proj", "q_proj", "fc1"],
