@@ -100,6 +100,7 @@ class DeltaHeads(nn.Module):
         chunks, filled = cut_into_chunks(mixed_SBM, None), cut_into_chunks(is_text_BS.t()[..., None], None)
         active = count_active(num_rows, num_positions, None)
         output, state = self._run_chunks(chunks, parameters, active, filled=filled, cache=cache)
+        assert state is not None
         convolved = self._split(mixed_SBM)[0].flatten(2)
         cache.keep(convolved.transpose(0, 1), state, num_before=self.sizes.kernel_size - 1)
         return join_chunks(output, num_rows, num_positions, None)
@@ -118,8 +119,10 @@ class DeltaHeads(nn.Module):
         *,
         filled: torch.Tensor | None = None,
         cache: StateCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[N, C, O] in the dtype of the input, and the last state. `filled` [N, C, 1]: False where nothing is kept."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[N, C, O] in the dtype of the input, and with a cache the last state. `filled` [N, C, 1]: False where nothing
+        is written or forgotten.
+        """
         sizes, dtype = self.sizes, torch.promote_types(chunks_NCM.dtype, torch.float32)
         kernels, decay_logs, step_offsets, norm_factors = (one.to(dtype) for one in parameters)
         convolved, output_gate, strength, step = (part.to(dtype) for part in self._split(chunks_NCM))
@@ -137,7 +140,8 @@ class DeltaHeads(nn.Module):
             log_decay.permute(0, 2, 3, 1),
             strength.permute(0, 2, 3, 1),
             active,
-            None if cache is None else cache.state,
+            state_PGRKV=None if cache is None else cache.state,
+            keeps_state=cache is not None,
         )
         rstd = (read_NGRCV.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
         normed = (read_NGRCV * rstd * norm_factors).permute(0, 3, 1, 2, 4).flatten(2)

@@ -117,38 +117,70 @@ def apply_delta_rule(
     log_decay_NGRC: torch.Tensor,
     strength_NGRC: torch.Tensor,
     active: Sequence[int],
+    *,
     state_PGRKV: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each position reads [N, G, R, C, V], and the state [P, G, R, K, V] after the last step's sequences.
+    keeps_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What each position reads [N, G, R, C, V], and where it is kept the state [P, G, R, K, V] after the last step.
 
     Queries and keys are normalised; g, the `log_decay`, is not positive; b is the `strength`. `state_PGRKV` is that
-    before the sequences, None for zeros. Differentiable, and exact to rounding whatever g is: decays are not divided by,
-    nor their logarithms subtracted.
+    before the sequences, None for zeros. Differentiable, and exact to rounding whatever g is: no decay is divided by.
     """
     from_start_NGRC1, decay_NGRCC = log_decay_NGRC.cumsum(-1).exp()[..., None], _compute_decays(log_decay_NGRC)
-    to_end_NGRC1 = decay_NGRCC[..., -1, :, None]
     query_NGCK = query_NGCK * query_NGCK.shape[-1] ** -0.5
     key_NG1CK, query_NG1CK = key_NGCK[:, :, None], query_NGCK[:, :, None]
     scores_NGRCC = (query_NGCK @ key_NGCK.mT)[:, :, None] * decay_NGRCC
     overlaps_NGRCC = (key_NGCK @ key_NGCK.mT)[:, :, None] * decay_NGRCC * strength_NGRC[..., None]
     right = torch.cat([value_NGRCV, key_NG1CK * from_start_NGRC1], dim=-1) * strength_NGRC[..., None]
     solved = torch.linalg.solve_triangular(overlaps_NGRCC, right, upper=False, unitriangular=True)
-    value_size, key_size = value_NGRCV.shape[-1], key_NGCK.shape[-1]
-    own_NGRCV, reading_NGRCK = solved.split([value_size, key_size], dim=-1)
-    if state_PGRKV is None:
-        state_PGRKV = own_NGRCV.new_zeros(active[0], *own_NGRCV.shape[1:3], key_size, value_size)
-    steps = zip(
-        *(x.split(list(active)) for x in (own_NGRCV, reading_NGRCK, key_NG1CK * to_end_NGRC1, from_start_NGRC1)),
-        strict=True,
+    own_NGRCV, reading_NGRCK = solved.split([value_NGRCV.shape[-1], key_NGCK.shape[-1]], dim=-1)
+    written_NGRCV, before, state_PGRKV = _write(
+        own_NGRCV,
+        reading_NGRCK,
+        key_NG1CK * decay_NGRCC[..., -1, :, None],
+        from_start_NGRC1[..., -1:, :],
+        active,
+        state_PGRKV,
+        keeps_state=keeps_state,
     )
-    written, before = [], []
-    for own, reading, keys, from_start in steps:
-        state_PGRKV = state_PGRKV if len(own) == len(state_PGRKV) else state_PGRKV[: len(own)]
-        before.append(state_PGRKV)
-        written.append(own - reading @ state_PGRKV)
-        state_PGRKV = state_PGRKV * from_start[..., -1:, :] + keys.mT @ written[-1]
-    read = (query_NG1CK * from_start_NGRC1) @ torch.cat(before) + scores_NGRCC @ torch.cat(written)
-    return read, state_PGRKV
+    read_NGRCV = scores_NGRCC @ written_NGRCV
+    if before is None:
+        return read_NGRCV, state_PGRKV
+    first, later = read_NGRCV.split([len(read_NGRCV) - len(before), len(before)])
+    from_before = (query_NG1CK * from_start_NGRC1)[len(first) :] @ before
+    return torch.cat([first, later + from_before]), state_PGRKV
+
+
+def _write(
+    own_NGRCV: torch.Tensor,
+    reading_NGRCK: torch.Tensor,
+    key_NGRCK: torch.Tensor,
+    decay_NGR11: torch.Tensor,
+    active: Sequence[int],
+    state_PGRKV: torch.Tensor | None,
+    *,
+    keeps_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """What each position writes, step by step; the states before those chunks that have one, which are the last of all;
+    and the last state. What no chunk reads is not computed.
+
+    `own` is what a position would write if the state were empty, `reading` what it corrects that by, `key` and `decay`
+    what is left of both at the chunk's end.
+    """
+    written, before, state = [], list[torch.Tensor](), state_PGRKV
+    steps = zip(*(x.split(list(active)) for x in (own_NGRCV, reading_NGRCK, key_NGRCK, decay_NGR11)), strict=True)
+    for step, (own, reading, key, decay) in enumerate(steps):
+        if state is not None:
+            before.append(state)
+            own = own - reading @ state
+        written.append(own)
+        num_next = active[step + 1] if step + 1 < len(active) else len(own) * keeps_state
+        if num_next == 0:
+            break
+        key, decay, own = (x if len(x) == num_next else x[:num_next] for x in (key, decay, own))
+        added = key.mT @ own
+        state = added if state is None else added + state[:num_next] * decay
+    return torch.cat(written), torch.cat(before) if before else None, state if keeps_state else None
 
 
 def _compute_decays(log_decay_NGRC: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,8 @@ def list_candidates(config: RunConfig) -> list[Candidate]:
     num_gpus, model = config.plan.num_gpus, config.model
     found = []
     num_groups = model.num_query_groups
-    for tp_size in _list_divisors(gcd(model.num_heads, *model.mlp_sizes), num_gpus):
+    split = gcd(model.num_heads, model.delta_key_heads or 0, *model.mlp_sizes)
+    for tp_size in _list_divisors(split, num_gpus):
         if num_groups % tp_size and tp_size % num_groups:
             continue
         for pp_size in _list_pipelines(model.num_layers, num_gpus // tp_size):

@@ -51,7 +51,8 @@ def run_in_chunks(
         chunks["value"].permute(0, 2, 3, 1, 4),
         *(chunks[name].permute(0, 2, 3, 1) for name in ("log_decay", "strength")),
         count_active(num_rows, length, row_blocks),
-        state,
+        state_PGRKV=state,
+        keeps_state=True,
     )
     flat = read.permute(0, 3, 1, 2, 4).flatten(2)
     return join_chunks(flat, num_rows, length, row_blocks).unflatten(-1, (G, R, V)), state
