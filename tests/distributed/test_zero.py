@@ -34,6 +34,13 @@ BIASED = replace(
     TOY, family="gpt_oss", num_kv_heads=2, ffn_hidden_size=40, num_experts=5, experts_per_token=2, init_std=0.15,
     sliding_window=5, full_attention_layers=[1], swiglu_alpha=1.702, swiglu_limit=0.5,
 )  # fmt: skip
+DELTA = replace(
+    EXPERTS, family="qwen3_next", num_kv_heads=2, rotary_fraction=0.5, num_dense_layers=0, dense_ffn_size=None,
+    full_attention_layers=[1], delta_key_heads=2, delta_value_heads=4, delta_key_size=8, delta_value_size=12,
+    delta_kernel_size=4, layernorm_epsilon=1e-2,
+)  # fmt: skip
+DELTA_LORA = replace(LORA, model=DELTA, lora=LoraConfig(rank=3, alpha=12, target_modules=["all"], dropout=0.2))
+DELTA_FULL = replace(FULL, model=DELTA)
 BIASED_LORA = replace(LORA, model=BIASED, lora=LoraConfig(rank=3, alpha=5, target_modules=EXPERT_TARGETS[:4]))
 BIASED_FULL = replace(FULL, model=BIASED)
 LATENT_LORA = replace(LORA, model=LATENT, lora=LoraConfig(rank=3, alpha=3, target_modules=["all"], dropout=0.2))
@@ -125,6 +132,18 @@ def test_trains_like_plain_torch(case: Case, options: dict, stage: int, oracles:
     distributed = replace(case, **options)
     results = run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage))
     assert_trained_alike(results, oracles[case.method])
+
+
+@pytest.mark.parametrize(
+    "case", [*exhaustive(DELTA_LORA), DELTA_FULL], ids=lambda case: f"{case.model.family}-{case.method}"
+)
+def test_delta_nets_train_like_plain_torch(case: Case) -> None:
+    oracle = run_distributed(train_oracle, 1, case)[0]
+    for options, stage in GRID[3:11:3]:
+        distributed = replace(case, **options)
+        assert_trained_alike(
+            run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage)), oracle
+        )
 
 
 @pytest.mark.exhaustive
