@@ -122,7 +122,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "qwen3_next": lambda: Qwen3NextForCausalLM(
         Qwen3NextConfig(
-            **_SIZES,
+            **_SIZES | {"num_key_value_heads": 2},  # fewer than TP ranks
             **_DELTA,
             head_dim=8,
             moe_intermediate_size=16,

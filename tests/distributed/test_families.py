@@ -86,7 +86,8 @@ def write_drawn(options: dict, source: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", few_of(["llama", "qwen3", "opt", "gpt_neox_serial", "deepseek_v3", "gpt_oss"], "opt", "gpt_oss")
+    "name",
+    few_of(["llama", "qwen3", "opt", "gpt_neox_serial", "qwen3_next", "deepseek_v3", "gpt_oss"], "opt", "gpt_oss"),
 )
 def test_a_drawn_model_is_the_same_at_every_topology_and_transformers_reads_it(name: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
@@ -104,7 +105,7 @@ def weigh(options: dict, source: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", few_of(["llama", "qwen3", "opt", "glm4_moe", "deepseek_v3", "gpt_oss"], "llama", "deepseek_v3")
+    "name", few_of(["llama", "qwen3", "opt", "qwen3_next", "glm4_moe", "deepseek_v3", "gpt_oss"], "llama", "qwen3_next")
 )
 def test_the_planned_weights_are_the_fullest_processs(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)

@@ -19,7 +19,7 @@ from family_toy import (
 from hf_toy import build_hf_model, build_shard, compute_logits, count_processes, draw_adapter_values, draw_tokens
 from lora_updates import compute_update
 from processes import run_distributed
-from tiers import few_of
+from tiers import exhaustive, few_of
 from transformers import AutoModelForCausalLM
 
 from lora_dist.checkpoint.adapter import load_adapter, write_adapter
@@ -95,7 +95,7 @@ def compute_peft_logits(base: Path, adapter: Path) -> torch.Tensor:
     return model.eval()(draw_tokens()).logits
 
 
-@pytest.mark.parametrize("name", few_of(ONE_EACH, "llama", "deepseek_v3", "gpt_oss", "gpt_neox"))
+@pytest.mark.parametrize("name", few_of(ONE_EACH, "llama", "qwen3_next", "deepseek_v3", "gpt_oss", "gpt_neox"))
 def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     write_family_checkpoint(name, base)
@@ -160,7 +160,9 @@ def call(words: list[str]) -> int:
     return main(words)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", [*("llama", "qwen2", "qwen3_moe", "glm4_moe", "deepseek_v3"), *exhaustive("qwen3_next")]
+)
 def test_the_verbs_merge_and_export(name: str, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = write_family_checkpoint(name, base)

@@ -147,10 +147,7 @@ _CASES = [
     *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
 ]
 CASES = {f"{name}-{method}": (name, method, topologies) for name, method, topologies in _CASES}
-ALWAYS = (
-    *("llama-lora", "gemma3_text-lora", "deepseek_v3-lora", "gpt_oss-full", "gpt_neox-full"),
-    *("qwen3_next-lora", "qwen3_next-full"),
-)
+ALWAYS = (*("llama-lora", "gemma3_text-lora", "qwen3_next-lora", "deepseek_v3-lora", "gpt_oss-full", "gpt_neox-full"),)
 
 
 @pytest.mark.parametrize("case", few_of(CASES, *ALWAYS))

@@ -160,10 +160,8 @@ DELTA = replace(
 IN_DELTA_NETS = (
     ["all"],
     ["q_proj"],
-    ["in_proj_qkvz"],
     [r"layers\.2\.out_proj"],
     [r"layers\.2\.in_proj_ba", r"layers\.3\.shared_down_proj"],
-    ["shared_up_proj"],
 )
 
 

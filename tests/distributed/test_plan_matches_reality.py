@@ -305,7 +305,7 @@ def is_close(planned: int, real: int) -> bool:
 ALWAYS = (
     *("lora-all-dropout-packed", "full-base-dropout", "lora-dp2-stage2"),
     *("full-dp2-stage3", "lora-nf4-double-tp2-sp-recompute", "gemma-lora-tp2-sp-packed", "latent-lora"),
-    *("sinks-lora-mxfp4-tp2", "delta-lora-nf4-tp2", "adapter_h-pp2-recompute"),
+    *("sinks-lora-mxfp4-tp2", "delta-lora", "adapter_h-pp2-recompute"),
 )
 
 

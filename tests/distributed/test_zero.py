@@ -139,7 +139,7 @@ def test_trains_like_plain_torch(case: Case, options: dict, stage: int, oracles:
 )
 def test_delta_nets_train_like_plain_torch(case: Case) -> None:
     oracle = run_distributed(train_oracle, 1, case)[0]
-    for options, stage in GRID[3:11:3]:
+    for options, stage in GRID[3:11:4]:
         distributed = replace(case, **options)
         assert_trained_alike(
             run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage)), oracle
