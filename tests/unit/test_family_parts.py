@@ -195,6 +195,8 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
     sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "ffn_hidden_size": 8, "vocab_size": 9}
     latent = {"num_experts": 2, "experts_per_token": 1}
     latent |= {"kv_latent_size": 6, "rope_head_size": 2, "value_head_size": 4}
+    delta = {"num_experts": 2, "experts_per_token": 1, "shared_ffn_size": 8, "delta_key_heads": 2}
+    delta |= {"delta_value_heads": 2, "delta_key_size": 4, "delta_value_size": 4, "delta_kernel_size": 2}
     bounded = {"head_size": 8, "num_experts": 2, "experts_per_token": 1, "swiglu_alpha": 1.7, "swiglu_limit": 7.0}
     models = [
         ModelConfig(name="x", family=family, max_position_embeddings=4, **sizes, **more)  # type: ignore[arg-type]
@@ -218,6 +220,9 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
             ("deepseek_v3", {**latent, "query_latent_size": 4}),
             ("deepseek_v3", {**latent, "value_head_size": 2}),
             ("deepseek_v3", {**latent, "rope_interleaved": True}),
+            ("qwen3_next", {**delta}),
+            ("qwen3_next", {**delta, "full_attention_layers": [0]}),
+            ("qwen3_next", {**delta, "delta_value_heads": 4}),
             ("gpt_oss", {**bounded}),
             ("gpt_oss", {**bounded, "swiglu_alpha": 2.0}),
             ("gpt_oss", {**bounded, "swiglu_limit": 2.0}),
