@@ -281,15 +281,18 @@ def build_family_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 class StayDouble(TorchFunctionMode):
-    """Within, what is double stays so where transformers would make it fp32: its norms, routers and delta rule."""
+    """Within, what is double and has a gradient stays double where transformers would make it fp32: in its norms,
+    routers and delta rule. Angles, which have none, are computed in fp32 here too.
+    """
 
     def __torch_function__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> torch.Tensor:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+        first = args[0] if args else None
+        if isinstance(first, torch.Tensor) and first.dtype == torch.float64 and first.requires_grad:
             if func is torch.Tensor.float:
-                return args[0]
+                return first
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)
             kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
         return func(*args, **kwargs)

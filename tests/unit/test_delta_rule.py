@@ -97,11 +97,10 @@ def test_outputs_and_gradients_are_those_of_a_step_a_position(row_blocks: tuple 
 
 def test_it_is_transformers() -> None:
     inputs = draw_inputs()
-    by_row = {name: value.transpose(0, 1) for name, value in inputs.items()}
+    by_row = {name: value.transpose(0, 1).requires_grad_() for name, value in inputs.items()}
     with StayDouble():
         expected, _ = torch_chunk_gated_delta_rule(
-            by_row["query"],
-            by_row["key"],
+            *(by_row[name].repeat_interleave(R, dim=2) for name in ("query", "key")),
             by_row["value"].flatten(2, 3),
             g=by_row["log_decay"].flatten(2),
             beta=by_row["strength"].flatten(2),
