@@ -1,6 +1,7 @@
 """What the models of each family have in common; standard library only."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,8 @@ class Architecture:
     delta_layers: bool = False
     """All layers but those that full_attention_layers names have a gated DeltaNet in attention's place
     (arXiv:2412.06464)."""
+    apart_delta_inputs: bool = False
+    """What enters a gated DeltaNet's heads comes out of four linears: of queries, keys and values, and of each gate."""
     experts: bool = False
     """Each layer has several MLPs, of which a router picks some for each token (arXiv:2101.03961, arXiv:2401.04088)."""
     shared_expert: bool = False
@@ -73,6 +76,14 @@ class Architecture:
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _LLAMA = Architecture(rotary=True, grouped_query=True, rms_norm=True, gated=True, linear_biases=False)
+_QWEN3_NEXT = replace(
+    _LLAMA, qk_norm=True, unit_norms=True, partial_rotary=True, gated_attention=True, delta_layers=True
+)
+_GATED_EXPERTS: dict[str, Any] = {"experts": True, "shared_expert": True, "gated_shared_expert": True}
+_APART: dict[str, Any] = {
+    "apart_delta_inputs": True,
+    "fused_targets": (("in_proj_q", "in_proj_k", "in_proj_v"),),
+}
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(fused_targets=(_QKV,)),
     "llama": _LLAMA,
@@ -94,17 +105,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         _LLAMA, grouped_query=False, latent_attention=True, experts=True, shared_expert=True, sigmoid_router=True
     ),
     "gpt_oss": replace(_LLAMA, linear_biases=True, windows=True, experts=True, bounded_gate=True, attention_sinks=True),
-    "qwen3_next": replace(
-        _LLAMA,
-        qk_norm=True,
-        unit_norms=True,
-        partial_rotary=True,
-        gated_attention=True,
-        delta_layers=True,
-        experts=True,
-        shared_expert=True,
-        gated_shared_expert=True,
-    ),
+    "qwen3_next": replace(_QWEN3_NEXT, **_GATED_EXPERTS),
+    "qwen3_5_text": replace(_QWEN3_NEXT, **_APART),
+    "qwen3_5_moe_text": replace(_QWEN3_NEXT, **_APART, **_GATED_EXPERTS),
     "phi3": replace(_LLAMA, windows=True, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
     "gemma3_text": replace(
         _LLAMA,

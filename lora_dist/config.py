@@ -206,6 +206,11 @@ def _validate_graphs(config: RunConfig) -> None:
         config.model.num_experts is None,
         f"{prefix}: how many rows an expert of {config.model.name} sees is known as they come; leave it out",
     )
+    require(
+        not config.model.architecture.delta_layers,
+        f"{prefix}: the layers of {config.model.name} go through each packed example by itself, and every microbatch"
+        " has others; leave it out",
+    )
     for key in ("hidden_dropout", "attention_dropout"):
         value = getattr(config.model, key)
         require(value == 0, f"{prefix} needs model.{key}=0, got {value}; lora.dropout may be used")

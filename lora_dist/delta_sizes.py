@@ -12,6 +12,8 @@ class DeltaSizes:
     key_size: int
     value_size: int
     kernel_size: int
+    apart: bool = False
+    """Whether queries, keys, values and each gate come out of linears, or rows of one, of their own."""
 
     def cut(self, tp_size: int) -> "DeltaSizes":
         """One of `tp_size` shards."""
@@ -34,11 +36,14 @@ class DeltaSizes:
 
     @property
     def projected_per_key(self) -> dict[str, int]:
-        """Of a key head, features out of the two linears that are one here: those and as many of the output gate as of
-        the values; then the gates of writing and of forgetting.
+        """Of a key head, features out of the linears that are one here: those and as many of the output gate as of the
+        values; then the gates of writing and of forgetting.
         """
-        values = self.values_per_key * self.value_size
-        return {"in_proj_qkvz": self.convolved_per_key + values, "in_proj_ba": 2 * self.values_per_key}
+        values, heads = self.values_per_key * self.value_size, self.values_per_key
+        if self.apart:
+            inputs = {"in_proj_q": self.key_size, "in_proj_k": self.key_size, "in_proj_v": values}
+            return inputs | {"in_proj_z": values, "in_proj_b": heads, "in_proj_a": heads}
+        return {"in_proj_qkvz": self.convolved_per_key + values, "in_proj_ba": 2 * heads}
 
     @property
     def convolved_parts(self) -> dict[str, int]:

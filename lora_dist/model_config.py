@@ -15,8 +15,8 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, qwen3_next, glm4_moe, deepseek_v3,
-    gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5_text,
+    qwen3_5_moe_text, glm4_moe, deepseek_v3, gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -35,7 +35,7 @@ class ModelConfig:
     rope_interleaved: bool = False
     """Positions turn neighbouring features as a pair, of deepseek_v3; else those that are half a head apart."""
     delta_key_heads: int | None = None
-    """Heads of queries and keys in a gated DeltaNet, of qwen3_next."""
+    """Heads of queries and keys in a gated DeltaNet, of qwen3_next, qwen3_5_text and qwen3_5_moe_text."""
     delta_value_heads: int | None = None
     """Heads of values there, of which neighbouring ones share a key head."""
     delta_key_size: int | None = None
@@ -57,7 +57,7 @@ class ModelConfig:
     """Queries and keys are normalised head by head, where a family has models with and without: glm4_moe; null means
     as the family usually does."""
     num_experts: int | None = None
-    """Experts of a layer, of mixtral, qwen3_moe, qwen3_next, glm4_moe, deepseek_v3 and gpt_oss."""
+    """Experts of a layer, of mixtral, qwen3_moe, qwen3_next, qwen3_5_moe_text, glm4_moe, deepseek_v3 and gpt_oss."""
     experts_per_token: int | None = None
     """Of them those that the router picks for each token."""
     normalize_expert_weights: bool = True
@@ -69,8 +69,8 @@ class ModelConfig:
     groups_per_token: int = 1
     """So many groups."""
     shared_ffn_size: int | None = None
-    """Features inside the MLP that every token passes beside its experts, of qwen3_next, glm4_moe and deepseek_v3; null
-    means there is none."""
+    """Features inside the MLP that every token passes beside its experts, of qwen3_next, qwen3_5_moe_text, glm4_moe and
+    deepseek_v3; null means there is none."""
     num_dense_layers: int = 0
     """First layers that have one MLP in the place of experts, of glm4_moe and deepseek_v3."""
     dense_ffn_size: int | None = None
@@ -96,8 +96,8 @@ class ModelConfig:
     sliding_window: int | None = None
     """Positions that a position sees, itself and those just before it; null means all before it."""
     full_attention_layers: list[int] = field(default_factory=list)
-    """Layers, from 0, whose positions see all before them whatever sliding_window says; of qwen3_next those with
-    attention."""
+    """Layers, from 0, whose positions see all before them whatever sliding_window says; beside gated DeltaNets
+    those with attention."""
     local_rope_theta: float | None = None
     """Base of the rotary frequencies under sliding_window, which nothing scales; null means those of all layers."""
     attention_scale: float | None = None
@@ -220,6 +220,7 @@ class ModelConfig:
             key_size=self.delta_key_size or 0,
             value_size=self.delta_value_size or 0,
             kernel_size=self.delta_kernel_size or 0,
+            apart=self.architecture.apart_delta_inputs,
         )
 
     @property

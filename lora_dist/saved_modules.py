@@ -32,7 +32,8 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "gpt_oss", "phi3"), _LLAMA),
     **dict.fromkeys(
-        ("qwen3", "qwen3_moe", "qwen3_next", "glm4_moe"), _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)}
+        ("qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "glm4_moe"),
+        _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)},
     ),
     "deepseek_v3": _LLAMA | {"q_a_layernorm": (_Q_LATENT_NORM,), "kv_a_layernorm": (_KV_LATENT_NORM,)},
     "gemma3_text": _LLAMA

@@ -32,6 +32,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -67,6 +71,8 @@ _GLM = {"head_dim": 8, "attention_bias": True, "rope_parameters": _NEOX_ROPE}
 _LATENT = {"num_key_value_heads": 8, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
 _FULL, _WINDOW, _LINEAR_LAYER = "full_attention", "sliding_attention", "linear_attention"
+_ROUNDS_LESS = {"rms_norm_eps": 1e-2}
+"""Where a head reads next to nothing, its norm would make much of rounding."""
 _DELTA = {
     **{"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
     "linear_conv_kernel_dim": 4,
@@ -130,7 +136,25 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             num_experts=6,
             num_experts_per_tok=3,
             layer_types=[_LINEAR_LAYER, _FULL, _LINEAR_LAYER, _FULL],
-            rms_norm_eps=1e-2,  # where a head reads next to nothing, its norm would make much of rounding
+            **_ROUNDS_LESS,
+        )
+    ),
+    "qwen3_5_text": lambda: Qwen3_5ForCausalLM(
+        Qwen3_5TextConfig(
+            **_SIZES, **_DELTA, **_ROUNDS_LESS, head_dim=16, tie_word_embeddings=True, full_attention_interval=2
+        )
+    ),
+    "qwen3_5_moe_text": lambda: Qwen3_5MoeForCausalLM(
+        Qwen3_5MoeTextConfig(
+            **_SIZES,
+            **_DELTA,
+            **_ROUNDS_LESS,
+            head_dim=8,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            layer_types=[_FULL, _LINEAR_LAYER, _LINEAR_LAYER, _FULL],
         )
     ),
     "glm4_moe": lambda: Glm4MoeForCausalLM(
@@ -256,7 +280,7 @@ _SECOND = (
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
 UNLIKE = ("llama", "gemma3_text", "qwen3_next", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")
 """Which have the least in common."""
-_FROM_ONE = ("gemma3_text", "qwen3_next")
+_FROM_ONE = ("gemma3_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Whose norms' factors are one more than their weights, but for those inside a gated DeltaNet."""
 
 

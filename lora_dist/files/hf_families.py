@@ -11,6 +11,7 @@ from lora_dist.files.hf_llama import LLAMA_FAMILIES
 from lora_dist.files.hf_neox import NEOX_FAMILY
 from lora_dist.files.hf_opt import OPT_FAMILY
 from lora_dist.files.hf_phi3 import PHI3_FAMILY
+from lora_dist.files.hf_qwen3_5 import QWEN3_5_FAMILIES
 from lora_dist.files.hf_qwen3_next import QWEN3_NEXT_FAMILY
 
 HF_FAMILIES: dict[str, HfFamily] = {
@@ -18,6 +19,7 @@ HF_FAMILIES: dict[str, HfFamily] = {
     **LLAMA_FAMILIES,
     **EXPERT_FAMILIES,
     "qwen3_next": QWEN3_NEXT_FAMILY,
+    **QWEN3_5_FAMILIES,
     "glm4_moe": GLM4_MOE_FAMILY,
     "deepseek_v3": DEEPSEEK_V3_FAMILY,
     "gpt_oss": GPT_OSS_FAMILY,

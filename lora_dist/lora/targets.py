@@ -26,12 +26,13 @@ _ALIASES: dict[str, tuple[str, ...]] = {
         for shared in ("shared_expert", "shared_experts")
         for name in ("gate_proj", "up_proj", "down_proj")
     },
+    "in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v"),
     "linear_attn.out_proj": ("out_proj",),
     **dict.fromkeys(("all-linear", "all"), CANONICAL_TARGETS),
 }
 _ALL = ("all-linear", "all")
 """Where a layer has experts, the linears that every token passes: adapters on all experts would be many times more."""
-_DELTA_INPUTS = ("in_proj_qkvz", "in_proj_ba")
+_DELTA_INPUTS = [target for target in CANONICAL_TARGETS if target.startswith("in_proj_")]
 _LINEARS = {
     **dict.fromkeys(_ATTENTION_INPUTS, "self_attention.linear_qkv"),
     "q_a_proj": "self_attention.linear_q_down_proj",
@@ -46,6 +47,7 @@ _LINEARS = {
     **dict.fromkeys(("shared_gate_proj", "shared_up_proj"), "mlp.shared_experts.linear_fc1"),
     "shared_down_proj": "mlp.shared_experts.linear_fc2",
 }
+DELTA_LINEARS = ("self_attention.linear_in", "self_attention.linear_out")
 WHOLE_TARGETS = ("q_a_proj", "kv_a_proj")
 """Of linears that every TP rank holds whole."""
 _Value = TypeVar("_Value")

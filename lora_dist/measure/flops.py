@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from lora_dist.config import ModelConfig
 from lora_dist.delta_sizes import DeltaSizes
-from lora_dist.lora.spec import AdapterSpec
+from lora_dist.lora.spec import CANONICAL_TARGETS, AdapterSpec
 
 _LINEAR_OF_TARGET = {
     "q_proj": "qkv",
@@ -40,7 +40,8 @@ _LINEAR_OF_TARGET = {
     "v_proj": "qkv",
     **{"q_a_proj": "q_down", "q_b_proj": "q_up", "kv_a_proj": "kv_down", "kv_b_proj": "kv_up"},
     "o_proj": "proj",
-    **{"in_proj_qkvz": "delta_in", "in_proj_ba": "delta_in", "out_proj": "delta_out"},
+    **{target: "delta_in" for target in CANONICAL_TARGETS if target.startswith("in_proj_")},
+    "out_proj": "delta_out",
     "gate_proj": "fc1",
     "up_proj": "fc1",
     "down_proj": "fc2",

@@ -55,6 +55,10 @@ PICKED = {
     "dense_ffn_size": 40,
 }
 LATENT = {"kv_latent_size": 12, "head_size": 10, "rope_head_size": 4, "value_head_size": 6, "tied_output": False}
+DELTA_SIZES = {
+    **{"delta_key_heads": 4, "delta_value_heads": 8, "delta_key_size": 6, "delta_value_size": 5},
+    "delta_kernel_size": 4,
+}
 MODELS = {
     "llama": build_toy("llama", num_kv_heads=4, tied_output=False),
     "qwen2": build_toy("qwen2", num_kv_heads=8, tied_output=True),
@@ -83,17 +87,16 @@ MODELS = {
         num_kv_heads=2,  # which two of four TP ranks share
         head_size=8,
         rotary_fraction=0.5,
-        delta_key_heads=4,
-        delta_value_heads=8,
-        delta_key_size=6,
-        delta_value_size=5,
-        delta_kernel_size=4,
         full_attention_layers=[1],
+        **DELTA_SIZES,
         ffn_hidden_size=12,
         num_experts=4,
         experts_per_token=2,
         shared_ffn_size=24,
         tied_output=False,
+    ),
+    "qwen3_5_text": build_toy(
+        "qwen3_5_text", num_kv_heads=4, head_size=8, rotary_fraction=0.25, full_attention_layers=[1], **DELTA_SIZES
     ),
     "glm4_moe": build_toy("glm4_moe", num_kv_heads=4, rotary_fraction=0.5, qk_norm=True, **PICKED),
     "deepseek_v3": build_toy("deepseek_v3", query_latent_size=20, rope_interleaved=True, **LATENT, **PICKED),
@@ -141,7 +144,11 @@ _CASES = [
         for name in ("qwen3_next", "glm4_moe", "deepseek_v3", "gpt_oss")
         for method in ("lora", "full")
     ),
-    *(("deepseek_v3_direct", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
+    *(
+        (name, method, TOPOLOGIES[1:4:2])
+        for name in ("qwen3_5_text", "deepseek_v3_direct")
+        for method in ("lora", "full")
+    ),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
     *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
