@@ -132,6 +132,8 @@ HF_NAMES = [
     "qwen3_30b_a3b",
     "qwen3_235b_a22b",
     "qwen3_next_80b_a3b",
+    "qwen3_5_9b",
+    "qwen3_5_35b_a3b",
     "glm4_5",
     "glm4_5_air",
     "gpt_oss_20b",
