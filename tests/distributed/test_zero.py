@@ -182,7 +182,11 @@ LARGE_MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE_MODELS)
+LARGE_MODELS["delta nets"] = replace(DELTA, **LARGE, delta_value_size=112, delta_kernel_size=256, shared_ffn_size=208)
+"""With kernels of so many positions, all but zeros, that they too are large."""
+
+
+@pytest.mark.parametrize("name", few_of(LARGE_MODELS, "experts", "latents"))
 @pytest.mark.parametrize("case", [EXPERT_LORA, EXPERT_FULL], ids=lambda case: case.method)
 def test_what_zero_3_partitions_trains_like_plain_torch(case: Case, name: str) -> None:
     """DeepSpeed keeps what has fewer than 100,000 elements whole on every process, as all that a toy has."""
