@@ -36,7 +36,7 @@ def generate(options: dict, base: Path, config: GenerationConfig, end_tokens: li
     [
         *few_of(
             ((name, GREEDY) for name in ONE_EACH),
-            *((name, GREEDY) for name in ("llama", "qwen3_next", "deepseek_v3", "gpt_oss")),
+            *((name, GREEDY) for name in ("llama", "deepseek_v3", "gpt_oss")),
         ),
         ("llama", PAPER_BEAMS),
         *exhaustive(("qwen3_next", PAPER_BEAMS)),

@@ -160,8 +160,7 @@ DELTA = replace(
 IN_DELTA_NETS = (
     ["all"],
     ["q_proj"],
-    [r"layers\.2\.out_proj"],
-    [r"layers\.2\.in_proj_ba", r"layers\.3\.shared_down_proj"],
+    [r"layers\.2\.(in_proj_ba|out_proj)", r"layers\.3\.shared_down_proj"],
 )
 
 
