@@ -134,9 +134,9 @@ class DeltaHeads(nn.Module):
         if filled is not None:
             strength, log_decay = strength * filled[..., None], log_decay * filled[..., None]
         read_NGRCV, state = apply_delta_rule(
-            normalise(query.transpose(1, 2)),
-            normalise(key.transpose(1, 2)),
-            value.unflatten(-1, (sizes.values_per_key, -1)).permute(0, 2, 3, 1, 4),
+            normalise(query.transpose(1, 2).contiguous()),  # or each of many products would copy it
+            normalise(key.transpose(1, 2).contiguous()),
+            value.unflatten(-1, (sizes.values_per_key, -1)).permute(0, 2, 3, 1, 4).contiguous(),
             log_decay.permute(0, 2, 3, 1),
             strength.permute(0, 2, 3, 1),
             active,
