@@ -1,6 +1,7 @@
 """What the models of each family have in common; standard library only."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +44,21 @@ class Architecture:
     sparse_attention: bool = False
     """Of the positions before it a position attends to some, which an indexer beside the attention picks
     (arXiv:2512.02556, section 2.1)."""
+    gated_attention: bool = False
+    """What a head gives is multiplied by the sigmoid of a gate, which comes out of the same linear as its query
+    (arXiv:2505.06708)."""
+    delta_layers: bool = False
+    """All layers but those that full_attention_layers names have a gated DeltaNet in attention's place
+    (arXiv:2412.06464)."""
+    apart_delta_inputs: bool = False
+    """What enters a gated DeltaNet's heads comes out of four linears: of queries, keys and values, and of each gate."""
     experts: bool = False
     """Each layer has several MLPs, of which a router picks some for each token (arXiv:2101.03961, arXiv:2401.04088)."""
     shared_expert: bool = False
     """Beside them a model may have one that every token passes (arXiv:2401.06066, section 3.2), and layers without
     experts before those with them."""
+    gated_shared_expert: bool = False
+    """All models have that one, and what it gives is multiplied by the sigmoid of a gate; none has the layers."""
     sigmoid_router: bool = False
     """Its scores are sigmoids, to which offsets are added for the choice alone (arXiv:2412.19437, section 2.1.2)."""
     activations: tuple[str, ...] = ("gelu_tanh",)
@@ -76,6 +87,14 @@ _OLMO2 = replace(_LLAMA, whole_qk_norm=True, input_norms=False, output_norms=Tru
 _DEEPSEEK_V3 = replace(
     _LLAMA, grouped_query=False, latent_attention=True, experts=True, shared_expert=True, sigmoid_router=True
 )
+_QWEN3_NEXT = replace(
+    _LLAMA, qk_norm=True, unit_norms=True, partial_rotary=True, gated_attention=True, delta_layers=True
+)
+_GATED_EXPERTS: dict[str, Any] = {"experts": True, "shared_expert": True, "gated_shared_expert": True}
+_APART: dict[str, Any] = {
+    "apart_delta_inputs": True,
+    "fused_targets": (("in_proj_q", "in_proj_k", "in_proj_v"),),
+}
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(fused_targets=(_QKV,)),
     "llama": _LLAMA,
@@ -100,6 +119,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v32": replace(_DEEPSEEK_V3, sparse_attention=True),
     "glm_moe_dsa": replace(_DEEPSEEK_V3, sparse_attention=True),
     "gpt_oss": replace(_LLAMA, linear_biases=True, windows=True, experts=True, bounded_gate=True, attention_sinks=True),
+    "qwen3_next": replace(_QWEN3_NEXT, **_GATED_EXPERTS),
+    "qwen3_5_text": replace(_QWEN3_NEXT, **_APART),
+    "qwen3_5_moe_text": replace(_QWEN3_NEXT, **_APART, **_GATED_EXPERTS),
     "phi3": replace(_LLAMA, windows=True, partial_rotary=True, fused_targets=(_QKV, ("gate_proj", "up_proj"))),
     "gemma3_text": replace(
         _LLAMA,

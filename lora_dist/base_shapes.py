@@ -52,12 +52,8 @@ def count_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 def compute_layer_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Every tensor of one layer by its name within the layer."""
-    kind, h, q = model.architecture, model.hidden_size, model.query_size
-    linears = {"self_attention.linear_proj": (h, model.context_size, kind.linear_biases)}
-    if kind.latent_attention:
-        linears |= {f"self_attention.{name}": (*sizes, False) for name, sizes in _list_latent_linears(model).items()}
-    else:
-        linears["self_attention.linear_qkv"] = (q + 2 * model.kv_size, h, kind.linear_biases or kind.qkv_biases)
+    kind, h = model.architecture, model.hidden_size
+    linears = _list_attention_linears(model, layer)
     for mlp, size in _list_mlps(model, layer):
         linears[f"{mlp}.linear_fc1"] = ((2 if kind.gated else 1) * size, h, kind.linear_biases)
         linears[f"{mlp}.linear_fc2"] = (h, size, kind.linear_biases)
@@ -70,6 +66,34 @@ def compute_layer_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int,
     for name, (num_out, num_in, has_bias) in linears.items():
         shapes[f"{name}.weight"] = (num_out, num_in)
         shapes |= {f"{name}.bias": (num_out,)} if has_bias else {}
+    if kind.gated_shared_expert and model.has_experts(layer):
+        shapes["mlp.shared_experts.gate.weight"] = (1, h)
+    return shapes | _compute_attention_shapes(model, layer)
+
+
+def _list_attention_linears(model: ModelConfig, layer: int) -> dict[str, tuple[int, int, bool]]:
+    """Rows, columns and whether there is a bias, by Megatron's names."""
+    kind, h = model.architecture, model.hidden_size
+    if model.has_delta_net(layer):
+        sizes = model.delta_sizes
+        num_rows = sizes.key_heads * sum(sizes.projected_per_key.values())
+        linears = {"linear_in": (num_rows, h, False), "linear_out": (h, sizes.value_dim, False)}
+    else:
+        linears = {"linear_proj": (h, model.context_size, kind.linear_biases)}
+        if kind.latent_attention:
+            linears |= {name: (*sizes, False) for name, sizes in _list_latent_linears(model).items()}
+        else:
+            num_rows = model.projected_query_size + 2 * model.kv_size
+            linears["linear_qkv"] = (num_rows, h, kind.linear_biases or kind.qkv_biases)
+    return {f"self_attention.{name}": sizes for name, sizes in linears.items()}
+
+
+def _compute_attention_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Of attention, or what stands in its place, all that is in no linear."""
+    kind = model.architecture
+    if model.has_delta_net(layer):
+        return {f"self_attention.core_attention.{name}": shape for name, shape in _compute_delta_shapes(model).items()}
+    shapes: dict[str, tuple[int, ...]] = {}
     shapes |= {"self_attention.core_attention.sinks": (model.num_heads,)} if kind.attention_sinks else {}
     for name, size in _list_inner_norms(model).items():
         shapes |= _norm(name, size, model)
@@ -87,6 +111,16 @@ def _list_inner_norms(model: ModelConfig) -> dict[str, int]:
         norms |= {"self_attention.layernorm_q": model.query_size, "self_attention.layernorm_k": model.kv_size}
     latents = {"q_latent_layernorm": model.query_latent_size, "kv_latent_layernorm": model.kv_latent_size}
     return norms | {f"self_attention.{name}": size for name, size in latents.items() if size is not None}
+
+
+def _compute_delta_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    sizes = model.delta_sizes
+    return {
+        "kernels": (sizes.key_heads * sizes.convolved_per_key, sizes.kernel_size),
+        "decay_logs": (sizes.value_heads,),
+        "step_offsets": (sizes.value_heads,),
+        "norm_factors": (sizes.value_size,),
+    }
 
 
 def _list_latent_linears(model: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -206,6 +206,11 @@ def _validate_graphs(config: RunConfig) -> None:
         config.model.num_experts is None,
         f"{prefix}: how many rows an expert of {config.model.name} sees is known as they come; leave it out",
     )
+    require(
+        not config.model.architecture.delta_layers,
+        f"{prefix}: the layers of {config.model.name} go through each packed example by itself, and every microbatch"
+        " has others; leave it out",
+    )
     for key in ("hidden_dropout", "attention_dropout"):
         value = getattr(config.model, key)
         require(value == 0, f"{prefix} needs model.{key}=0, got {value}; lora.dropout may be used")
@@ -244,7 +249,7 @@ def _validate_method(method: str, lora: LoraConfig, model: ModelConfig) -> None:
 
 def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None:
     tp_size, pp_size = topology.tp_size, topology.pp_size
-    for key in ("num_heads", "ffn_hidden_size", "dense_ffn_size", "shared_ffn_size"):
+    for key in ("num_heads", "delta_key_heads", "ffn_hidden_size", "dense_ffn_size", "shared_ffn_size"):
         size = getattr(model, key)
         require(
             size is None or size % tp_size == 0,

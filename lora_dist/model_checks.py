@@ -21,13 +21,14 @@ ROPE_SCALINGS: dict[str, frozenset[str]] = {
 NOT_ROUNDED = {"truncate": 0.0}
 _KERNEL_MULTIPLE = 8
 """Of a head's features, in torch's fused attention on GPUs."""
-_ONLY_WITH_SHARED_EXPERTS: dict[str, object] = {
-    **{"shared_ffn_size": None, "num_dense_layers": 0, "dense_ffn_size": None},
+_ONLY_WITH_SIGMOID_ROUTER: dict[str, object] = {
+    **{"num_dense_layers": 0, "dense_ffn_size": None},
     **{"expert_weight_scale": 1.0, "num_expert_groups": 1, "groups_per_token": 1},
 }
 _ONLY_WITH_SPARSE_ATTENTION: dict[str, object] = {
     **{"attended_positions": None, "indexer_heads": None, "indexer_head_size": None, "layers_without_indexer": []},
 }
+_DELTA_SIZES = ("delta_key_heads", "delta_value_heads", "delta_key_size", "delta_value_size", "delta_kernel_size")
 
 
 def check_model(model: "ModelConfig") -> None:
@@ -51,6 +52,7 @@ def check_model(model: "ModelConfig") -> None:
         "attended_positions",
         "indexer_heads",
         "indexer_head_size",
+        *_DELTA_SIZES,
         "ffn_hidden_size",
         "vocab_size",
         "max_position_embeddings",
@@ -88,6 +90,7 @@ def check_model(model: "ModelConfig") -> None:
     _check_heads(model)
     _check_latents(model)
     _check_indexers(model)
+    _check_delta_nets(model)
     if model.architecture.rotary:
         _check_rotary(model)
 
@@ -95,7 +98,13 @@ def check_model(model: "ModelConfig") -> None:
 def _check_experts(model: "ModelConfig") -> None:
     num_experts, num_picked = model.num_experts, model.experts_per_token
     if not model.architecture.shared_expert:
-        _check_left_out(model, _ONLY_WITH_SHARED_EXPERTS)
+        _check_left_out(model, {"shared_ffn_size": None})
+    if not (model.architecture.shared_expert and model.architecture.sigmoid_router):
+        _check_left_out(model, _ONLY_WITH_SIGMOID_ROUTER)
+    require(
+        not model.architecture.gated_shared_expert or model.shared_ffn_size is not None,
+        f"model.family={model.family} needs model.shared_ffn_size",
+    )
     if not model.architecture.experts:
         require(
             num_experts is None and num_picked is None,
@@ -171,8 +180,9 @@ def _check_windows(model: "ModelConfig") -> None:
         f"model.sliding_window={model.sliding_window}: {model.family} sees all positions before; leave it null",
     )
     for key in ("full_attention_layers", "local_rope_theta"):
+        names_kinds = key == "full_attention_layers" and model.architecture.delta_layers
         require(
-            not getattr(model, key) or model.sliding_window is not None,
+            not getattr(model, key) or model.sliding_window is not None or names_kinds,
             f"model.{key}={getattr(model, key)} has no meaning without model.sliding_window",
         )
     for layer in model.full_attention_layers:
@@ -244,6 +254,19 @@ def _check_indexers(model: "ModelConfig") -> None:
             f"model.layers_without_indexer: layer {layer} of {model.num_layers} is not there, or is the first, before"
             " which there is no indexer",
         )
+
+
+def _check_delta_nets(model: "ModelConfig") -> None:
+    if not model.architecture.delta_layers:
+        _check_left_out(model, dict.fromkeys(_DELTA_SIZES))
+        return
+    for key in _DELTA_SIZES:
+        require(getattr(model, key) is not None, f"model.family={model.family} needs model.{key}")
+    require(
+        model.delta_value_heads % model.delta_key_heads == 0,  # type: ignore[operator]
+        f"model.delta_key_heads={model.delta_key_heads} does not divide"
+        f" model.delta_value_heads={model.delta_value_heads}",
+    )
 
 
 def _check_left_out(model: "ModelConfig", plain_values: Mapping[str, object]) -> None:

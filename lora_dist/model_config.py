@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_dist.architecture import ARCHITECTURES, Architecture
+from lora_dist.delta_sizes import DeltaSizes
 from lora_dist.model_checks import check_model
 
 
@@ -14,8 +15,9 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, olmo2, olmo3, glm4_moe, minimax_m2,
-    deepseek_v3, deepseek_v32, glm_moe_dsa, gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5_text,
+    qwen3_5_moe_text, olmo2, olmo3, glm4_moe, minimax_m2, deepseek_v3, deepseek_v32, glm_moe_dsa, gpt_oss, phi3,
+    gemma3_text, opt or gpt_neox: what its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -45,6 +47,16 @@ class ModelConfig:
     """Features of one head of an indexer."""
     layers_without_indexer: list[int] = field(default_factory=list)
     """Layers, from 0, that attend to what the last indexer before them has picked, of glm_moe_dsa."""
+    delta_key_heads: int | None = None
+    """Heads of queries and keys in a gated DeltaNet, of qwen3_next, qwen3_5_text and qwen3_5_moe_text."""
+    delta_value_heads: int | None = None
+    """Heads of values there, of which neighbouring ones share a key head."""
+    delta_key_size: int | None = None
+    """Features of one head's query and key there."""
+    delta_value_size: int | None = None
+    """Features of one head's value there."""
+    delta_kernel_size: int | None = None
+    """Positions that its convolution sees, each itself and those just before it."""
     ffn_hidden_size: int
     """Features inside the MLP; of one expert where a layer has several."""
     vocab_size: int
@@ -58,8 +70,8 @@ class ModelConfig:
     """Queries and keys are normalised head by head, where a family has models with and without: glm4_moe; null means
     as the family usually does."""
     num_experts: int | None = None
-    """Experts of a layer, of mixtral, qwen3_moe, glm4_moe, minimax_m2, deepseek_v3, deepseek_v32, glm_moe_dsa and
-    gpt_oss."""
+    """Experts of a layer, of mixtral, qwen3_moe, qwen3_next, qwen3_5_moe_text, glm4_moe, minimax_m2, deepseek_v3,
+    deepseek_v32, glm_moe_dsa and gpt_oss."""
     experts_per_token: int | None = None
     """Of them those that the router picks for each token."""
     normalize_expert_weights: bool = True
@@ -72,8 +84,8 @@ class ModelConfig:
     groups_per_token: int = 1
     """So many groups."""
     shared_ffn_size: int | None = None
-    """Features inside the MLP that every token passes beside its experts, of glm4_moe and families with latents; null
-    means there is none."""
+    """Features inside the MLP that every token passes beside its experts, of qwen3_next, qwen3_5_moe_text, glm4_moe and
+    families with latents; null means there is none."""
     num_dense_layers: int = 0
     """First layers that have one MLP in the place of experts, of glm4_moe and families with latents."""
     dense_ffn_size: int | None = None
@@ -99,7 +111,8 @@ class ModelConfig:
     sliding_window: int | None = None
     """Positions that a position sees, itself and those just before it; null means all before it."""
     full_attention_layers: list[int] = field(default_factory=list)
-    """Layers, from 0, whose positions see all before them whatever sliding_window says."""
+    """Layers, from 0, whose positions see all before them whatever sliding_window says; beside gated DeltaNets
+    those with attention."""
     local_rope_theta: float | None = None
     """Base of the rotary frequencies under sliding_window, which nothing scales; null means those of all layers."""
     attention_scale: float | None = None
@@ -155,6 +168,10 @@ class ModelConfig:
         """Whether `sliding_window` bounds what a layer's positions see."""
         return self.sliding_window is not None and layer not in self.full_attention_layers
 
+    def has_delta_net(self, layer: int) -> bool:
+        """Whether a layer has a gated DeltaNet in the place of attention."""
+        return self.architecture.delta_layers and layer not in self.full_attention_layers
+
     def has_experts(self, layer: int) -> bool:
         return self.num_experts is not None and layer >= self.num_dense_layers
 
@@ -196,6 +213,11 @@ class ModelConfig:
         return self.num_heads * self.head_dim
 
     @property
+    def projected_query_size(self) -> int:
+        """Features of all query heads together, with their gates where they have some."""
+        return self.query_size * (2 if self.architecture.gated_attention else 1)
+
+    @property
     def value_dim(self) -> int:
         """Features of one head's value."""
         return self.head_dim if self.value_head_size is None else self.value_head_size
@@ -210,13 +232,26 @@ class ModelConfig:
         """Features into the linears that base_format is for and whose inputs TP splits."""
         if self.base_format == "mxfp4":
             return (self.ffn_hidden_size,)
-        return (self.context_size, *self.mlp_sizes)
+        delta_sizes = (self.delta_sizes.value_dim,) if self.architecture.delta_layers else ()
+        return (self.context_size, *delta_sizes, *self.mlp_sizes)
 
     @property
     def whole_sizes(self) -> tuple[int, ...]:
         """Features into those whose inputs TP leaves whole."""
         latents = () if self.base_format == "mxfp4" else (self.query_latent_size, self.kv_latent_size)
         return tuple(filter(None, (self.hidden_size, *latents)))
+
+    @property
+    def delta_sizes(self) -> DeltaSizes:
+        """Of the gated DeltaNets, where the family has them."""
+        return DeltaSizes(
+            key_heads=self.delta_key_heads or 0,
+            value_heads=self.delta_value_heads or 0,
+            key_size=self.delta_key_size or 0,
+            value_size=self.delta_value_size or 0,
+            kernel_size=self.delta_kernel_size or 0,
+            apart=self.architecture.apart_delta_inputs,
+        )
 
     @property
     def kv_size(self) -> int:

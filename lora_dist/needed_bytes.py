@@ -44,7 +44,7 @@ def compute_format_savings(model: ModelConfig, native_itemsize: int, tp_size: in
     saved = 0
     for layer in layers:
         for target, (in_features, out_features) in compute_linear_shapes(model, layer).items():
-            column_parallel = not target.endswith(("o_proj", "down_proj"))
+            column_parallel = not target.endswith(("o_proj", "out_proj", "down_proj"))
             whole = LinearShape(out_features=out_features, in_features=in_features, column_parallel=column_parallel)
             shard = whole.cut(1 if target in WHOLE_TARGETS else tp_size)
             num_experts = find_num_experts(target, model, layer)

@@ -42,7 +42,10 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
         "ln_f": (_FINAL_NORM,),
     },
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "gpt_oss", "phi3"), _LLAMA),
-    **dict.fromkeys(("qwen3", "qwen3_moe", "glm4_moe"), _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)}),
+    **dict.fromkeys(
+        ("qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "glm4_moe"),
+        _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)},
+    ),
     "minimax_m2": _LLAMA | {"q_norm": (_WHOLE_Q_NORM,), "k_norm": (_WHOLE_K_NORM,)},
     **dict.fromkeys(("olmo2", "olmo3"), _OLMO),
     **dict.fromkeys(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from latent_toy import list_latent_families
+from torch.overrides import TorchFunctionMode
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -36,10 +37,16 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from lora_dist.config import ModelConfig
@@ -67,7 +74,13 @@ _LOCAL = {"rope_type": "default", "rope_theta": 9.0}
 _LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 _GLM = {"head_dim": 8, "attention_bias": True, "rope_parameters": _NEOX_ROPE}
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
-_FULL, _WINDOW = "full_attention", "sliding_attention"
+_FULL, _WINDOW, _LINEAR_LAYER = "full_attention", "sliding_attention", "linear_attention"
+_ROUNDS_LESS = {"rms_norm_eps": 1e-2}
+"""Where a head reads next to nothing, its norm would make much of rounding."""
+_DELTA = {
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    "linear_conv_kernel_dim": 4,
+}
 
 
 class _ListedMistralConfig(MinistralConfig):
@@ -115,6 +128,37 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             num_experts=4,
             num_experts_per_tok=2,
             tie_word_embeddings=True,
+        )
+    ),
+    "qwen3_next": lambda: Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **_SIZES | {"num_key_value_heads": 2},  # fewer than TP ranks
+            **_DELTA,
+            head_dim=8,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+            num_experts=6,
+            num_experts_per_tok=3,
+            layer_types=[_LINEAR_LAYER, _FULL, _LINEAR_LAYER, _FULL],
+            **_ROUNDS_LESS,
+        )
+    ),
+    "qwen3_5_text": lambda: Qwen3_5ForCausalLM(
+        Qwen3_5TextConfig(
+            **_SIZES, **_DELTA, **_ROUNDS_LESS, head_dim=16, tie_word_embeddings=True, full_attention_interval=2
+        )
+    ),
+    "qwen3_5_moe_text": lambda: Qwen3_5MoeForCausalLM(
+        Qwen3_5MoeTextConfig(
+            **_SIZES,
+            **_DELTA,
+            **_ROUNDS_LESS,
+            head_dim=8,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            layer_types=[_FULL, _LINEAR_LAYER, _LINEAR_LAYER, _FULL],
         )
     ),
     "glm4_moe": lambda: Glm4MoeForCausalLM(
@@ -242,26 +286,48 @@ _SECOND = (
     *("deepseek_v3_direct", "gpt_oss_listed", "phi3_long", "gpt_neox_serial"),
 )
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
-UNLIKE = ("llama", "gemma3_text", "minimax_m2", "olmo3", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")
+UNLIKE = ("llama", "gemma3_text", "qwen3_next", "minimax_m2", "olmo3", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")
 """Which have the least in common."""
+_FROM_ONE = ("gemma3_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+"""Whose norms' factors are one more than their weights, but for those inside a gated DeltaNet."""
 
 
 @torch.no_grad()
 def build_family_model(name: str, seed: int = 0) -> PreTrainedModel:
     """Eval mode, every parameter drawn: transformers leaves biases zero and norms one."""
     model = FAMILIES[name]()
-    if hasattr(model.config, "num_local_experts"):
+    if hasattr(model.config, "num_local_experts") or hasattr(model.config, "num_experts"):
         model.set_experts_implementation("eager")  # the other ones have no fp64
     generator = torch.Generator().manual_seed(seed)
     for parameter_name, parameter in model.named_parameters():
         drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
-        is_factor = "norm" in parameter_name and parameter_name.endswith("weight") and name != "gemma3_text"
+        is_factor = "norm" in parameter_name and parameter_name.endswith("weight")
+        if name in _FROM_ONE:
+            is_factor = parameter_name.endswith("linear_attn.norm.weight")
         drawn = drawn / 0.3 if parameter_name.endswith("sinks") else drawn  # as large as scores
         parameter.copy_(1 + drawn if is_factor else drawn)
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("e_score_correction_bias"):
             buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
+
+
+class StayDouble(TorchFunctionMode):
+    """Within, what is double and has a gradient stays double where transformers would make it fp32: in its norms,
+    routers and delta rule. Angles, which have none, are computed in fp32 here too.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> torch.Tensor:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, torch.Tensor) and first.dtype == torch.float64 and first.requires_grad:
+            if func is torch.Tensor.float:
+                return first
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 def name_as_stored(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from lora_dist.files.modules import FAMILY_NAMES
 from lora_dist.files.peft_import import import_peft
 from lora_dist.files.peft_layout import to_peft_files
 from lora_dist.files.peft_split import to_peft_split
-from lora_dist.lora.targets import is_mlp_beside_experts
+from lora_dist.lora.targets import DELTA_LINEARS, find_linear, is_mlp_beside_experts
 
 LORALIB_WEIGHTS = "lora.pt"
 _Files = tuple[dict[str, torch.Tensor], dict[str, Any]]
@@ -65,6 +65,7 @@ def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
     if stored.specs[0].use_dora and format in _WITHOUT_DORA:
         raise ValueError(f"format={format} has no place for DoRA's magnitudes; use format=peft")
     _check_experts(stored, format)
+    _check_delta_nets(stored, format)
     tensors, settings = _CONVERT[format](stored.read(), stored)
     weights_name, settings_name = _FILES[format]
     with open_new_directory(output) as temporary:
@@ -87,6 +88,17 @@ def _check_experts(stored: StoredAdapter, format: str) -> None:
         if format in _WITHOUT_PARAMETERS and is_mlp_beside_experts(spec, stored.model):
             raise ValueError(
                 f"format={format} has no place for adapters on MLPs beside experts ({spec.name}); use format=peft"
+            )
+
+
+def _check_delta_nets(stored: StoredAdapter, format: str) -> None:
+    """ValueError for adapters that another tool has no name for, or not for each of what is one linear elsewhere."""
+    for spec in stored.specs:
+        is_inside = stored.model.has_delta_net(spec.layer) and find_linear(spec.target, stored.model) in DELTA_LINEARS
+        is_fused = any(spec.target in fused for fused in stored.model.architecture.fused_targets)
+        if is_inside and (format in _WITHOUT_DELTA_NETS or (format == "peft_split" and is_fused)):
+            raise ValueError(
+                f"format={format} has no place for adapters in gated DeltaNets ({spec.name}); use format=peft"
             )
 
 
@@ -119,6 +131,7 @@ _CONVERT: dict[str, Callable[[Adapter, StoredAdapter], _Files]] = {
     "bridge": _to_bridge,
 }
 _WITHOUT_DORA = ("loralib", "bridge")
+_WITHOUT_DELTA_NETS = ("loralib", "bridge")
 _WITHOUT_PARAMETERS = ("loralib", "peft_split")
 _FILES = {
     "peft": (PEFT_WEIGHTS, PEFT_CONFIG),

@@ -69,6 +69,9 @@ def _shrink(composed: DictConfig) -> None:
         (composed.model, ("value_head_size", "indexer_head_size"), 16),
         (composed.model, ("indexer_heads",), 4),
         (composed.model, ("rope_head_size",), 8),
+        (composed.model, ("delta_key_heads",), 2),
+        (composed.model, ("delta_value_heads",), 4),
+        (composed.model, ("delta_key_size", "delta_value_size"), 16),
     ):
         for key in keys:
             node[key] = node[key] and min(node[key], most)

@@ -29,10 +29,14 @@ _EXPERT_SETTINGS = (
 _GATE_SETTINGS = ("swiglu_alpha", "swiglu_limit")
 _LATENT_SETTINGS = ("query_latent_size", "kv_latent_size", "rope_head_size", "value_head_size", "rope_interleaved")
 _INDEXER_SETTINGS = ("attended_positions", "indexer_heads", "indexer_head_size", "layers_without_indexer")
+_DELTA_SETTINGS = (
+    *("delta_key_heads", "delta_value_heads", "delta_key_size", "delta_value_size", "delta_kernel_size"),
+    "full_attention_layers",
+)
 _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
     **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
-    **{key: key for key in ("sliding_window", "full_attention_layers", *_LATENT_SETTINGS, *_INDEXER_SETTINGS)},
+    **{key: key for key in ("sliding_window", *_LATENT_SETTINGS, *_INDEXER_SETTINGS, *_DELTA_SETTINGS)},
     **{key: key for key in ("num_experts", "experts_per_token", *_EXPERT_SETTINGS, *_GATE_SETTINGS)},
     **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
     **{"activation": "mlp_activation", "qk_norm": "has_qk_norm"},
@@ -168,12 +172,14 @@ def _describe_drawn(model: ModelConfig) -> list[object]:
         shape += [model.num_experts, model.experts_per_token, model.normalize_expert_weights]
     if model.architecture.shared_expert:
         shape += [model.has_qk_norm, *(getattr(model, key) for key in _EXPERT_SETTINGS)]
-    if model.architecture.latent_attention:
-        shape += [getattr(model, key) for key in _LATENT_SETTINGS]
-    if model.architecture.sparse_attention:
-        shape += [getattr(model, key) for key in _INDEXER_SETTINGS]
-    if model.architecture.bounded_gate:
-        shape += [getattr(model, key) for key in _GATE_SETTINGS]
+    kind = model.architecture
+    for is_there, settings in (
+        (kind.latent_attention, _LATENT_SETTINGS),
+        (kind.sparse_attention, _INDEXER_SETTINGS),
+        (kind.delta_layers, _DELTA_SETTINGS),
+        (kind.bounded_gate, _GATE_SETTINGS),
+    ):
+        shape += [getattr(model, key) for key in settings if is_there]
     if model.attention_scale is not None:
         shape += [model.attention_scale]
     if model.architecture.partial_rotary:

@@ -14,11 +14,15 @@ from lora_dist.files.hf_neox import NEOX_FAMILY
 from lora_dist.files.hf_olmo import OLMO_FAMILIES
 from lora_dist.files.hf_opt import OPT_FAMILY
 from lora_dist.files.hf_phi3 import PHI3_FAMILY
+from lora_dist.files.hf_qwen3_5 import QWEN3_5_FAMILIES
+from lora_dist.files.hf_qwen3_next import QWEN3_NEXT_FAMILY
 
 HF_FAMILIES: dict[str, HfFamily] = {
     "gpt2": GPT2_FAMILY,
     **LLAMA_FAMILIES,
     **EXPERT_FAMILIES,
+    "qwen3_next": QWEN3_NEXT_FAMILY,
+    **QWEN3_5_FAMILIES,
     "glm4_moe": GLM4_MOE_FAMILY,
     **OLMO_FAMILIES,
     "minimax_m2": MINIMAX_M2_FAMILY,

@@ -6,7 +6,7 @@ Megatron fuses q, k and v, and the gate and up of a gated MLP; Hugging Face stor
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ _TARGETS = {
     "self_attention.linear_q_up_proj": ("q_b_proj",),
     "self_attention.linear_kv_down_proj": ("kv_a_proj",),
     "self_attention.linear_kv_up_proj": ("kv_b_proj",),
+    "self_attention.linear_out": ("out_proj",),
     "mlp.linear_fc1": ("up_proj",),
     "mlp.linear_fc2": ("down_proj",),
     "mlp.shared_experts.linear_fc2": ("shared_down_proj",),
@@ -50,6 +51,8 @@ class HfPart:
     """Whose entry it is of a stored tensor that holds all experts'."""
     layer: int = 0
     """That the target is of."""
+    has_unit_dim: bool = False
+    """The stored tensor's second dimension is one, which the parameter has not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +116,9 @@ class LayerNames:
     stacks: Mapping[str, str] = field(default_factory=dict)
     """Where a layer's experts are stored together: tensor of an expert's linear -> the stored one of all, whose weights
     are [in, out] and which has gate and up by turns."""
+    kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Canonical tensor of a convolution's weights -> the stored one of each part that is convolved, one after the other
+    where it is the same; as torch has them, with a dimension of one."""
     others: Mapping[str, str]
     """Canonical parameters outside the layers -> stored names; the output layer's where it is not tied."""
 
@@ -125,6 +131,11 @@ class LayerNames:
         layer, module, kind = found.groups()
         if f"{module}.{kind}" in self.tensors:
             return [HfPart(name=self.layers.format(layer=layer) + self.tensors[f"{module}.{kind}"])]
+        if f"{module}.{kind}" in self.kernels:
+            prefix = self.layers.format(layer=layer)
+            stored_parts = {part: prefix + name for part, name in self.kernels[f"{module}.{kind}"].items()}
+            parts = _list_targets(stored_parts, _count_rows(model, int(layer)), int(layer))
+            return [replace(part, has_unit_dim=True) for part in parts]
         expert = re.search(r"\.experts\.(\d+)\.", module)
         if expert is not None and self.stacks:
             return [self._find_in_stack(int(layer), int(expert[1]), f"{module[expert.end() :]}.{kind}")]
@@ -137,12 +148,8 @@ class LayerNames:
         stored = self.modules[module]
         if isinstance(stored, str):
             return [HfPart(name=name_tensor(stored))]
-        linears, parts = compute_linear_shapes(model, int(layer)), list[HfPart]()
-        filled = dict.fromkeys(stored.values(), 0)
-        for target, name in stored.items():
-            parts.append(HfPart(name=name_tensor(name), target=target, first=filled[name], layer=int(layer)))
-            filled[name] += linears[target][1]
-        return parts
+        sizes = _count_rows(model, int(layer))
+        return _list_targets({target: name_tensor(name) for target, name in stored.items()}, sizes, int(layer))
 
     def _find_in_stack(self, layer: int, expert: int, tensor: str) -> HfPart:
         name = self.layers.format(layer=layer) + self.stacks[tensor]
@@ -151,11 +158,11 @@ class LayerNames:
 
     def compute_shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every stored tensor."""
-        shapes, linears = {}, [compute_linear_shapes(model, layer) for layer in range(model.num_layers)]
+        shapes, sizes = {}, [_count_rows(model, layer) for layer in range(model.num_layers)]
         for canonical_name, shape in compute_canonical_shapes(model).items():
             for part in self.find_parts(canonical_name, model):  # the last part of a tensor ends where it does
-                own_rows = shape[:1] if part.target is None else (part.first + linears[part.layer][part.target][1],)
-                own_shape = own_rows + shape[1:]
+                own_rows = shape[:1] if part.target is None else (part.first + sizes[part.layer][part.target],)
+                own_shape = own_rows + (1,) * part.has_unit_dim + shape[1:]
                 if part.expert is not None:
                     own_shape = (model.num_experts or 0, *(own_shape[::-1] if part.transposed else own_shape))
                 shapes[part.name] = own_shape
@@ -172,6 +179,24 @@ class LayerNames:
             else:
                 names |= dict.fromkeys(_TARGETS.get(module, ()), stored)
         return {target: self.layers + name for target, name in names.items()}
+
+
+def _count_rows(model: ModelConfig, layer: int) -> dict[str, int]:
+    """Of each target of a layer, and of what a gated DeltaNet convolves."""
+    rows = {target: num_rows for target, (_, num_rows) in compute_linear_shapes(model, layer).items()}
+    if model.has_delta_net(layer):
+        sizes = model.delta_sizes
+        rows |= {part: sizes.key_heads * size for part, size in sizes.convolved_parts.items()}
+    return rows
+
+
+def _list_targets(stored: Mapping[str, str], sizes: Mapping[str, int], layer: int) -> list[HfPart]:
+    """Each target's rows of its stored tensor."""
+    parts, filled = [], dict.fromkeys(stored.values(), 0)
+    for target, name in stored.items():
+        parts.append(HfPart(name=name, target=target, first=filled[name], layer=layer))
+        filled[name] += sizes[target]
+    return parts
 
 
 def split_to_hf(whole: torch.Tensor, parts: Sequence[HfPart], model: ModelConfig) -> dict[str, torch.Tensor]:
@@ -191,6 +216,7 @@ def _lay_out(tensor: torch.Tensor, part: HfPart) -> torch.Tensor:
     if part.interleaved:
         tensor = torch.stack(tensor.chunk(2), dim=1).flatten(0, 1)
     tensor = tensor.t() if part.transposed else tensor
+    tensor = tensor[:, None] if part.has_unit_dim else tensor
     return tensor if part.expert is None else tensor[None]
 
 

@@ -19,6 +19,8 @@ from lora_dist.files.hf_neox import NEOX_NAMES
 from lora_dist.files.hf_olmo import OLMO2_NAMES
 from lora_dist.files.hf_opt import OPT_NAMES
 from lora_dist.files.hf_phi3 import PHI3_NAMES
+from lora_dist.files.hf_qwen3_5 import QWEN3_5_MOE_NAMES, QWEN3_5_NAMES
+from lora_dist.files.hf_qwen3_next import QWEN3_NEXT_NAMES
 from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.lora.targets import compute_linear_shapes, find_linear, find_targets
 
@@ -33,6 +35,9 @@ FAMILY_NAMES: dict[str, dict[str, str]] = {
     **dict.fromkeys(LLAMA_FAMILIES, LLAMA_NAMES.list_target_names()),
     "mixtral": MIXTRAL_NAMES.list_target_names(),
     "qwen3_moe": QWEN3_MOE_NAMES.list_target_names(),
+    "qwen3_next": QWEN3_NEXT_NAMES.list_target_names(),
+    "qwen3_5_text": QWEN3_5_NAMES.list_target_names(),
+    "qwen3_5_moe_text": QWEN3_5_MOE_NAMES.list_target_names(),
     "glm4_moe": GLM4_MOE_NAMES.list_target_names(),
     **dict.fromkeys(("olmo2", "olmo3"), OLMO2_NAMES.list_target_names()),
     "minimax_m2": MINIMAX_M2_NAMES.list_target_names(),
@@ -72,8 +77,8 @@ def parse_module_name(name: str) -> ModuleName | None:
 
 
 def is_fused(name: str) -> bool:
-    """One linear for several targets: GPT-2's, GPT-NeoX's, Phi-3's."""
-    return name.rpartition(".")[2] in ("c_attn", "query_key_value", "qkv_proj", "gate_up_proj")
+    """One linear for several targets: GPT-2's, GPT-NeoX's, Phi-3's, Qwen3.5's."""
+    return name.rpartition(".")[2] in ("c_attn", "query_key_value", "qkv_proj", "gate_up_proj", "in_proj_qkv")
 
 
 def find_stored_rows(target: str, model: ModelConfig, layer: int) -> dict[str, torch.Tensor]:
@@ -81,12 +86,14 @@ def find_stored_rows(target: str, model: ModelConfig, layer: int) -> dict[str, t
 
     One target after the other in GPT-2 and Phi-3; in GPT-NeoX q, k and v head by head, as in Megatron.
     """
-    if not any(target in fused for fused in model.architecture.fused_targets):
+    beside = next((fused for fused in model.architecture.fused_targets if target in fused), None)
+    if beside is None:
         return {target: torch.arange(compute_linear_shapes(model, layer)[target][1])}
-    rows = compute_fused_rows(target, model, layer)
-    assert rows is not None
+    all_rows = compute_fused_rows(target, model, layer)
+    assert all_rows is not None
+    rows = {one: all_rows[one] for one in beside}
     name = f"decoder.layers.{layer}.{find_linear(target, model)}.weight"
     for part in HF_FAMILIES[model.family].find_parts(name, model):
-        if part.target is not None:
+        if part.target in rows:
             rows[part.target] = torch.arange(part.first, part.first + len(rows[part.target]))
     return rows

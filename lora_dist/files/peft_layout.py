@@ -112,7 +112,7 @@ def compute_factor_shapes(specs: Sequence[AdapterSpec], model: ModelConfig) -> d
         if spec.use_dora:
             shapes[f"{spec.name}.magnitude"] = (spec.out_features,)
     if model.architecture.fused_targets:  # one linear, which has the lengths of all its rows
-        for module in group_specs(specs, model):
+        for module in group_specs(_split(specs)[0], model):
             shapes |= {name: (len(rows),) for name, rows in module.magnitude_rows.items()}
     return shapes
 

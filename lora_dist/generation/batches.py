@@ -53,6 +53,12 @@ def compute_positions(num_padding_R: torch.Tensor, first: int, num_columns: int)
     return (columns - num_padding_R[:, None]).clamp(min=0)
 
 
+def find_text(num_padding_R: torch.Tensor, first: int, num_columns: int) -> torch.Tensor:
+    """bool [R, columns]; False where a column is padding."""
+    columns = torch.arange(first, first + num_columns, device=num_padding_R.device)
+    return columns >= num_padding_R[:, None]
+
+
 def compute_mask(
     num_padding_R: torch.Tensor, first: int, num_columns: int, sliding_window: int | None = None
 ) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Keys and values of one attention layer, kept from step to step; after any rotary embedding, whatever that is.
+"""What one layer keeps from step to step: keys and values, after any rotary embedding, or a state that does not grow.
 
-Shapes: R rows, A key-value heads of this rank, C columns that are run, L columns kept so far, D head dimension.
+Shapes: R rows, A key-value heads of this rank, C columns that are run, L columns kept so far, D head dimension, J
+columns before the next one, X features.
 """
 
 import torch
@@ -41,3 +42,33 @@ class LayerCache:
     def _allocate(self, like_RACD: torch.Tensor) -> torch.Tensor:
         _, num_heads, _, head_dim = like_RACD.shape
         return like_RACD.new_zeros(self.num_rows, num_heads, self.num_columns, head_dim)
+
+
+class StateCache:
+    """What a recurrent layer has of each row: its state, and the last columns that its convolution sees."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        """Columns run so far."""
+        self.state: torch.Tensor | None = None
+        """[R, ...]; None before the first use."""
+        self.tails: torch.Tensor | None = None
+        """[R, J, X]."""
+
+    @property
+    def num_bytes(self) -> int:
+        """0 before the first use."""
+        return sum(kept.nbytes for kept in (self.state, self.tails) if kept is not None)
+
+    def keep(self, new_RCX: torch.Tensor, state: torch.Tensor, *, num_before: int) -> None:
+        """The state after the new columns, and of these the last `num_before`; zeros where there are no more."""
+        before = new_RCX.new_zeros(len(new_RCX), num_before, new_RCX.shape[2]) if self.tails is None else self.tails
+        joined = torch.cat([before, new_RCX], dim=1)
+        self.state, self.tails = state, joined[:, joined.shape[1] - num_before :].clone()
+        self.length += new_RCX.shape[1]
+
+    def select(self, source_R: torch.Tensor) -> None:
+        """As `LayerCache.select`."""
+        assert self.state is not None, "nothing is kept yet"
+        assert self.tails is not None
+        self.state, self.tails = self.state.index_select(0, source_R), self.tails.index_select(0, source_R)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lora_dist.config import ModelConfig
+from lora_dist.delta_sizes import DeltaSizes
 from lora_dist.lora.dora import compute_row_norms, compute_row_squares, dora_linear, sum_row_squares
 from lora_dist.lora.dropout import DropoutClock, DropoutMask
 from lora_dist.lora.factors import draw_lora_A, slice_shard
@@ -196,18 +197,23 @@ class LoraShard(nn.Module):
         return merged_OH
 
 
-def compute_qkv_rows(num_groups: int, num_query_heads_per_group: int, head_dim: int) -> dict[str, torch.Tensor]:
+def compute_qkv_rows(
+    num_groups: int, num_query_heads_per_group: int, head_dim: int, *, gated: bool = False
+) -> dict[str, torch.Tensor]:
     """Rows of q, k and v in Megatron's fused projection of `num_groups` local query groups.
 
-    Megatron lays out each group as its query heads, then its key head, then its value head. Rows of a target come in
-    the order of its heads, which is the order of the separate projection.
+    Megatron lays out each group as its query heads, `gated` then their gates, then its key head, then its value head.
+    Rows of a target come in the order of its heads, which is the order of the separate projection: there each query
+    head's gate is just after it.
     """
-    rows_per_group = (num_query_heads_per_group + 2) * head_dim
-    row = torch.arange(num_groups * rows_per_group).view(num_groups, num_query_heads_per_group + 2, head_dim)
+    num_kinds = 2 if gated else 1
+    num_queries = num_kinds * num_query_heads_per_group
+    row = torch.arange(num_groups * (num_queries + 2) * head_dim).view(num_groups, num_queries + 2, head_dim)
+    queries = row[:, :num_queries].unflatten(1, (num_kinds, num_query_heads_per_group))
     return {
-        "q_proj": row[:, :num_query_heads_per_group].flatten(),
-        "k_proj": row[:, num_query_heads_per_group].flatten(),
-        "v_proj": row[:, num_query_heads_per_group + 1].flatten(),
+        "q_proj": queries.transpose(1, 2).flatten(),
+        "k_proj": row[:, num_queries].flatten(),
+        "v_proj": row[:, num_queries + 1].flatten(),
     }
 
 
@@ -221,10 +227,25 @@ def compute_fused_rows(target: str, model: ModelConfig, layer: int, tp_size: int
     if target in ("shared_gate_proj", "shared_up_proj"):
         assert model.shared_ffn_size is not None
         return _split_gated(("shared_gate_proj", "shared_up_proj"), model.shared_ffn_size // tp_size)
+    if model.has_delta_net(layer):
+        return _compute_delta_rows(target, model.delta_sizes.cut(tp_size))
     if target not in ("q_proj", "k_proj", "v_proj") or model.architecture.latent_attention:
         return None
     num_groups = max(model.num_query_groups, tp_size)
-    return compute_qkv_rows(num_groups // tp_size, model.num_heads // num_groups, model.head_dim)
+    gated = model.architecture.gated_attention
+    return compute_qkv_rows(num_groups // tp_size, model.num_heads // num_groups, model.head_dim, gated=gated)
+
+
+def _compute_delta_rows(target: str, sizes: DeltaSizes) -> dict[str, torch.Tensor] | None:
+    """Of a gated DeltaNet's fused linear, or of its kernels, which are stored as those of queries, of keys and of
+    values.
+    """
+    for parts in (sizes.projected_per_key, sizes.convolved_parts):
+        if target in parts:
+            row = torch.arange(sizes.key_heads * sum(parts.values())).view(sizes.key_heads, -1)
+            rows = row.split(list(parts.values()), dim=1)
+            return {name: own.flatten() for name, own in zip(parts, rows, strict=True)}
+    return None
 
 
 def _split_gated(targets: tuple[str, str], size: int) -> dict[str, torch.Tensor]:
@@ -232,9 +253,10 @@ def _split_gated(targets: tuple[str, str], size: int) -> dict[str, torch.Tensor]
 
 
 @functools.cache
-def _split_fused_qkv(num_heads: int, num_groups: int, head_dim: int, tp_size: int) -> dict[str, Ranges]:
+def _split_fused_qkv(num_heads: int, num_groups: int, head_dim: int, tp_size: int, gated: bool) -> dict[str, Ranges]:
     """Of q, k, v alone and of the fused projection where ranks share a key-value head: by tp_rank, start and length."""
-    ranks_of_head, rows_per_group = tp_size // num_groups, (num_heads // num_groups + 2) * head_dim
+    num_kinds, num_queries = 2 if gated else 1, num_heads // num_groups
+    ranks_of_head, rows_per_group = tp_size // num_groups, (num_kinds * num_queries + 2) * head_dim
     q_size = num_heads // tp_size * head_dim
     ranges: dict[str, list[tuple[tuple[int, int], ...]]] = {"k_proj": [], "v_proj": [], "fused": []}
     for tp_rank in range(tp_size):
@@ -243,7 +265,8 @@ def _split_fused_qkv(num_heads: int, num_groups: int, head_dim: int, tp_size: in
         head = (group * head_dim, head_dim)
         ranges["k_proj"].append((head,))
         ranges["v_proj"].append((head,))
-        ranges["fused"].append(((first + place * q_size, q_size), (key, head_dim), (key + head_dim, head_dim)))
+        queries = [(first + (kind * num_queries * head_dim) + place * q_size, q_size) for kind in range(num_kinds)]
+        ranges["fused"].append((*queries, (key, head_dim), (key + head_dim, head_dim)))
     return {name: tuple(each) for name, each in ranges.items()}
 
 
@@ -254,4 +277,5 @@ def find_shared_ranges(model: ModelConfig, tp_size: int) -> Mapping[str, Ranges]
     """
     if tp_size <= model.num_query_groups:
         return {}
-    return _split_fused_qkv(model.num_heads, model.num_query_groups, model.head_dim, tp_size)
+    gated = model.architecture.gated_attention
+    return _split_fused_qkv(model.num_heads, model.num_query_groups, model.head_dim, tp_size, gated)

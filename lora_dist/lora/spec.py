@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 CANONICAL_TARGETS = (
     *("q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj"),
+    *("in_proj_qkvz", "in_proj_ba", "in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z", "in_proj_b", "in_proj_a"),
+    *("out_proj",),
     *("gate_proj", "up_proj", "down_proj"),
     *("shared_gate_proj", "shared_up_proj", "shared_down_proj"),
 )
-"""Those with `a` make the latents of queries and of keys and values, those with `b` the heads out of them; those with
-`shared` are of the MLP that every token passes beside the experts."""
+"""Those with `_a` make the latents of queries and of keys and values, those with `_b` the heads out of them; those with
+`in` and `out` are a gated DeltaNet's; those with `shared` are of the MLP that every token passes beside the experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,11 +21,18 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("linear_fc1", "gate_up_proj"), ("gate_proj", "up_proj")),
     **dict.fromkeys(("mlp.c_proj", "fc2", "w2", "linear_fc2", "dense_4h_to_h"), ("down_proj",)),
     "c_proj": ("o_proj", "down_proj"),
-    **{f"shared_experts.{name}": (f"shared_{name}",) for name in ("gate_proj", "up_proj", "down_proj")},
+    **{
+        f"{shared}.{name}": (f"shared_{name}",)
+        for shared in ("shared_expert", "shared_experts")
+        for name in ("gate_proj", "up_proj", "down_proj")
+    },
+    "in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v"),
+    "linear_attn.out_proj": ("out_proj",),
     **dict.fromkeys(("all-linear", "all"), CANONICAL_TARGETS),
 }
 _ALL = ("all-linear", "all")
 """Where a layer has experts, the linears that every token passes: adapters on all experts would be many times more."""
+_DELTA_INPUTS = [target for target in CANONICAL_TARGETS if target.startswith("in_proj_")]
 _LINEARS = {
     **dict.fromkeys(_ATTENTION_INPUTS, "self_attention.linear_qkv"),
     "q_a_proj": "self_attention.linear_q_down_proj",
@@ -33,11 +40,14 @@ _LINEARS = {
     "kv_a_proj": "self_attention.linear_kv_down_proj",
     "kv_b_proj": "self_attention.linear_kv_up_proj",
     "o_proj": "self_attention.linear_proj",
+    **dict.fromkeys(_DELTA_INPUTS, "self_attention.linear_in"),
+    "out_proj": "self_attention.linear_out",
     **dict.fromkeys(("gate_proj", "up_proj"), "mlp.linear_fc1"),
     "down_proj": "mlp.linear_fc2",
     **dict.fromkeys(("shared_gate_proj", "shared_up_proj"), "mlp.shared_experts.linear_fc1"),
     "shared_down_proj": "mlp.shared_experts.linear_fc2",
 }
+DELTA_LINEARS = ("self_attention.linear_in", "self_attention.linear_out")
 WHOLE_TARGETS = ("q_a_proj", "kv_a_proj")
 """Of linears that every TP rank holds whole."""
 _Value = TypeVar("_Value")
@@ -52,7 +62,8 @@ def find_linear(target: str, model: ModelConfig) -> str:
 
 def compute_linear_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """(in_features, out_features) of each adaptable linear of a layer; of experts', which are alike, of one."""
-    h, shapes = model.hidden_size, _compute_attention_shapes(model) | compute_mlp_shapes(model, layer)
+    attention = _compute_delta_shapes(model) if model.has_delta_net(layer) else _compute_attention_shapes(model)
+    h, shapes = model.hidden_size, attention | compute_mlp_shapes(model, layer)
     if model.has_experts(layer) and (f := model.shared_ffn_size) is not None:
         shapes |= {"shared_gate_proj": (h, f), "shared_up_proj": (h, f), "shared_down_proj": (f, h)}
     return shapes
@@ -62,12 +73,18 @@ def _compute_attention_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     h, q, kv = model.hidden_size, model.query_size, model.kv_size
     output = {"o_proj": (model.context_size, h)}
     if not model.architecture.latent_attention:
-        return {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), **output}
+        return {"q_proj": (h, model.projected_query_size), "k_proj": (h, kv), "v_proj": (h, kv), **output}
     q_latent, kv_latent, turned = model.query_latent_size, model.kv_latent_size, model.rotary_size
     assert kv_latent is not None
     queries = {"q_proj": (h, q)} if q_latent is None else {"q_a_proj": (h, q_latent), "q_b_proj": (q_latent, q)}
     heads = (kv_latent, q - model.num_heads * turned + model.context_size)
     return {**queries, "kv_a_proj": (h, kv_latent + turned), "kv_b_proj": heads, **output}
+
+
+def _compute_delta_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    h, sizes = model.hidden_size, model.delta_sizes
+    inputs = {target: (h, sizes.key_heads * size) for target, size in sizes.projected_per_key.items()}
+    return {**inputs, "out_proj": (sizes.value_dim, h)}
 
 
 def compute_mlp_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
@@ -174,14 +191,19 @@ def _check_has_principal_parts(specs: Iterable[AdapterSpec]) -> None:
 
 
 def find_targets(name: str) -> tuple[str, ...]:
-    """Canonical targets of a linear by its canonical name or an alias; () for any other."""
-    return (name,) if name in CANONICAL_TARGETS else _ALIASES.get(name, _ALIASES.get(name.lower(), ()))
+    """Canonical targets of a linear by an alias or its canonical name; () for any other.
+
+    `out_proj` alone is what most models call o_proj.
+    """
+    found = _ALIASES.get(name, _ALIASES.get(name.lower(), ()))
+    return (name,) if not found and name in CANONICAL_TARGETS else found
 
 
 def _match(key: str, pattern: str, sites: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
     """Sites that a canonical name, an alias or a regular expression over `layers.N.target` names."""
     sites = list(sites)
-    named = find_targets(pattern)
+    is_target = any(target == pattern for _, target in sites)
+    named = (pattern,) if is_target else find_targets(pattern)
     if named:
         matched = [site for site in sites if site[1] in named]
     else:

@@ -19,7 +19,7 @@ from lora_dist.mcore.model import ShardedGpt
 from lora_dist.parameters import TrainableParameter, find_source
 
 _NORM_BEFORE = {
-    "self_attention.linear_qkv": "input_layernorm",
+    **dict.fromkeys(("self_attention.linear_qkv", "self_attention.linear_in"), "input_layernorm"),
     **dict.fromkeys([f"self_attention.linear_{name}_proj" for name in ("q", "q_down", "kv_down")], "input_layernorm"),
     **dict.fromkeys(("mlp.linear_fc1", "mlp.shared_experts.linear_fc1"), "pre_mlp_layernorm"),
 }
@@ -146,8 +146,9 @@ def describe_untrained_lengths(gpt: ShardedGpt) -> list[TrainableParameter]:
         lengths_O, adapted = shard.compute_base_lengths().cpu(), {spec.target for spec in shard.specs}
         first, tp_size = shard.specs[0], gpt.topology.tp_size
         all_rows = compute_fused_rows(first.target, gpt.model, first.layer, tp_size) or {}
+        together = {one for fused in gpt.model.architecture.fused_targets if adapted & set(fused) for one in fused}
         for target, rows in all_rows.items():
-            if target not in adapted:
+            if target in together - adapted:
                 described.append(
                     TrainableParameter(
                         name=f"layers.{first.layer}.{target}.magnitude",

@@ -30,11 +30,15 @@ themselves; None for causal rows."""
 
 @dataclass(frozen=True, slots=True)
 class LayerMasks:
-    """Of a model with layers that see a sliding window."""
+    """Of a model with layers of several kinds."""
 
     full: Mask
     """For the layers that see all before a position."""
     windowed: Mask
+    """For those that see a sliding window."""
+    recurrent: RowBlocks | torch.Tensor | None = None
+    """For those without attention: the blocks, whatever the others have, None for whole rows; where the model runs step
+    by step bool [B, S], False in the padding."""
 
 
 class SdpaAttention(nn.Module):

@@ -31,9 +31,11 @@ _SHARD_DIMS = {
     "linear_kv_up_proj.weight": 0,
     "linear_fc1.weight": 0,
     "linear_fc1.bias": 0,
+    "linear_in.weight": 0,
     "linear_proj.weight": 1,
+    "linear_out.weight": 1,
     "linear_fc2.weight": 1,
-    "core_attention.sinks": 0,
+    **{f"core_attention.{name}": 0 for name in ("sinks", "kernels", "decay_logs", "step_offsets")},
     "layernorm_q.weight": 0,
     "layernorm_k.weight": 0,
 }
@@ -46,7 +48,10 @@ _ON_SEQUENCE_SHARD = (
     *("linear_q_down_proj.weight", "linear_kv_down_proj.weight"),
 )
 """Replicated parameters that act on the local sequence shard under sequence parallelism."""
-_ON_OWN_SLICE = ("q_layernorm.weight", "k_layernorm.weight", "router.weight", "router.bias")
+_ON_OWN_SLICE = (
+    *("q_layernorm.weight", "k_layernorm.weight", "core_attention.norm_factors"),
+    *("router.weight", "router.bias", "shared_experts.gate.weight"),
+)
 """Replicated parameters that act on this rank's heads alone, or for its slices of the experts."""
 _ADDED = ("lora_", "_bottleneck.", "prefix_vectors.")
 """Parts of the names of what methods put beside the base."""
@@ -205,7 +210,8 @@ def initialize_base(gpt: ShardedGpt, model: ModelConfig, seed: int) -> None:
     """GPT-2's initialisation, whatever the family: the same at every topology.
 
     Each whole tensor is drawn from (seed, name) and sliced. Normal with `init_std`, the two projections into the
-    residual stream by 1 / sqrt(2 num_layers) smaller, biases zero, norms at one (Radford et al. 2019, section 2.3).
+    residual stream by 1 / sqrt(2 num_layers) smaller, biases zero, norms at one (Radford et al. 2019, section 2.3). A
+    gated DeltaNet's steps are offset by one, and its heads' decays differ.
     """
     for described in describe_weights(gpt):
         with open_value(described) as value:
@@ -220,8 +226,12 @@ def _initialize(
         value.zero_()
     elif "layernorm" in name:
         value.fill_(0.0 if model.architecture.unit_norms else 1.0)
+    elif name.endswith(("norm_factors", "step_offsets")):
+        value.fill_(1.0)
+    elif name.endswith("decay_logs"):
+        value.copy_(cut_shard(_draw(name, described.full_shape, 1.0, seed), described, gpt.topology))
     else:
-        residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        residual = name.endswith(("linear_proj.weight", "linear_out.weight", "linear_fc2.weight"))
         std = model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
         source = name if described.owned else "embedding.word_embeddings.weight"
         value.copy_(cut_shard(_draw(source, described.full_shape, std, seed), described, gpt.topology))

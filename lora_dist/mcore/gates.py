@@ -109,6 +109,55 @@ compute_weighted_grad = Chain(_write_weighted_grad, compiled=_join_weighted_grad
 """Of weights_N silu(gate) * up: the gradients of [gate | up] and of the weights."""
 
 
+def gate_weighted(gate_up_N2F: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
+    """weights_N silu(gate) * up, of which nothing else is kept for backward."""
+    output_NF: torch.Tensor = _Weighted.apply(gate_up_N2F, weights_N)  # type: ignore[no-untyped-call]
+    return output_NF
+
+
+class _Weighted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_N2F: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up_N2F, weights_N)
+        return compute_gated(gate_up_N2F, False).mul_(weights_N[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, doutput_NF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return compute_weighted_grad(doutput_NF, *ctx.saved_tensors)
+
+
+def multiply_by_sigmoid(x_NF: torch.Tensor, gate_NF: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(gate), of which nothing else is kept for backward."""
+    output_NF: torch.Tensor = _MultipliedBySigmoid.apply(x_NF, gate_NF)  # type: ignore[no-untyped-call]
+    return output_NF
+
+
+class _MultipliedBySigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NF: torch.Tensor, gate_NF: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_NF, gate_NF)
+        return _multiply_by_sigmoid(x_NF, gate_NF)
+
+    @staticmethod
+    def backward(ctx: Any, doutput_NF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return _compute_sigmoid_grads(doutput_NF, *ctx.saved_tensors)
+
+
+@Chain
+def _multiply_by_sigmoid(x_NF: torch.Tensor, gate_NF: torch.Tensor) -> torch.Tensor:
+    return gate_NF.sigmoid().mul_(x_NF)
+
+
+@Chain
+def _compute_sigmoid_grads(
+    doutput_NF: torch.Tensor, x_NF: torch.Tensor, gate_NF: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of x and of the gate."""
+    sigmoid_NF = gate_NF.sigmoid()
+    dx_NF = doutput_NF * sigmoid_NF
+    return dx_NF, sigmoid_NF.neg_().add_(1).mul_(dx_NF).mul_(x_NF)
+
+
 @dataclass(frozen=True, slots=True)
 class GateBounds:
     """Of (up + 1) gate sigmoid(alpha gate), where gate is at most `limit`, and up that far from zero (gpt-oss,

@@ -97,6 +97,7 @@ def _load_interleaved(gpt: ShardedGpt, value: torch.Tensor, part: HfPart, reader
 
 def _to_local(stored: torch.Tensor, part: HfPart, value: torch.Tensor) -> torch.Tensor:
     """In the layout, dtype and device of the tensor to fill."""
+    stored = stored[:, 0] if part.has_unit_dim else stored
     return (stored.t() if part.transposed else stored).to(value)
 
 

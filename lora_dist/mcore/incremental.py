@@ -13,10 +13,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from lora_dist.generation.batches import PromptBatch, compute_mask, compute_positions
-from lora_dist.generation.cache import LayerCache
+from lora_dist.generation.batches import PromptBatch, compute_mask, compute_positions, find_text
+from lora_dist.generation.cache import LayerCache, StateCache
 from lora_dist.generation.decode import Choice, Search
 from lora_dist.mcore.attention import LayerMasks, SdpaAttention
+from lora_dist.mcore.delta_net import DeltaHeads
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.prefix.slots import split_slots
 
@@ -30,7 +31,9 @@ def open_incremental(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> Ite
     Dropout is off from here on.
     """
     caches = {
-        module: LayerCache(num_rows, num_columns) for module in gpt.modules() if isinstance(module, SdpaAttention)
+        module: StateCache() if isinstance(module, DeltaHeads) else LayerCache(num_rows, num_columns)
+        for module in gpt.modules()
+        if isinstance(module, SdpaAttention | DeltaHeads)
     }
     model = IncrementalGpt(gpt, list(caches.values()))
     gpt.eval()
@@ -66,17 +69,27 @@ def _read_free_bytes(device: torch.device) -> int:
 
 
 def compute_cache_bytes(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> int:
-    """Bytes that the keys and values of this process's layers and heads take."""
+    """Bytes that the keys and values, or the states, of this process's layers and heads take."""
     config = gpt.config
     num_heads = max(1, config.num_query_groups // gpt.topology.tp_size)
     bytes_per_token = num_heads * (gpt.model.head_dim + gpt.model.value_dim) * config.params_dtype.itemsize
-    return gpt.num_stage_layers * num_rows * num_columns * bytes_per_token
+    num_recurrent = sum(map(gpt.model.has_delta_net, gpt.stage_layers))
+    states = num_recurrent * num_rows * compute_state_bytes(gpt) if num_recurrent else 0
+    return (gpt.num_stage_layers - num_recurrent) * num_rows * num_columns * bytes_per_token + states
+
+
+def compute_state_bytes(gpt: ShardedGpt) -> int:
+    """Of one row in one gated DeltaNet, on this process."""
+    sizes, dtype = gpt.model.delta_sizes.cut(gpt.topology.tp_size), gpt.config.params_dtype
+    state = sizes.value_heads * sizes.key_size * sizes.value_size
+    tails = sizes.key_heads * sizes.convolved_per_key * (sizes.kernel_size - 1)
+    return state * torch.promote_types(dtype, torch.float32).itemsize + tails * dtype.itemsize
 
 
 class IncrementalGpt:
     """`generation.decode.IncrementalModel` over this process's shard; all processes of a replica call it alike."""
 
-    def __init__(self, gpt: ShardedGpt, caches: list[LayerCache]) -> None:
+    def __init__(self, gpt: ShardedGpt, caches: list[LayerCache | StateCache]) -> None:
         self._gpt, self._caches = gpt, caches
         self._rows = self._num_padding_R = torch.zeros(0, dtype=torch.int64, device=gpt.topology.device)
         self._adapter_of_row: tuple[int | None, ...] = ()
@@ -143,9 +156,8 @@ class IncrementalGpt:
     def _build_masks(self, first: int, num_columns: int) -> LayerMasks:
         full = compute_mask(self._num_padding_R, first, num_columns)
         window = self._gpt.model.sliding_window
-        return LayerMasks(
-            full, full if window is None else compute_mask(self._num_padding_R, first, num_columns, window)
-        )
+        windowed = full if window is None else compute_mask(self._num_padding_R, first, num_columns, window)
+        return LayerMasks(full, windowed, recurrent=find_text(self._num_padding_R, first, num_columns))
 
     def _receive(self, tokens_RC: torch.Tensor) -> torch.Tensor:
         config, topology = self._gpt.config, self._gpt.topology

@@ -24,6 +24,7 @@ from lora_dist.base_shapes import list_stage_layers
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention, SinkAttention, compute_attention_bias
+from lora_dist.mcore.delta_net import GatedDeltaNet
 from lora_dist.mcore.experts import ExpertMlp
 from lora_dist.mcore.gates import GeGlu, SwiGlu
 from lora_dist.mcore.head_loss import compute_target_loss
@@ -216,6 +217,7 @@ def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: tor
         softmax_scale=model.attention_scale,
         normalization="RMSNorm" if architecture.rms_norm else "LayerNorm",
         qk_layernorm=model.has_qk_norm,
+        attention_output_gate=architecture.gated_attention,
         add_bias_linear=architecture.linear_biases,
         add_qkv_bias=architecture.qkv_biases,
         gated_linear_unit=architecture.gated,
@@ -260,7 +262,9 @@ def _build_layer_spec(model: ModelConfig, number: int) -> ModuleSpec:
         layer.mlp = ExpertMlp
     elif architecture.gated:
         mlp.activation_func = GeGlu if architecture.gate_activation == "gelu_tanh" else SwiGlu
-    if architecture.latent_attention:
+    if model.has_delta_net(number):
+        layer.self_attention = ModuleSpec(module=GatedDeltaNet)
+    elif architecture.latent_attention:
         layer.self_attention = ModuleSpec(module=LatentAttention)
     elif architecture.rotary:
         layer.self_attention.module = WholeNormedSelfAttention if architecture.whole_qk_norm else RotarySelfAttention

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lora_dist.config import ModelConfig
 from lora_dist.fusion import Chain
+from lora_dist.mcore.gates import multiply_by_sigmoid
 from lora_dist.mcore.norm import build_output_norm
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -171,13 +172,16 @@ class RotarySelfAttention(SelfAttention):
         assert bias is None, "nothing but the norm's output is added to the residual stream"
         return self.output_layernorm(output), None
 
-    def get_query_key_value_tensors(
-        self, *args: Any, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query, key, value = super().get_query_key_value_tensors(*args, **options)
+    def get_query_key_value_tensors(self, *args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        """With what multiplies each head's output, where a model has it, at last."""
+        query, key, *value_and_gate = super().get_query_key_value_tensors(*args, **options)
         assert self._angles is not None
-        # The value's own copy: a view would keep the whole fused projection for backward.
-        return *self._turn(query, key, self._angles), value.contiguous()
+        # Their own copies: a view would keep the whole fused projection for backward.
+        own = (one.contiguous() for one in value_and_gate)
+        return *self._turn(query, key, self._angles), *own
+
+    def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return multiply_by_sigmoid(x, gate.view_as(x))
 
     def _turn(
         self, query_SBAD: torch.Tensor, key_SBAD: torch.Tensor, angles: Angles

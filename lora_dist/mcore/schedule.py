@@ -125,6 +125,8 @@ def _build_mask(gpt: ShardedGpt, inputs: Inputs) -> Mask | LayerMasks:
     if inputs.block_ids_BS is None:
         return row_blocks
     build_bias = partial(compute_attention_bias, inputs.block_ids_BS, gpt.config.params_dtype)
+    if gpt.model.architecture.delta_layers:
+        return LayerMasks(full=build_bias(), windowed=None, recurrent=row_blocks)
     if window is None or window >= inputs.batch.seq_len:
         return build_bias()
     full = row_blocks if gpt.attends_in_blocks or not gpt.model.full_attention_layers else build_bias()

@@ -15,8 +15,10 @@ times T: a frozen linear costs 4 i o a token where a trained one costs 6 i o. An
 where K of them serve each token, the router is one more linear without adapters, and what serves all tokens beside the
 experts stands apart: its input gradient does not hang on theirs. Nor do a latent's of keys and values on the queries',
 but the latents enter the heads as one. The output layer is another over M
-tokens, attention 4 S Q a token forward and 10 S Q backward (the kernel computes the scores again). Below the lowest
-adapted linear there is no backward at all, and it needs no d(input) itself. Recomputed regions add their forward.
+tokens, attention 4 S Q a token forward and 10 S Q backward (the kernel computes the scores again). A gated delta rule's
+products within chunks and with the states between them are one forward, and three backward, which begins with another
+forward; what solves its triangular systems does not count, the product in their gradient does. Below the lowest adapted
+linear there is no backward at all, and it needs no d(input) itself. Recomputed regions add their forward.
 """
 
 from collections import Counter
@@ -29,7 +31,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lora_dist.config import ModelConfig
-from lora_dist.lora.spec import AdapterSpec
+from lora_dist.delta_sizes import DeltaSizes
+from lora_dist.lora.spec import CANONICAL_TARGETS, AdapterSpec
 
 _LINEAR_OF_TARGET = {
     "q_proj": "qkv",
@@ -37,6 +40,8 @@ _LINEAR_OF_TARGET = {
     "v_proj": "qkv",
     **{"q_a_proj": "q_down", "q_b_proj": "q_up", "kv_a_proj": "kv_down", "kv_b_proj": "kv_up"},
     "o_proj": "proj",
+    **{target: "delta_in" for target in CANONICAL_TARGETS if target.startswith("in_proj_")},
+    "out_proj": "delta_out",
     "gate_proj": "fc1",
     "up_proj": "fc1",
     "down_proj": "fc2",
@@ -44,14 +49,17 @@ _LINEAR_OF_TARGET = {
     "shared_up_proj": "shared_fc1",
     "shared_down_proj": "shared_fc2",
 }
-_MLP = ("router", "fc1", "fc2", "shared_fc1", "shared_fc2")
+_MLP = ("router", "fc1", "fc2", "shared_gate", "shared_fc1", "shared_fc2")
 _Steps = tuple[tuple[tuple[str, ...], ...], ...]
 """A layer's parts, those that there are, in forward order: chains side by side start from the same, a step's from all
 that those of the one before end in."""
-_FUSED: _Steps = ((("qkv",),),)
+_FUSED: _Steps = ((("qkv", "delta_in"),),)
 _FROM_LATENTS: _Steps = ((("q_down",), ("kv_down",)), (("q_up",), ("kv_up",)))
 _QUERIES_BESIDE: _Steps = ((("qkv",), ("kv_down", "kv_up")),)
-_REST: _Steps = ((("attention", "proj"),), (("router", "fc1", "fc2"), ("shared_fc1", "shared_fc2")))
+_REST: _Steps = (
+    (("attention", "proj", "delta", "delta_out"),),
+    (("router", "fc1", "fc2"), ("shared_gate",), ("shared_fc1", "shared_fc2")),
+)
 
 
 def _count_addmm_(accumulated: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
@@ -110,6 +118,12 @@ class StepShape:
     """That a head computes: the squares of the blocks that attend within themselves, T S where those are whole rows."""
     num_vocab_rows: int
     """Rows of the embedding with the padding that tensor parallelism adds."""
+    chunk_size: int = 0
+    """Positions of a chunk in gated DeltaNets, where there are some."""
+    num_chunks: int = 0
+    """That the blocks are cut into there, the last of each filled up."""
+    num_first_chunks: int = 0
+    """Of them those that a block begins with."""
     recompute: str = "none"
     input_grad: bool = False
     """True where a pipeline asks the first layer for d(input) though nothing below it trains."""
@@ -117,7 +131,7 @@ class StepShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
-    """One linear (or the attention core) of one layer."""
+    """One linear (or the attention core, or what a gated DeltaNet has in its place) of one layer."""
 
     name: str
     forward: int
@@ -151,12 +165,18 @@ def compute_full_flops(model: ModelConfig, shape: StepShape) -> int:
 def _list_features(model: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Into and out of each linear of a layer; of one expert's."""
     h, f = model.hidden_size, model.find_mlp_size(layer)
-    features = {**_list_projections(model), "proj": (model.context_size, h)}
+    if model.has_delta_net(layer):
+        sizes = model.delta_sizes
+        num_projected = sizes.key_heads * sum(sizes.projected_per_key.values())
+        features = {"delta_in": (h, num_projected), "delta_out": (sizes.value_dim, h)}
+    else:
+        features = {**_list_projections(model), "proj": (model.context_size, h)}
     features |= {"fc1": (h, 2 * f if model.architecture.gated else f), "fc2": (f, h)}
     if model.has_experts(layer):
         features["router"] = (h, model.num_experts or 0)
         if (shared := model.shared_ffn_size) is not None:
             features |= {"shared_fc1": (h, 2 * shared), "shared_fc2": (shared, h)}
+            features |= {"shared_gate": (h, 1)} if model.architecture.gated_shared_expert else {}
     return features
 
 
@@ -170,7 +190,7 @@ def _list_projections(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """Those that queries, keys and values come from; of queries without a latent `qkv`."""
     h, q = model.hidden_size, model.query_size
     if model.kv_latent_size is None:
-        return {"qkv": (h, q + 2 * model.kv_size)}
+        return {"qkv": (h, model.projected_query_size + 2 * model.kv_size)}
     latent, turned = model.query_latent_size, model.rotary_size
     queries = {"qkv": (h, q)} if latent is None else {"q_down": (h, latent), "q_up": (latent, q)}
     unturned = q - model.num_heads * turned
@@ -183,8 +203,7 @@ def _build_layer(
 ) -> dict[str, _Part]:
     tokens, features = shape.num_tokens, _list_features(model, layer)
     mlp_tokens = tokens * (model.experts_per_token or 1) if model.has_experts(layer) else tokens
-    score_flops = 2 * shape.num_scores * model.query_size  # of values too, which are padded where they have fewer
-    parts = {"attention": _Part(name="attention", forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0)}
+    parts = {core.name: core for core in [_build_core(model, layer, shape)]}
     for name, (i, o) in features.items():
         rows, r = mlp_tokens if name in ("fc1", "fc2") else tokens, ranks.get(name, 0)
         base, down, up = 2 * i * o * rows, 2 * r * i * rows, 2 * r * o * rows
@@ -196,6 +215,25 @@ def _build_layer(
             trains=full or r > 0,
         )
     return parts
+
+
+def _build_core(model: ModelConfig, layer: int, shape: StepShape) -> _Part:
+    if model.has_delta_net(layer):
+        forward, solving = _count_delta_rule(model.delta_sizes, shape)
+        return _Part(name="delta", forward=forward, input_grad=3 * forward + solving, other_grads=0)
+    score_flops = 2 * shape.num_scores * model.query_size  # of values too, which are padded where they have fewer
+    return _Part(name="attention", forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0)
+
+
+def _count_delta_rule(sizes: DeltaSizes, shape: StepShape) -> tuple[int, int]:
+    """Forward: within each chunk, and between it and the state before it, which a block's first one has not; and what
+    the gradients of the triangular systems take.
+    """
+    area, heads = shape.chunk_size**2, sizes.value_heads
+    within = area * (2 * sizes.key_heads * sizes.key_size + heads * sizes.value_size)
+    between = 3 * shape.chunk_size * heads * sizes.key_size * sizes.value_size
+    forward = 2 * (shape.num_chunks * within + (shape.num_chunks - shape.num_first_chunks) * between)
+    return forward, 2 * shape.num_chunks * area * heads * (sizes.key_size + sizes.value_size)
 
 
 def _sum_layers(layers: Sequence[dict[str, _Part]], steps: _Steps, shape: StepShape, *, full: bool) -> int:

@@ -7,6 +7,7 @@ from math import gcd
 from lora_dist.base_format import check_blocks
 from lora_dist.base_shapes import compute_layer_shapes, count_elements, list_stage_layers
 from lora_dist.config import ModelConfig, RunConfig
+from lora_dist.lora.layer import find_shared_ranges
 from lora_dist.mcore.base_parameters import find_shard_dim
 from lora_dist.mcore.model import compute_padded_vocab_size
 from lora_dist.needed_bytes import compute_format_savings
@@ -69,7 +70,8 @@ def list_candidates(config: RunConfig) -> list[Candidate]:
     num_gpus, model = config.plan.num_gpus, config.model
     found = []
     num_groups = model.num_query_groups
-    for tp_size in _list_divisors(gcd(model.num_heads, *model.mlp_sizes), num_gpus):
+    split = gcd(model.num_heads, model.delta_key_heads or 0, *model.mlp_sizes)
+    for tp_size in _list_divisors(split, num_gpus):
         if num_groups % tp_size and tp_size % num_groups:
             continue
         for pp_size in _list_pipelines(model.num_layers, num_gpus // tp_size):
@@ -136,6 +138,10 @@ def compute_weight_bytes(model: ModelConfig, dtype: str, *, tp_size: int, pp_siz
 def _count_shard(model: ModelConfig, layer: int, tp_size: int) -> int:
     """Parameters of a layer that a TP rank has."""
     shapes = compute_layer_shapes(model, layer)
+    if (shared := find_shared_ranges(model, tp_size).get("fused")) is not None:  # each rank's keys and values whole
+        num_rows = tp_size * sum(size for _, size in shared[0])
+        fused = [name for name in shapes if ".linear_qkv." in name]
+        shapes |= {name: (num_rows, *shapes[name][1:]) for name in fused}
     whole = {name: shape for name, shape in shapes.items() if find_shard_dim(name) is None}
     split = {name: shape for name, shape in shapes.items() if name not in whole}
     return count_elements(whole) + count_elements(split) // tp_size

@@ -14,6 +14,11 @@ CASES = {
     "gpt2": ["topology=pp2", "loop.recompute=full", "optim.label_smoothing=0.1"],
     "llama": [*LLAMA, "topology=tp2_sp", "lora.dropout=0.2"],
     "llama-fp8": [*LLAMA, "topology=single", "model.base_format=fp8"],
+    "qwen3_5": [
+        *("model.family=qwen3_5_text", "model.full_attention_layers=[1]", "model.delta_key_heads=2"),
+        *("model.delta_value_heads=4", "model.delta_key_size=8", "model.delta_value_size=8"),
+        *("model.delta_kernel_size=4", "lora.target_modules=[all]", "topology=tp2"),
+    ],
     "qwen3-full": ["model.family=qwen3", "topology=single", "method=full"],
 }
 

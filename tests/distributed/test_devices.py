@@ -48,6 +48,12 @@ ADAPTED = {
         *("topology=tp2_sp", "model.family=minimax_m2", "model.num_experts=4", "model.experts_per_token=2"),
         *("model.rotary_fraction=0.5", "model.tied_output=false", "lora.target_modules=[all,gate_proj]"),
     ],
+    "delta": [
+        *("topology=tp2_sp", "model.family=qwen3_next", "model.num_experts=4", "model.experts_per_token=2"),
+        *("model.shared_ffn_size=16", "model.full_attention_layers=[1]", "model.delta_key_heads=2"),
+        *("model.delta_value_heads=4", "model.delta_key_size=4", "model.delta_value_size=6"),
+        *("model.delta_kernel_size=4", "model.tied_output=false", "packed_attention=mask"),
+    ],
     "sinks": [
         *("topology=tp2_sp", "model.family=gpt_oss", "model.num_experts=4", "model.experts_per_token=2"),
         *("model.swiglu_alpha=1.7", "model.swiglu_limit=7", "model.sliding_window=5", "model.tied_output=false"),

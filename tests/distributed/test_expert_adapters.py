@@ -26,7 +26,7 @@ from lora_dist.mcore.generate import generate_rows
 from lora_dist.mcore.hf_weights import load_hf_checkpoint
 from lora_dist.mcore.live import LiveMerge, attach_adapters, attach_alone, load_shards
 
-FAMILIES = ("mixtral", "qwen3_moe", "glm4_moe", "minimax_m2", "gpt_oss")
+FAMILIES = ("mixtral", "qwen3_moe", "qwen3_next", "glm4_moe", "minimax_m2", "gpt_oss")
 PARAMETERS = (
     ["mlp.experts.gate_up_proj"],
     ["experts.down_proj"],
@@ -64,19 +64,28 @@ def test_what_peft_wrote_comes_in_and_goes_out_as_it_was(family: str, parameters
     assert torch.equal(*logits)
 
 
-def test_peft_adapts_a_shared_experts_linears_as_parameters(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "shared", "beside"),
+    [("glm4_moe", "shared_experts", "0.mlp.down_proj.weight"), ("qwen3_next", "shared_expert", "linear_attn.out_proj")],
+)
+def test_peft_adapts_a_shared_experts_linears_as_parameters(
+    name: str, shared: str, beside: str, tmp_path: Path
+) -> None:
     """PEFT would take one named in target_modules for the experts' own."""
-    model, source = write_family_checkpoint("glm4_moe", tmp_path / "base"), tmp_path / "source"
-    names = ["shared_experts.gate_proj.weight", "0.mlp.down_proj.weight", "mlp.experts.gate_up_proj"]
+    model, source = write_family_checkpoint(name, tmp_path / "base"), tmp_path / "source"
+    names = [f"{shared}.gate_proj.weight", "mlp.experts.gate_up_proj"]
+    modules, parameters = (["q_proj"], [*names, beside]) if beside.endswith("weight") else (["q_proj", beside], names)
     write_with_peft(
-        build_family_model("glm4_moe"),
+        build_family_model(name),
         source,
-        **{"target_modules": ["q_proj"], "target_parameters": names, "fan_in_fan_out": False, "r": 2},
-        **{"lora_alpha": 3, "rank_pattern": {r".*\.shared_experts\.gate_proj\.weight": 4}},
+        **{"target_modules": modules, "target_parameters": parameters, "fan_in_fan_out": False, "r": 2},
+        **{"lora_alpha": 3, "rank_pattern": {rf".*\.{shared}\.gate_proj\.weight": 4}},
     )
     stored = read_in(source, tmp_path / "stored", model)
     found = {(spec.target, spec.lora_rank, spec.num_experts) for spec in stored.specs}
-    assert {("q_proj", 2, None), ("shared_gate_proj", 4, None), ("down_proj", 2, None), ("up_proj", 2, 8)} <= found
+    other = beside.removesuffix(".weight").rpartition(".")[2]
+    assert {("q_proj", 2, None), ("shared_gate_proj", 4, None), (other, 2, None)} <= found
+    assert ("up_proj", 2, model.num_experts) in found
     export_adapter(stored, tmp_path / "out", "peft")
     raw = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("source", "stored", "out")]
     assert raw[0] == raw[1] == raw[2]

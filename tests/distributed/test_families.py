@@ -17,7 +17,15 @@ from hf_toy import build_run_config, build_shard, compute_logits, count_processe
 from processes import run_distributed
 from safetensors.torch import load_file
 from tiers import exhaustive, few_of
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 from lora_dist.base_shapes import count_parameters
 from lora_dist.config import TopologyConfig
@@ -28,6 +36,7 @@ from lora_dist.plan.search import compute_weight_bytes
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
+import qwen3_5_text
 from gemma3_text import write_text_model
 
 EVERY_SPLIT = {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}
@@ -88,7 +97,10 @@ def write_drawn(options: dict, source: Path, target: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    few_of(["llama", "qwen3", "opt", "gpt_neox_serial", "minimax_m2", "deepseek_v3", "gpt_oss"], "opt", "gpt_oss"),
+    few_of(
+        ["llama", "qwen3", "opt", "gpt_neox_serial", "qwen3_next", "minimax_m2", "deepseek_v3", "gpt_oss"],
+        *("opt", "gpt_oss"),
+    ),
 )
 def test_a_drawn_model_is_the_same_at_every_topology_and_transformers_reads_it(name: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
@@ -107,7 +119,10 @@ def weigh(options: dict, source: Path) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    few_of(["llama", "qwen3", "opt", "glm4_moe", "minimax_m2", "deepseek_v3", "gpt_oss"], "llama", "deepseek_v3"),
+    few_of(
+        ["llama", "qwen3", "opt", "qwen3_next", "glm4_moe", "minimax_m2", "deepseek_v3", "gpt_oss"],
+        *("llama", "qwen3_next", "deepseek_v3"),
+    ),
 )
 def test_the_planned_weights_are_the_fullest_processs(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
@@ -126,6 +141,27 @@ def compute_ours(source: Path) -> torch.Tensor | None:
     gpt = build_shard({}, read_family_config(source))
     load_hf_checkpoint(gpt, source)
     return compute_logits(gpt)
+
+
+@pytest.mark.parametrize("name", [*exhaustive("qwen3_5_text"), "qwen3_5_moe_text"])
+def test_a_qwen3_5_that_sees_pictures_gives_its_text_model(name: str, tmp_path: Path) -> None:
+    config_class, whole_class = {
+        "qwen3_5_text": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
+        "qwen3_5_moe_text": (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration),
+    }[name]
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    text = build_family_model(name).config.to_dict()
+    tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
+    whole = whole_class(config_class(text_config=text, vision_config=vision | {"patch_size": 4}, **tied)).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"model_type='qwen3_5(_moe)?' is not supported"):
+        read_family_config(tmp_path / "whole")
+    qwen3_5_text.write_text_model(tmp_path / "whole", tmp_path / "text")
+    check_hf_checkpoint(read_family_config(tmp_path / "text"), tmp_path / "text")
+    with torch.no_grad():
+        expected = whole(input_ids=draw_tokens()).logits
+    (logits,) = run_distributed(compute_ours, 1, tmp_path / "text")
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_gemma_that_sees_pictures_gives_its_text_model(tmp_path: Path) -> None:

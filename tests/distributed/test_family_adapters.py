@@ -19,7 +19,7 @@ from family_toy import (
 from hf_toy import build_hf_model, build_shard, compute_logits, count_processes, draw_adapter_values, draw_tokens
 from lora_updates import compute_update
 from processes import run_distributed
-from tiers import few_of
+from tiers import exhaustive, few_of
 from transformers import AutoModelForCausalLM
 
 from lora_dist.checkpoint.adapter import load_adapter, write_adapter
@@ -41,8 +41,8 @@ LORA = LoraConfig(rank=3, alpha=4, target_modules=["all-linear"], rank_pattern={
 
 
 def list_specs(model: ModelConfig) -> list[AdapterSpec]:
-    """Mistral, whose layers are Llama's, has DoRA, and so has GPT-NeoX. Experts have to be named."""
-    lora = replace(LORA, use_dora=model.family in ("mistral", "gpt_neox"))
+    """Mistral, whose layers are Llama's, has DoRA, and so have GPT-NeoX and Qwen3.5. Experts have to be named."""
+    lora = replace(LORA, use_dora=model.family in ("mistral", "gpt_neox", "qwen3_5_text"))
     if model.architecture.experts:
         more = ["gate_proj", "up_proj", "down_proj"]
         lora = replace(LORA, target_modules=["all-linear", *more], rank_pattern={"o": 5, "up_proj": 2, "w2": 4})
@@ -95,7 +95,7 @@ def compute_peft_logits(base: Path, adapter: Path) -> torch.Tensor:
     return model.eval()(draw_tokens()).logits
 
 
-@pytest.mark.parametrize("name", few_of(ONE_EACH, "llama", "deepseek_v3", "gpt_oss", "gpt_neox"))
+@pytest.mark.parametrize("name", few_of(ONE_EACH, "llama", "qwen3_next", "deepseek_v3", "gpt_oss", "gpt_neox"))
 def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     write_family_checkpoint(name, base)
@@ -114,6 +114,9 @@ def test_peft_loads_what_every_topology_writes(name: str, tmp_path: Path) -> Non
 TARGETS = {
     "mixtral": ["v_proj", "q_proj", "o_proj"],
     "qwen3_moe": ["k_proj", "o_proj"],
+    "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "o_proj"],
+    "qwen3_5_text": ["in_proj_qkv", "in_proj_a", "out_proj", "q_proj", "gate_proj"],
+    "qwen3_5_moe_text": ["in_proj_qkv", "in_proj_z", "in_proj_b", "k_proj", "o_proj"],
     "glm4_moe": ["k_proj", "v_proj"],
     "minimax_m2": ["q_proj", "k_proj", "o_proj"],
     "deepseek_v3": ["kv_a_proj_with_mqa", "q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"],
@@ -139,6 +142,15 @@ def test_an_adapter_that_peft_wrote_comes_in_and_goes_out_as_it_was(name: str, t
     assert torch.equal(compute_peft_logits(base, tmp_path / "stored"), compute_peft_logits(base, source))
 
 
+@pytest.mark.parametrize("format", ["peft_split", "loralib", "bridge"])
+def test_what_has_no_place_for_a_delta_nets_adapters_is_refused(format: str, tmp_path: Path) -> None:
+    model = write_family_checkpoint("qwen3_5_text", tmp_path / "base")
+    write_with_peft(build_family_model("qwen3_5_text"), tmp_path / "source", target_modules=["in_proj_qkv"], r=2)
+    stored = read_in(tmp_path / "source", tmp_path / "stored", model)
+    with pytest.raises(ValueError, match=rf"format={format} has no place for adapters in gated DeltaNets \(layers.0"):
+        export_adapter(stored, tmp_path / format, format)
+
+
 @pytest.mark.parametrize("targets", [["gate_up_proj"], ["qkv_proj"], ["qkv_proj", "gate_up_proj"]], ids="-".join)
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_what_peft_trained_on_fused_linears_is_merged_as_peft_has_it(
@@ -162,7 +174,10 @@ def call(words: list[str]) -> int:
     return main(words)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "glm4_moe", "minimax_m2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name",
+    [*("llama", "qwen2", "qwen3_moe", "glm4_moe", "minimax_m2", "deepseek_v3"), *exhaustive("qwen3_next")],
+)
 def test_the_verbs_merge_and_export(name: str, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = write_family_checkpoint(name, base)

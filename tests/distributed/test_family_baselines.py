@@ -44,10 +44,11 @@ BOTTLENECK = BottleneckConfig(size=3, activation="gelu")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "name",
-    ["llama", "gemma3_text", *exhaustive("olmo3"), "opt", "deepseek_v3"],
+    ["llama", "gemma3_text", "opt", "deepseek_v3", *exhaustive("qwen3_next", "olmo3")],
 )
 def test_gradients_equal_one_process(name: str, method: str) -> None:
-    targets = ["q_a_proj", "kv_b_proj"] if name == "deepseek_v3" else ["q_proj", "v_proj"]
+    targets = {"deepseek_v3": ["q_a_proj", "kv_b_proj"], "qwen3_next": ["in_proj_qkvz", "v_proj"]}
+    targets = targets.get(name, ["q_proj", "v_proj"])
     case = Case(model=MODELS[name], method=method, lora=LoraConfig(rank=2, target_modules=targets))
     expected_loss, expected = run_case(case)
     for options in TOPOLOGIES:

@@ -10,7 +10,7 @@ from family_toy import ONE_EACH, build_family_model, read_family_config, write_f
 from generation_judge import GREEDY, PAPER, choose_end_tokens, draw_prompts, generate_with_transformers
 from hf_toy import build_shard, count_processes, draw_tokens
 from processes import run_distributed
-from tiers import few_of
+from tiers import exhaustive, few_of
 
 from lora_dist.generation.batches import pad_left
 from lora_dist.generation_config import GenerationConfig
@@ -39,8 +39,9 @@ def generate(options: dict, base: Path, config: GenerationConfig, end_tokens: li
             *((name, GREEDY) for name in ("llama", "deepseek_v3", "glm_moe_dsa", "gpt_oss")),
         ),
         ("llama", PAPER_BEAMS),
+        *exhaustive(("qwen3_next", PAPER_BEAMS)),
     ],
-    ids=[*ONE_EACH, "llama-beam"],
+    ids=[*ONE_EACH, "llama-beam", "qwen3_next-beam"],
 )
 def test_every_token_is_that_of_transformers(name: str, config: GenerationConfig, tmp_path: Path) -> None:
     write_family_checkpoint(name, tmp_path)
@@ -77,3 +78,14 @@ def test_the_cache_holds_the_shared_heads_once(tmp_path: Path) -> None:
     assert model.kv_size < model.query_size
     for kept, planned in run_distributed(weigh_cache, 2, tmp_path):
         assert kept == planned == 2 * model.num_layers * 2 * 12 * model.kv_size * 4 // 2
+
+
+def test_a_delta_nets_state_does_not_grow(tmp_path: Path) -> None:
+    model = write_family_checkpoint("qwen3_next", tmp_path)
+    sizes, num_full = model.delta_sizes, len(model.full_attention_layers)
+    state = sizes.value_heads * sizes.key_size * sizes.value_size
+    tails = (sizes.kernel_size - 1) * sizes.key_heads * sizes.convolved_per_key
+    in_full = 2 * 12 * model.kv_size
+    expected = 2 * 4 // 2 * (num_full * in_full + (model.num_layers - num_full) * (state + tails))
+    for kept, planned in run_distributed(weigh_cache, 2, tmp_path):
+        assert kept == planned == expected

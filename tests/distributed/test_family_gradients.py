@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_toy import FAMILIES, UNLIKE, build_family_model, name_as_stored, read_family_config, write_family_checkpoint
+from family_toy import (
+    FAMILIES,
+    UNLIKE,
+    StayDouble,
+    build_family_model,
+    name_as_stored,
+    read_family_config,
+    write_family_checkpoint,
+)
 from hf_toy import build_shard, draw_tokens
 from processes import run_distributed
 from tiers import few_of
@@ -48,6 +56,10 @@ PICKED = {
 }
 LATENT = {"kv_latent_size": 12, "head_size": 10, "rope_head_size": 4, "value_head_size": 6, "tied_output": False}
 INDEXER = {"attended_positions": 32, "indexer_heads": 2, "indexer_head_size": 6, "layers_without_indexer": [1]}
+DELTA_SIZES = {
+    **{"delta_key_heads": 4, "delta_value_heads": 8, "delta_key_size": 6, "delta_value_size": 5},
+    "delta_kernel_size": 4,
+}
 MODELS = {
     "llama": build_toy("llama", num_kv_heads=4, tied_output=False),
     "qwen2": build_toy("qwen2", num_kv_heads=8, tied_output=True),
@@ -70,6 +82,22 @@ MODELS = {
         experts_per_token=3,
         normalize_expert_weights=False,
         tied_output=True,
+    ),
+    "qwen3_next": build_toy(
+        "qwen3_next",
+        num_kv_heads=2,  # which two of four TP ranks share
+        head_size=8,
+        rotary_fraction=0.5,
+        full_attention_layers=[1],
+        **DELTA_SIZES,
+        ffn_hidden_size=12,
+        num_experts=4,
+        experts_per_token=2,
+        shared_ffn_size=24,
+        tied_output=False,
+    ),
+    "qwen3_5_text": build_toy(
+        "qwen3_5_text", num_kv_heads=4, head_size=8, rotary_fraction=0.25, full_attention_layers=[1], **DELTA_SIZES
     ),
     "glm4_moe": build_toy("glm4_moe", num_kv_heads=4, rotary_fraction=0.5, qk_norm=True, **PICKED),
     "olmo2": build_toy("olmo2", num_kv_heads=4, tied_output=False),
@@ -136,12 +164,12 @@ _CASES = [
     *((name, method, TOPOLOGIES[1:4:2]) for name in ("mixtral", "qwen3_moe") for method in ("lora", "full")),
     *(
         (name, method, TOPOLOGIES)
-        for name in ("glm4_moe", "minimax_m2", "deepseek_v3", "gpt_oss")
+        for name in ("qwen3_next", "glm4_moe", "minimax_m2", "deepseek_v3", "gpt_oss")
         for method in ("lora", "full")
     ),
     *(
         (name, method, TOPOLOGIES[1:4:2])
-        for name in ("glm_moe_dsa", "deepseek_v3_direct")
+        for name in ("qwen3_5_text", "glm_moe_dsa", "deepseek_v3_direct")
         for method in ("lora", "full")
     ),
     *((name, method, TOPOLOGIES[1:4]) for name in ("olmo2", "olmo3") for method in ("lora", "full")),
@@ -153,6 +181,7 @@ CASES = {f"{name}-{method}": (name, method, topologies) for name, method, topolo
 ALWAYS = (
     "llama-lora",
     "gemma3_text-lora",
+    "qwen3_next-lora",
     "minimax_m2-lora",
     "olmo3-full",
     "deepseek_v3-lora",
@@ -219,11 +248,12 @@ def compute_packed_gradients(options: dict, source: Path) -> tuple[float, dict[s
 def compute_expected_gradients(name: str, source: Path) -> tuple[float, dict[str, torch.Tensor]]:
     """transformers, each example alone."""
     model = build_family_model(name).double()
-    losses = [
-        torch.nn.functional.cross_entropy(model(example).logits[:, :-1].flatten(0, 1), example[:, 1:].flatten())
-        * example[:, 1:].numel()
-        for example in draw_tokens().split([BOUNDARY, draw_tokens().shape[1] - BOUNDARY], dim=1)
-    ]
+    with StayDouble():
+        losses = [
+            torch.nn.functional.cross_entropy(model(example).logits[:, :-1].flatten(0, 1), example[:, 1:].flatten())
+            * example[:, 1:].numel()
+            for example in draw_tokens().split([BOUNDARY, draw_tokens().shape[1] - BOUNDARY], dim=1)
+        ]
     loss = torch.stack(losses).sum() / int(build_packed_batch(draw_tokens()).num_loss_tokens)
     loss.backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}

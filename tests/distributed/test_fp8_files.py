@@ -37,6 +37,8 @@ CASES = [
     *exhaustive(
         ("qwen3", {"pp_size": 3}, (16, 16)),
         ("qwen3_moe", EVERY_SPLIT, (7, 5)),
+        ("qwen3_next", {"tp_size": 4}, (9, 7)),
+        ("qwen3_5_moe_text", EVERY_SPLIT, (5, 7)),
         ("glm4_moe", {"tp_size": 4}, (3, 128)),
         ("deepseek_v32", {"tp_size": 4}, (7, 5)),
         ("glm_moe_dsa", EVERY_SPLIT, (7, 5)),
@@ -85,7 +87,7 @@ def test_logits_and_files_are_those_of_the_values(
 
 
 @pytest.mark.parametrize("layout", [describe_blocks((4, 4)), LAYOUTS["mistral"]], ids=["blocks", "tensor"])
-@pytest.mark.parametrize("name", ["deepseek_v3", "glm_moe_dsa", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm_moe_dsa", "qwen3", "qwen3_moe", *exhaustive("qwen3_next")])
 def test_transformers_reads_the_same_values(name: str, layout: Layout, tmp_path: Path) -> None:
     """Where blocks divide every weight, which its dequantisation on a CPU wants."""
     source, fp8, plain, target = (tmp_path / part for part in ("source", "fp8", "plain", "target"))

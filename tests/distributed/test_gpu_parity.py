@@ -42,6 +42,13 @@ SINKS = [
     *("model.num_experts=4", "model.experts_per_token=2", "model.swiglu_alpha=1.702", "model.swiglu_limit=7"),
     *("model.tied_output=false", "lora.target_modules=[all,gate_proj,up_proj,down_proj]"),
 ]
+DELTA = [
+    *("model.family=qwen3_next", "model.num_kv_heads=2", "model.head_size=32", "model.rotary_fraction=0.5"),
+    *("model.full_attention_layers=[1]", "model.delta_key_heads=2", "model.delta_value_heads=4"),
+    *("model.delta_key_size=16", "model.delta_value_size=24", "model.delta_kernel_size=4", "model.num_experts=4"),
+    *("model.experts_per_token=2", "model.shared_ffn_size=64", "model.tied_output=false"),
+    "lora.target_modules=[all,gate_proj,up_proj,down_proj]",
+]
 CASES = {
     "lora": ([], 1e-5),
     "lora-recompute": (["loop.recompute=full"], 1e-5),
@@ -83,6 +90,12 @@ CASES = {
     "sinks-full-bf16": ([*SINKS, "method=full", "optim.lr=1e-3", "dtype=bf16"], 2e-2),
     "sinks-mxfp4-bf16": ([*SINKS, "model.base_format=mxfp4", "dtype=bf16"], 2e-2),
     "packed-sinks-bf16": ([*SINKS, "packed_attention=blocks", "dtype=bf16"], 2e-2),
+    "delta": (DELTA, 1e-5),
+    "delta-compiled": ([*DELTA, "compile=true"], 1e-5),
+    "delta-bf16": ([*DELTA, "dtype=bf16"], 2e-2),
+    "delta-full": ([*DELTA, "method=full", "optim.lr=1e-3"], 1e-5),
+    "packed-delta-blocks": ([*DELTA, "packed_attention=blocks"], 1e-5),
+    "packed-delta-mask-bf16": ([*DELTA, "packed_attention=mask", "dtype=bf16"], 2e-2),
     "lora-bf16": (["dtype=bf16"], 2e-2),
     "lora-fp16": (["dtype=fp16"], 5e-3),
 }

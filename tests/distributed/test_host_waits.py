@@ -15,6 +15,14 @@ from toy import MODEL, Case, build_batches, build_case
 from lora_dist.config import LoraConfig
 from lora_dist.mcore.schedule import forward_backward
 
+DELTA = {
+    "model": replace(
+        MODEL, family="qwen3_5_text", full_attention_layers=[1], delta_key_heads=2, delta_value_heads=4,
+        delta_key_size=4, delta_value_size=6, delta_kernel_size=4,
+    ),
+    "lora": LoraConfig(rank=2, target_modules=["all"]),
+}  # fmt: skip
+
 
 class Waits(TorchDispatchMode):
     def __init__(self) -> None:
@@ -39,8 +47,8 @@ def count_waits(case: Case) -> Counter[str]:
 
 @pytest.mark.parametrize(
     ("options", "num_rng_checks"),
-    [({}, 0), ({"tp_size": 2, "sequence_parallel": True}, 4), ({"pp_size": 2, "recompute": "full"}, 0)],
-    ids=str,
+    [({}, 0), ({"tp_size": 2, "sequence_parallel": True}, 4), ({"pp_size": 2, "recompute": "full"}, 0), (DELTA, 0)],
+    ids=["one", "sequence parallel", "stages", "delta nets"],
 )
 def test_a_step_waits_for_its_loss_alone(options: dict, num_rng_checks: int) -> None:
     """Megatron's checks of the host's own generator, with sequence parallelism, are no wait either."""
@@ -72,6 +80,7 @@ def count_crossings(case: Case) -> tuple[Counter[str], int]:
         Case(method="full", label_smoothing=0.1),
         Case(model=replace(MODEL, family="llama", num_kv_heads=2), lora=LoraConfig(rank=2, use_dora=True)),
         Case(method="prefix_layer"),
+        Case(**DELTA),
     ],
     ids=str,
 )

@@ -219,22 +219,26 @@ def test_experts_communicate_what_a_dense_layer_does(sequence_parallel: bool) ->
     """Bytes too; and adapters on the experts add nothing to it but what is summed once a step."""
     picked, shared = {"num_experts": 3, "experts_per_token": 2}, {"shared_ffn_size": 24}
     bounds = {"swiglu_alpha": 1.7, "swiglu_limit": 7.0, "num_kv_heads": MODEL.num_heads}
-    mixtral, glm, gpt_oss, dense = (
+    delta = {"delta_key_heads": 2, "delta_value_heads": 4, "delta_key_size": 4, "delta_value_size": 6}
+    mixtral, glm, gpt_oss, qwen3_next, dense = (
         Case(model=replace(MODEL, **sizes), tp_size=2, sequence_parallel=sequence_parallel)
         for sizes in (
             {"family": "mixtral", **picked},
             {"family": "glm4_moe", **picked, **shared, "num_dense_layers": 1, "dense_ffn_size": 40},
             {"family": "gpt_oss", **picked, **bounds},
+            {"family": "qwen3_next", **picked, **shared, **delta, "delta_kernel_size": 4, "full_attention_layers": [0]},
             {"family": "mistral"},
         )
     )
     attention = ["q_proj", "v_proj"]
+    in_all_layers = [*attention, "in_proj_qkvz", "in_proj_ba"]
     frozen, *alike = (
-        run_distributed(count_step, 2, case, attention, True)[0][0] for case in (mixtral, glm, gpt_oss, dense)
+        run_distributed(count_step, 2, case, in_all_layers if case is qwen3_next else attention, True)[0][0]
+        for case in (mixtral, glm, gpt_oss, qwen3_next, dense)
     )
     assert frozen
-    assert alike == [frozen] * 3
-    for case, targets in ((mixtral, ["v_proj"]), (glm, ["all"]), (gpt_oss, ["v_proj"])):
+    assert alike == [frozen] * 4
+    for case, targets in ((mixtral, ["v_proj"]), (glm, ["all"]), (gpt_oss, ["v_proj"]), (qwen3_next, ["all"])):
         targets = [*targets, "gate_proj", "up_proj", "down_proj"]
         adapted, after = run_distributed(count_step, 2, case, targets, True)[0]
         assert count_by_kind(adapted) == count_by_kind(frozen)

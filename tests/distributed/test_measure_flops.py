@@ -10,8 +10,13 @@ from toy import ALL_TARGETS, BLOCKS, MODEL, NUM_ROWS, SEQ_LEN, Case, build_batch
 
 from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.lora.targets import build_adapter_specs
+from lora_dist.mcore import delta_rule
+from lora_dist.mcore.delta_rule import count_chunks
 from lora_dist.mcore.schedule import forward_backward
 from lora_dist.measure.flops import StepShape, compute_full_flops, compute_lora_flops, count_flops
+
+CHUNK_SIZE = 4
+"""In gated DeltaNets, so that the toy's blocks have several chunks."""
 
 
 def count_step(case: Case) -> tuple[int, int]:
@@ -31,6 +36,9 @@ def build_shape(num_loss_tokens: int, recompute: str = "none", tp_size: int = 1)
         num_scores=NUM_ROWS * sum(length**2 for length in BLOCKS),
         num_vocab_rows=-(-MODEL.vocab_size // multiple) * multiple,
         recompute=recompute,
+        chunk_size=CHUNK_SIZE,
+        num_chunks=NUM_ROWS * sum(count_chunks(length, CHUNK_SIZE) for length in BLOCKS),
+        num_first_chunks=NUM_ROWS * len(BLOCKS),
     )
 
 
@@ -144,6 +152,23 @@ QUERIES = (
 @pytest.mark.parametrize("recompute", few_of(["none", "full"], "full"))
 def test_queries_keys_and_values_come_from_latents(model: ModelConfig, all_targets: tuple, recompute: str) -> None:
     assert_all_is_counted(model, all_targets, recompute)
+
+
+DELTA = replace(
+    LLAMA, family="qwen3_next", rotary_fraction=0.5, delta_key_heads=2, delta_value_heads=4, delta_key_size=6,
+    delta_value_size=10, delta_kernel_size=4, full_attention_layers=[1, 3], shared_ffn_size=24, **EXPERTS,
+)  # fmt: skip
+IN_DELTA_NETS = (
+    ["all"],
+    ["q_proj"],
+    [r"layers\.2\.(in_proj_ba|out_proj)", r"layers\.3\.shared_down_proj"],
+)
+
+
+@pytest.mark.parametrize("recompute", few_of(["none", "selective", "full"], "full"))
+def test_a_delta_net_computes_its_heads_again(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta_rule, "CHUNK_SIZE", CHUNK_SIZE)
+    assert_all_is_counted(DELTA, IN_DELTA_NETS, recompute)
 
 
 def test_what_transformers_computes_for_its_experts_counts() -> None:

@@ -68,6 +68,10 @@ WHOLE = replace(EXPERTS, name="whole", family="minimax_m2", head_size=48, rotary
 OLMO = replace(
     LLAMA, name="olmo", family="olmo3", sliding_window=48, full_attention_layers=[1], local_rope_theta=10000.0
 )
+DELTA = replace(
+    EXPERTS, name="delta", family="qwen3_next", rotary_fraction=0.5, delta_key_heads=4, delta_value_heads=8,
+    delta_key_size=16, delta_value_size=32, delta_kernel_size=4, full_attention_layers=[1, 3], shared_ffn_size=256,
+)  # fmt: skip
 HARDWARE = HardwareConfig(
     name="here", kind="cpu", memory_gib=16, reserved_gib=0.5, peak_tflops={"fp32": 0.09, "bf16": 0.02},
     achievable_fraction=0.8, memory_gb_s=12, memory_fraction=0.8, gpus_per_node=8, link_gb_s=1, network_gb_s=1,
@@ -254,6 +258,17 @@ CASES = {
     },
     "sinks-full-pp2": {**FULL, "model": SINKS, "topology": {"pp_size": 2}, "num_microbatches": 4},
     "sinks-full-dp2-stage3": {**FULL, "model": SINKS, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
+    "delta-lora": {"model": DELTA, "lora": LoraConfig(rank=4, target_modules=["all"])},
+    "delta-lora-tp2-sp": {
+        **{"model": DELTA, "lora": EXPERT_LORA, "topology": {"tp_size": 2, "sequence_parallel": True}},
+    },
+    "delta-lora-packed-recompute": {"model": DELTA, "recompute": "full", "collate": "pack"},
+    "delta-lora-nf4-tp2": {
+        **{"model": replace(DELTA, base_format="nf4"), "topology": {"tp_size": 2}, "recompute": "selective"},
+        "lora": LoraConfig(rank=4, target_modules=["in_proj_qkvz", "out_proj"]),
+    },
+    "delta-full-pp2": {**FULL, "model": DELTA, "topology": {"pp_size": 2}, "num_microbatches": 4},
+    "delta-full-dp2-stage3": {**FULL, "model": DELTA, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "experts-full-dp2-stage3": {**FULL, "model": EXPERTS, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "full-dp2-stage3": {**FULL, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "llama-full-dp2-stage3": {**FULL, "model": LLAMA, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
@@ -308,7 +323,7 @@ def is_close(planned: int, real: int) -> bool:
 ALWAYS = (
     *("lora-all-dropout-packed", "full-base-dropout", "lora-dp2-stage2"),
     *("full-dp2-stage3", "lora-nf4-double-tp2-sp-recompute", "gemma-lora-tp2-sp-packed", "latent-lora"),
-    *("sinks-lora-mxfp4-tp2", "whole-lora-bf16-packed-tp2", "adapter_h-pp2-recompute"),
+    *("sinks-lora-mxfp4-tp2", "delta-lora", "whole-lora-bf16-packed-tp2", "adapter_h-pp2-recompute"),
 )
 
 

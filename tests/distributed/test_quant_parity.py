@@ -27,6 +27,7 @@ ADAPTERS = {
     "dora": LoraConfig(rank=3, target_modules=["v_proj", "o_proj", "up_proj"], use_dora=True),
     "llama": LoraConfig(rank=3, target_modules=["k_proj", "gate_proj", "down_proj"], layers=["1"]),
     "latent": LoraConfig(rank=3, target_modules=["all"], dropout=0.2),
+    "delta": LoraConfig(rank=3, target_modules=["all"], dropout=0.2),
     "experts": LoraConfig(rank=3, target_modules=["q_proj", "gate_proj", "down_proj", "shared_up_proj"]),
     "whole": LoraConfig(rank=3, target_modules=["k_proj", "o_proj", "gate_proj"]),
     "sinks": LoraConfig(rank=3, target_modules=["o_proj", "gate_proj", "down_proj"]),
@@ -42,6 +43,11 @@ FAMILIES["latent"] = {
     **FAMILIES["experts"],
     **{"family": "deepseek_v3", "num_kv_heads": None, "query_latent_size": 192, "kv_latent_size": 64},
     **{"rope_head_size": 8, "value_head_size": 32},
+}
+FAMILIES["delta"] = {
+    **{"family": "qwen3_next", "num_kv_heads": 2, "num_experts": 3, "experts_per_token": 2, "tied_output": False},
+    **{"ffn_hidden_size": 128, "shared_ffn_size": 256, "full_attention_layers": [1], "delta_key_heads": 2},
+    **{"delta_value_heads": 4, "delta_key_size": 8, "delta_value_size": 32, "delta_kernel_size": 4},
 }
 FAMILIES["sinks"] = {
     **{"family": "gpt_oss", "num_kv_heads": 2, "num_experts": 3, "experts_per_token": 2, "tied_output": False},
@@ -131,11 +137,14 @@ GRID = [
     ("latent", {"tp_size": 2}, 1),
     ("latent", EVERYTHING, 1),
     ("experts", EVERYTHING, 1),
+    ("delta", {"tp_size": 2}, 1),
+    ("delta", EVERYTHING, 1),
     ("sinks", {"tp_size": 2}, 1),
     ("sinks", EVERYTHING, 1),
     ("whole", EVERYTHING, 1),
 ]
-FEW = [case for case in GRID[:-1] if case[1] == EVERYTHING] + [GRID[1], GRID[3], GRID[9]]
+FEW = [case for case in GRID if case[1] == EVERYTHING and case[0] not in ("delta", "whole")]
+FEW += [GRID[1], GRID[3], GRID[9]]
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,19 @@ def test_norms_of_all_heads_keep_one_number_a_token_each() -> None:
     assert units == pytest.approx(plain + 2 / H, abs=1e-9)
 
 
+def test_a_delta_net_keeps_what_its_first_linear_gives() -> None:
+    """Of a layer: that linear's input and output, what enters the last one, the second norm's input,
+    and [gate | up] of two experts a token and of the shared one. What its heads compute would be several units more.
+    """
+    experts = {"num_experts": 4, "experts_per_token": 2, "shared_ffn_size": 16}
+    delta = {"delta_key_heads": 2, "delta_value_heads": 4, "delta_key_size": 16, "delta_value_size": 8}
+    options = {"family": "qwen3_next", "delta_kernel_size": 4, **delta, **experts}
+    units = measure_units_a_layer(["in_proj_qkvz", "out_proj"], **options)
+    expected = 1 + 136 / H + 32 / H + 1 + 2 * 8 + 2 * 16 / H
+    assert expected <= units < expected + 0.3
+    assert measure_units_a_layer(["in_proj_qkvz", "out_proj"], packed=True, **options) == pytest.approx(units, abs=0.01)
+
+
 @pytest.mark.parametrize("blocks", [True, False])
 def test_packing_keeps_nothing_more_in_a_layer(blocks: bool) -> None:
     """Block by block, and under one bias for all layers."""

@@ -34,6 +34,13 @@ BIASED = replace(
     TOY, family="gpt_oss", num_kv_heads=2, ffn_hidden_size=40, num_experts=5, experts_per_token=2, init_std=0.15,
     sliding_window=5, full_attention_layers=[1], swiglu_alpha=1.702, swiglu_limit=0.5,
 )  # fmt: skip
+DELTA = replace(
+    EXPERTS, family="qwen3_next", num_kv_heads=2, rotary_fraction=0.5, num_dense_layers=0, dense_ffn_size=None,
+    full_attention_layers=[1], delta_key_heads=2, delta_value_heads=4, delta_key_size=8, delta_value_size=12,
+    delta_kernel_size=4, layernorm_epsilon=1e-2,
+)  # fmt: skip
+DELTA_LORA = replace(LORA, model=DELTA, lora=LoraConfig(rank=3, alpha=12, target_modules=["all"], dropout=0.2))
+DELTA_FULL = replace(FULL, model=DELTA)
 BIASED_LORA = replace(LORA, model=BIASED, lora=LoraConfig(rank=3, alpha=5, target_modules=EXPERT_TARGETS[:4]))
 BIASED_FULL = replace(FULL, model=BIASED)
 WHOLE = replace(
@@ -136,6 +143,18 @@ def test_trains_like_plain_torch(case: Case, options: dict, stage: int, oracles:
     assert_trained_alike(results, oracles[case.method])
 
 
+@pytest.mark.parametrize(
+    "case", [*exhaustive(DELTA_LORA), DELTA_FULL], ids=lambda case: f"{case.model.family}-{case.method}"
+)
+def test_delta_nets_train_like_plain_torch(case: Case) -> None:
+    oracle = run_distributed(train_oracle, 1, case)[0]
+    for options, stage in GRID[3:11:4]:
+        distributed = replace(case, **options)
+        assert_trained_alike(
+            run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage)), oracle
+        )
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", [LATENT_LORA, LATENT_FULL], ids=lambda case: case.method)
 def test_latents_train_like_plain_torch(case: Case) -> None:
@@ -172,7 +191,11 @@ LARGE_MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE_MODELS)
+LARGE_MODELS["delta nets"] = replace(DELTA, **LARGE, delta_value_size=112, delta_kernel_size=256, shared_ffn_size=208)
+"""With kernels of so many positions, all but zeros, that they too are large."""
+
+
+@pytest.mark.parametrize("name", few_of(LARGE_MODELS, "experts", "latents"))
 @pytest.mark.parametrize("case", [EXPERT_LORA, EXPERT_FULL], ids=lambda case: case.method)
 def test_what_zero_3_partitions_trains_like_plain_torch(case: Case, name: str) -> None:
     """DeepSpeed keeps what has fewer than 100,000 elements whole on every process, as all that a toy has."""

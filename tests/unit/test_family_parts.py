@@ -200,6 +200,8 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
     latent |= {"kv_latent_size": 6, "rope_head_size": 2, "value_head_size": 4}
     indexer = {"query_latent_size": 4, "rope_interleaved": True}
     indexer |= {"attended_positions": 3, "indexer_heads": 2, "indexer_head_size": 4}
+    delta = {"num_experts": 2, "experts_per_token": 1, "shared_ffn_size": 8, "delta_key_heads": 2}
+    delta |= {"delta_value_heads": 2, "delta_key_size": 4, "delta_value_size": 4, "delta_kernel_size": 2}
     bounded = {"head_size": 8, "num_experts": 2, "experts_per_token": 1, "swiglu_alpha": 1.7, "swiglu_limit": 7.0}
     models = [
         ModelConfig(name="x", family=family, max_position_embeddings=4, **sizes | more)  # type: ignore[arg-type]
@@ -229,6 +231,9 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
             ("glm_moe_dsa", {**latent, **indexer}),
             ("glm_moe_dsa", {**latent, **indexer, "attended_positions": 2}),
             ("glm_moe_dsa", {**latent, **indexer, "layers_without_indexer": [1], "num_layers": 2}),
+            ("qwen3_next", {**delta}),
+            ("qwen3_next", {**delta, "full_attention_layers": [0]}),
+            ("qwen3_next", {**delta, "delta_value_heads": 4}),
             ("gpt_oss", {**bounded}),
             ("gpt_oss", {**bounded, "swiglu_alpha": 2.0}),
             ("gpt_oss", {**bounded, "swiglu_limit": 2.0}),
