@@ -51,6 +51,8 @@ class Architecture:
     """That an MLP without gate may have, the usual one first: gelu_tanh, gelu (exact), relu."""
     partial_rotary: bool = False
     """A model may turn some of a head's features alone."""
+    unturned_layers: bool = False
+    """A model may have layers in which positions turn nothing."""
     parallel_residual: bool = False
     """A model's attention and MLP may both read the layer's input, their outputs being added to it together."""
     windows: bool = False
@@ -87,6 +89,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_expert=True,
         sigmoid_router=True,
     ),
+    "smollm3": replace(_LLAMA, windows=True, unturned_layers=True),
     "olmo2": _OLMO2,
     "olmo3": replace(_OLMO2, windows=True),
     "minimax_m2": replace(_LLAMA, whole_qk_norm=True, partial_rotary=True, experts=True, sigmoid_router=True),

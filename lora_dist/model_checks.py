@@ -171,11 +171,16 @@ def _check_windows(model: "ModelConfig") -> None:
             not getattr(model, key) or model.sliding_window is not None,
             f"model.{key}={getattr(model, key)} has no meaning without model.sliding_window",
         )
-    for layer in model.full_attention_layers:
-        require(
-            0 <= layer < model.num_layers,
-            f"model.full_attention_layers: there is no layer {layer} of {model.num_layers}",
-        )
+    require(
+        not model.unturned_layers or model.architecture.unturned_layers,
+        f"model.unturned_layers={model.unturned_layers}: positions turn all layers of {model.family}; leave it empty",
+    )
+    for key in ("full_attention_layers", "unturned_layers"):
+        for layer in getattr(model, key):
+            require(
+                0 <= layer < model.num_layers,
+                f"model.{key}: there is no layer {layer} of {model.num_layers}",
+            )
     for key in ("local_rope_theta", "attention_scale"):
         value = getattr(model, key)
         require(value is None or value > 0, f"model.{key}={value} must be positive")

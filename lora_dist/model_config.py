@@ -14,8 +14,8 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, olmo2, olmo3, glm4_moe, minimax_m2,
-    deepseek_v3, gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, smollm3, olmo2, olmo3, glm4_moe,
+    minimax_m2, deepseek_v3, gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -72,6 +72,8 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
     """Share of a head's features that positions turn, its first ones."""
+    unturned_layers: list[int] = field(default_factory=list)
+    """Layers, from 0, in which positions turn nothing, of smollm3 (NoPE, arXiv:2501.18795)."""
     parallel_residual: bool | None = None
     """Attention and MLP side by side, where a family has it: gpt_neox; false puts them one after the other, null means
     as the family usually does."""
@@ -125,6 +127,10 @@ class ModelConfig:
     def sees_window(self, layer: int) -> bool:
         """Whether `sliding_window` bounds what a layer's positions see."""
         return self.sliding_window is not None and layer not in self.full_attention_layers
+
+    def turns(self, layer: int) -> bool:
+        """Whether positions turn a layer's queries and keys."""
+        return self.architecture.rotary and layer not in self.unturned_layers
 
     def has_experts(self, layer: int) -> bool:
         return self.num_experts is not None and layer >= self.num_dense_layers

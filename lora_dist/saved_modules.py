@@ -41,7 +41,7 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
         "ln_2": (_MLP_NORM,),
         "ln_f": (_FINAL_NORM,),
     },
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "gpt_oss", "phi3"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "smollm3", "gpt_oss", "phi3"), _LLAMA),
     **dict.fromkeys(("qwen3", "qwen3_moe", "glm4_moe"), _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)}),
     "minimax_m2": _LLAMA | {"q_norm": (_WHOLE_Q_NORM,), "k_norm": (_WHOLE_K_NORM,)},
     "deepseek_v3": _LLAMA | {"q_a_layernorm": (_Q_LATENT_NORM,), "kv_a_layernorm": (_KV_LATENT_NORM,)},

@@ -41,6 +41,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from lora_dist.config import ModelConfig
@@ -221,6 +223,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         )
     ),
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**_SIZES, no_rope_layers=[1, 0, 1, 1], rope_parameters=_YARN)),
+    "smollm3_windows": lambda: SmolLM3ForCausalLM(
+        SmolLM3Config(
+            **_SIZES,
+            no_rope_layer_interval=2,
+            use_sliding_window=True,
+            sliding_window=5,
+            tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        )
+    ),
     "olmo2": lambda: Olmo2ForCausalLM(
         Olmo2Config(**_SIZES, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     ),
@@ -269,7 +282,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 """Name -> a model of that family; where there are two, they differ in what a checkpoint may choose."""
 _SECOND = (
     *("llama_tied", "mistral_listed", "qwen2_windows", "qwen3_moe_shares", "glm4_moe_flat", "minimax_m2_long"),
-    *("deepseek_v3_direct", "gpt_oss_listed", "phi3_long", "gpt_neox_serial"),
+    *("deepseek_v3_direct", "gpt_oss_listed", "phi3_long", "gpt_neox_serial", "smollm3_windows"),
 )
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
 UNLIKE = ("llama", "gemma3_text", "minimax_m2", "olmo3", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")

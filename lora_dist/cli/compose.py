@@ -71,8 +71,8 @@ def _shrink(composed: DictConfig) -> None:
     ):
         for key in keys:
             node[key] = node[key] and min(node[key], most)
-    full_layers, num_layers = composed.model.full_attention_layers, composed.model.num_layers
-    composed.model.full_attention_layers = [layer for layer in full_layers if layer < num_layers]
+    for key in ("full_attention_layers", "unturned_layers"):
+        composed.model[key] = [layer for layer in composed.model[key] if layer < composed.model.num_layers]
 
 
 def _register(owner: type, on_paper: bool) -> str:

@@ -28,10 +28,12 @@ _EXPERT_SETTINGS = (
 )
 _GATE_SETTINGS = ("swiglu_alpha", "swiglu_limit")
 _LATENT_SETTINGS = ("query_latent_size", "kv_latent_size", "rope_head_size", "value_head_size", "rope_interleaved")
+_RARE: dict[str, object] = {"unturned_layers": []}
+"""Settings that few models have, and what the others have."""
 _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
     **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
-    **{key: key for key in ("sliding_window", "full_attention_layers", *_LATENT_SETTINGS)},
+    **{key: key for key in ("sliding_window", "full_attention_layers", *_RARE, *_LATENT_SETTINGS)},
     **{key: key for key in ("num_experts", "experts_per_token", *_EXPERT_SETTINGS, *_GATE_SETTINGS)},
     **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
     **{"activation": "mlp_activation", "qk_norm": "has_qk_norm"},
@@ -167,6 +169,7 @@ def compute_base_fingerprint(model: ModelConfig, seed: int) -> str:
             shape += [model.attention_scale]
         if model.architecture.partial_rotary:
             shape += [model.rotary_fraction, model.mlp_activation, model.has_parallel_residual]
+        shape += [[key, getattr(model, key)] for key, plain in _RARE.items() if getattr(model, key) != plain]
         return f"seed:{seed}:{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]}"
     with ThreadPoolExecutor(max_workers=8) as pool:
         hashes = sorted(pool.map(find_sha256, find_weight_files(Path(model.checkpoint))))

@@ -13,12 +13,14 @@ from lora_dist.files.hf_neox import NEOX_FAMILY
 from lora_dist.files.hf_olmo import OLMO_FAMILIES
 from lora_dist.files.hf_opt import OPT_FAMILY
 from lora_dist.files.hf_phi3 import PHI3_FAMILY
+from lora_dist.files.hf_smollm3 import SMOLLM3_FAMILY
 
 HF_FAMILIES: dict[str, HfFamily] = {
     "gpt2": GPT2_FAMILY,
     **LLAMA_FAMILIES,
     **EXPERT_FAMILIES,
     "glm4_moe": GLM4_MOE_FAMILY,
+    "smollm3": SMOLLM3_FAMILY,
     **OLMO_FAMILIES,
     "minimax_m2": MINIMAX_M2_FAMILY,
     "deepseek_v3": DEEPSEEK_V3_FAMILY,

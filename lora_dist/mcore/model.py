@@ -173,6 +173,8 @@ def build_model(
     for number, layer in enumerate(gpt.decoder.layers, gpt.first_layer):
         layer.clock = clock
         layer.self_attention.core_attention.sees_window = model.sees_window(number)
+        if number in model.unturned_layers:
+            layer.self_attention.turns = False
     if model.architecture.scaled_embedding and topology.is_first_stage:
         embedding = gpt.embedding.word_embeddings
         embedding.register_buffer("scale", torch.tensor(model.hidden_size**0.5, dtype=dtype), persistent=False)

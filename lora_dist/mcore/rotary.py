@@ -156,6 +156,7 @@ class RotarySelfAttention(SelfAttention):
 
     def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
+        self.turns = True
         self.output_layernorm = build_output_norm(config)
 
     def forward(
@@ -176,8 +177,10 @@ class RotarySelfAttention(SelfAttention):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key, value = super().get_query_key_value_tensors(*args, **options)
         assert self._angles is not None
-        # The value's own copy: a view would keep the whole fused projection for backward.
-        return *self._turn(query, key, self._angles), value.contiguous()
+        if self.turns:
+            query, key = self._turn(query, key, self._angles)
+        # Copies of their own: a view would keep the whole fused projection for backward.
+        return query.contiguous(), key.contiguous(), value.contiguous()
 
     def _turn(
         self, query_SBAD: torch.Tensor, key_SBAD: torch.Tensor, angles: Angles

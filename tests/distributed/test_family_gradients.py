@@ -71,6 +71,9 @@ MODELS = {
         tied_output=True,
     ),
     "glm4_moe": build_toy("glm4_moe", num_kv_heads=4, rotary_fraction=0.5, qk_norm=True, **PICKED),
+    "smollm3": build_toy(
+        "smollm3", num_kv_heads=4, unturned_layers=[1], sliding_window=5, full_attention_layers=[2], tied_output=False
+    ),
     "olmo2": build_toy("olmo2", num_kv_heads=4, tied_output=False),
     "olmo3": build_toy(
         "olmo3", num_kv_heads=4, head_size=6, sliding_window=5, full_attention_layers=[1], local_rope_theta=100.0
@@ -131,7 +134,7 @@ _CASES = [
         for method in ("lora", "full")
     ),
     *(("deepseek_v3_direct", method, TOPOLOGIES[1:4:2]) for method in ("lora", "full")),
-    *((name, method, TOPOLOGIES[1:4]) for name in ("olmo2", "olmo3") for method in ("lora", "full")),
+    *((name, method, TOPOLOGIES[1:4]) for name in ("smollm3", "olmo2", "olmo3") for method in ("lora", "full")),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
     *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),

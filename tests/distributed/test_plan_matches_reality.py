@@ -68,6 +68,7 @@ WHOLE = replace(EXPERTS, name="whole", family="minimax_m2", head_size=48, rotary
 OLMO = replace(
     LLAMA, name="olmo", family="olmo3", sliding_window=48, full_attention_layers=[1], local_rope_theta=10000.0
 )
+UNTURNED = replace(LLAMA, name="unturned", family="smollm3", unturned_layers=[1])
 HARDWARE = HardwareConfig(
     name="here", kind="cpu", memory_gib=16, reserved_gib=0.5, peak_tflops={"fp32": 0.09, "bf16": 0.02},
     achievable_fraction=0.8, memory_gb_s=12, memory_fraction=0.8, gpus_per_node=8, link_gb_s=1, network_gb_s=1,
@@ -244,6 +245,7 @@ CASES = {
         "recompute": "selective",
     },
     "olmo-full-pp2": {**FULL, "model": OLMO, "topology": {"pp_size": 2}, "num_microbatches": 4},
+    "unturned-lora-pp2": {"model": UNTURNED, "topology": {"pp_size": 2}, "num_microbatches": 4},
     "sinks-lora-tp2-sp": {
         **{"model": SINKS, "lora": EXPERT_LORA, "topology": {"tp_size": 2, "sequence_parallel": True}},
     },

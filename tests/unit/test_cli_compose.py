@@ -134,6 +134,7 @@ HF_NAMES = [
     "glm4_5",
     "glm4_5_air",
     "minimax_m2",
+    "smollm3_3b",
     "olmo2_7b",
     "olmo3_7b",
     "gpt_oss_20b",

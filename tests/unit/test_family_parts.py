@@ -87,6 +87,7 @@ def test_older_configurations_say_the_same(tmp_path: Path) -> None:
         ("qwen2", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
         ("qwen3", {"rope_type": "yarn", "factor": 2.0}),
         ("gemma3_text", {"rope_type": "linear", "factor": 8.0}),
+        ("smollm3", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
         ("olmo3", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
     ],
 )
@@ -214,6 +215,8 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "shared_ffn_size": 8}),
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "expert_weight_scale": 2.0}),
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "qk_norm": True}),
+            ("smollm3", {}),
+            ("smollm3", {"unturned_layers": [0]}),
             ("minimax_m2", {"num_experts": 2, "experts_per_token": 1}),
             ("minimax_m2", {"num_experts": 2, "experts_per_token": 1, "rotary_fraction": 0.5}),
             ("deepseek_v3", {**latent}),

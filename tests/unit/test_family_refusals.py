@@ -88,6 +88,15 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint
         ("minimax_m2", {"output_router_logits": True}, "output_router_logits=True asks for a loss that"),
         ("minimax_m2", {"rope_parameters": "gone", "rotary_dim": "x"}, "rotary_dim='x' is not a positive integer"),
         ("minimax_m2", {"rope_parameters": "gone", "rotary_dim": 2}, "model.rope_theta=500.0 but"),
+        ("smollm3", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0] is not a list of 4 times 1, a layer with"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}, "no_rope_layers=[1, 0, 1, 2] is not a list of 4 times 1"),
+        ("smollm3", {"no_rope_layers": None}, "model.unturned_layers=[1] but"),
+        (
+            "smollm3",
+            {"layer_types": ["sliding_attention"] * 4},
+            "use_sliding_window=False and sliding_window=None give",
+        ),
         ("olmo2", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
         (
             "olmo3",
@@ -163,6 +172,7 @@ def test_experts_stacked_in_one_tensor_are_named(name: str, tmp_path: Path) -> N
             "model.num_experts=4",
             "model.num_experts=4 and experts_per_token=None: a layer of llama has one MLP",
         ),
+        ("model.unturned_layers=[1]", "model.unturned_layers=[1]: positions turn all layers of llama; leave it empty"),
         ("model.shared_ffn_size=4", "model.shared_ffn_size=4: llama has none of it; leave it null"),
         ("model.expert_weight_scale=2", "model.expert_weight_scale=2.0: llama has none of it; leave it 1.0"),
         ("model.swiglu_limit=7", "model.swiglu_limit=7.0: llama has none of it; leave it null"),
