@@ -74,6 +74,7 @@ def check_model(model: "ModelConfig") -> None:
         model.qk_norm is None or model.architecture.optional_qk_norm,
         f"model.qk_norm={model.qk_norm}: all models of {model.family} are alike in that; leave it null",
     )
+    _check_multipliers(model)
     _check_experts(model)
     _check_gate(model)
     _check_sinks(model)
@@ -82,6 +83,16 @@ def check_model(model: "ModelConfig") -> None:
     _check_latents(model)
     if model.architecture.rotary:
         _check_rotary(model)
+
+
+def _check_multipliers(model: "ModelConfig") -> None:
+    for key in ("embedding_multiplier", "residual_multiplier", "logits_divisor"):
+        value = getattr(model, key)
+        require(
+            model.architecture.multipliers or value == 1.0,
+            f"model.{key}={value}: {model.family} has none of it; leave it 1.0",
+        )
+        require(value > 0, f"model.{key}={value} must be positive")
 
 
 def _check_experts(model: "ModelConfig") -> None:
@@ -241,6 +252,14 @@ def _check_rotary(model: "ModelConfig") -> None:
         f" {model.rotary_size} of its features that model.rotary_fraction={model.rotary_fraction} turns",
     )
     require(model.rope_theta > 0, f"model.rope_theta={model.rope_theta} must be positive")
+    require(
+        model.query_growth == 0 or model.architecture.growing_queries,
+        f"model.query_growth={model.query_growth}: {model.family} has none of it; leave it 0",
+    )
+    require(
+        model.query_growth >= 0 and (model.query_growth == 0 or "beta_fast" in model.rope_scaling),
+        f"model.query_growth={model.query_growth} must be at least 0, and above it needs YaRN's model.rope_scaling",
+    )
     ways = " or ".join("{" + ", ".join(sorted(keys)) + "}" for keys in ROPE_SCALINGS.values())
     truncate = model.rope_scaling.get("truncate", 0.0)
     require(

@@ -14,8 +14,9 @@ class ModelConfig:
     name: str
     """Shown in reports."""
     family: str = "gpt2"
-    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, smollm3, olmo2, olmo3, glm4_moe,
-    minimax_m2, deepseek_v3, gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
+    """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, granite, seed_oss, ministral3,
+    smollm3, olmo2, olmo3, glm4_moe, minimax_m2, deepseek_v3, gpt_oss, phi3, gemma3_text, opt or gpt_neox: what
+    its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -40,6 +41,12 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-5
     tied_output: bool = True
     """The output layer is the embedding."""
+    embedding_multiplier: float = 1.0
+    """What embeddings are multiplied by, of granite."""
+    residual_multiplier: float = 1.0
+    """What attention and MLP give is multiplied by before it is added to the residual stream, of granite."""
+    logits_divisor: float = 1.0
+    """What logits are divided by, of granite."""
     activation: str | None = None
     """Of an MLP without gate, where a family has several: gpt_neox gelu (exact) or gelu_tanh; null means the usual."""
     qk_norm: bool | None = None
@@ -82,6 +89,9 @@ class ModelConfig:
     original_max_position_embeddings as well, Llama 3's rule; with beta_fast, beta_slow,
     original_max_position_embeddings and attention_factor YaRN's, with truncate: 0 too without rounding where its ramp
     begins and ends. attention_factor multiplies cosines and sines."""
+    query_growth: float = 0.0
+    """Queries at position p are multiplied by 1 + query_growth log(1 + floor(p / original_max_position_embeddings)), of
+    ministral3, with the context that YaRN starts from; 0 leaves them."""
     rope_divisors: list[float] = field(default_factory=list)
     """What divides each frequency: LongRoPE's short factors. Empty means none."""
     sliding_window: int | None = None

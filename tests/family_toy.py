@@ -16,10 +16,14 @@ from transformers import (
     GPTNeoXForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MiniMaxM2Config,
     MiniMaxM2ForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MinistralConfig,
     MinistralForCausalLM,
     MistralConfig,
@@ -41,6 +45,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -71,6 +77,13 @@ _LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 _GLM = {"head_dim": 8, "attention_bias": True, "rope_parameters": _NEOX_ROPE}
 _LATENT = {"num_key_value_heads": 8, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+_GROWING = _YARN | {
+    **{"original_max_position_embeddings": 4, "factor": 16.0, "llama_4_scaling_beta": 0.4},
+    **{"mscale": 1.0, "mscale_all_dim": 1.0},
+}
+_MULTIPLIERS = {
+    **{"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 0.5},
+}
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 
 
@@ -223,6 +236,16 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         )
     ),
+    "granite": lambda: GraniteForCausalLM(
+        GraniteConfig(**_SIZES, tie_word_embeddings=True, rope_parameters=_LINEAR, **_MULTIPLIERS)
+    ),
+    "granite_untied": lambda: GraniteForCausalLM(
+        GraniteConfig(**_SIZES | {"num_key_value_heads": 8}, attention_multiplier=0.4, logits_scaling=3)
+    ),
+    "seed_oss": lambda: SeedOssForCausalLM(
+        SeedOssConfig(**_SIZES, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    ),
+    "ministral3": lambda: Ministral3ForCausalLM(Ministral3Config(**_SIZES, head_dim=8, rope_parameters=_GROWING)),
     "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**_SIZES, no_rope_layers=[1, 0, 1, 1], rope_parameters=_YARN)),
     "smollm3_windows": lambda: SmolLM3ForCausalLM(
         SmolLM3Config(
@@ -283,9 +306,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 _SECOND = (
     *("llama_tied", "mistral_listed", "qwen2_windows", "qwen3_moe_shares", "glm4_moe_flat", "minimax_m2_long"),
     *("deepseek_v3_direct", "gpt_oss_listed", "phi3_long", "gpt_neox_serial", "smollm3_windows"),
+    "granite_untied",
 )
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
-UNLIKE = ("llama", "gemma3_text", "minimax_m2", "olmo3", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")
+UNLIKE = (
+    *("llama", "granite", "ministral3", "smollm3", "gemma3_text", "minimax_m2", "olmo3", "deepseek_v3", "gpt_oss"),
+    *("gpt_neox", "opt"),
+)
 """Which have the least in common."""
 
 

@@ -28,7 +28,10 @@ _EXPERT_SETTINGS = (
 )
 _GATE_SETTINGS = ("swiglu_alpha", "swiglu_limit")
 _LATENT_SETTINGS = ("query_latent_size", "kv_latent_size", "rope_head_size", "value_head_size", "rope_interleaved")
-_RARE: dict[str, object] = {"unturned_layers": []}
+_RARE: dict[str, object] = {
+    **{"unturned_layers": [], "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_divisor": 1.0},
+    "query_growth": 0.0,
+}
 """Settings that few models have, and what the others have."""
 _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},

@@ -29,7 +29,7 @@ GPT2_NAMES = {
 }
 FAMILY_NAMES: dict[str, dict[str, str]] = {
     "gpt2": GPT2_NAMES,
-    **dict.fromkeys((*LLAMA_FAMILIES, "smollm3"), LLAMA_NAMES.list_target_names()),
+    **dict.fromkeys((*LLAMA_FAMILIES, "granite", "seed_oss", "ministral3", "smollm3"), LLAMA_NAMES.list_target_names()),
     "mixtral": MIXTRAL_NAMES.list_target_names(),
     "qwen3_moe": QWEN3_MOE_NAMES.list_target_names(),
     "glm4_moe": GLM4_MOE_NAMES.list_target_names(),

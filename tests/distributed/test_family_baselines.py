@@ -44,7 +44,7 @@ BOTTLENECK = BottleneckConfig(size=3, activation="gelu")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "name",
-    ["llama", "gemma3_text", *exhaustive("olmo3"), "opt", "deepseek_v3"],
+    ["llama", "gemma3_text", *exhaustive("olmo3", "granite"), "opt", "deepseek_v3"],
 )
 def test_gradients_equal_one_process(name: str, method: str) -> None:
     targets = ["q_a_proj", "kv_b_proj"] if name == "deepseek_v3" else ["q_proj", "v_proj"]

@@ -5,13 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import SmolLM3Config
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
 from lora_dist.base_shapes import count_parameters
 from lora_dist.cli.compose import compose_config
 from lora_dist.config import ModelConfig
 from lora_dist.files.hf_checkpoint import read_model_fields
 from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.mcore.rotary import Rotary
 
 SMOLLM3 = {
     **{"architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0},
@@ -24,6 +27,37 @@ SMOLLM3 = {
     **{"use_cache": False, "use_sliding_window": False, "vocab_size": 128256},
 }
 
+GRANITE = {
+    **{"architectures": ["GraniteForCausalLM"], "attention_bias": False, "attention_dropout": 0.0},
+    **{"attention_multiplier": 0.0078125, "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0},
+    **{"hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12800},
+    **{"logits_scaling": 16.0, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "granite"},
+    **{"num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "pad_token_id": 0},
+    **{"residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000000.0},
+    **{"tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 49159},
+}
+SEED_OSS = {
+    **{"architectures": ["SeedOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.1},
+    **{"attention_out_bias": False, "bos_token_id": 0, "eos_token_id": 2, "head_dim": 128, "hidden_act": "silu"},
+    **{"hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 27648, "mlp_bias": False},
+    **{"max_position_embeddings": 524288, "model_type": "seed_oss", "num_attention_heads": 80},
+    **{"num_hidden_layers": 64, "num_key_value_heads": 8, "pad_token_id": 1, "residual_dropout": 0.1},
+    **{"rms_norm_eps": 1e-06, "rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0},
+    **{"tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 155136},
+}
+MINISTRAL3 = {
+    **{"architectures": ["Ministral3ForCausalLM"], "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu"},
+    **{"hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "model_type": "ministral3"},
+    **{"max_position_embeddings": 262144, "num_attention_heads": 32, "num_hidden_layers": 34},
+    **{"num_key_value_heads": 8, "rms_norm_eps": 1e-05, "sliding_window": None, "tie_word_embeddings": False},
+    **{"use_cache": True, "vocab_size": 131072},
+    "rope_parameters": {
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0},
+        **{"mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "rope_theta": 1000000.0},
+        **{"rope_type": "yarn", "type": "yarn"},
+    },
+}
+
 
 def read(config: dict, directory: Path) -> ModelConfig:
     (directory / "config.json").write_text(json.dumps(config))
@@ -31,6 +65,9 @@ def read(config: dict, directory: Path) -> ModelConfig:
 
 
 PUBLISHED = {
+    "seed_oss_36b": (SEED_OSS, 36151104512),
+    "ministral3_8b": (MINISTRAL3, 8489553920),
+    "granite3_3_8b": (GRANITE, 8170864640),
     "smollm3_3b": (SMOLLM3, 3075098624),
 }
 
@@ -40,10 +77,34 @@ def test_a_shape_of_this_project_is_the_published_one(name: str, tmp_path: Path)
     published, count = PUBLISHED[name]
     model = compose_config([f"model={name}", "data=fake"]).model
     for config in (published, HF_FAMILIES[model.family].describe(model)):
-        found = replace(read(config, tmp_path), name=name, checkpoint=None)
+        dropouts = {"hidden_dropout": 0.0, "attention_dropout": 0.0}  # a run has them where it asks for them
+        found = replace(read(config, tmp_path), name=name, checkpoint=None, **dropouts)
         assert found == replace(model, head_size=found.head_size)
         assert found.head_dim == model.head_dim
     assert count_parameters(model) == count
+
+
+def test_a_seed_oss_reads_its_dropouts_and_has_none_on_the_embedding(tmp_path: Path) -> None:
+    model = read(SEED_OSS, tmp_path)
+    assert (model.hidden_dropout, model.attention_dropout) == (0.1, 0.1)
+    assert not model.architecture.drops_embedding
+
+
+def test_queries_grow_as_transformers_grows_them(tmp_path: Path) -> None:
+    model = read(MINISTRAL3, tmp_path)
+    positions_BS = torch.tensor([[0, 5, 16383, 16384, 40000, 262143]])
+    (full, windowed) = Rotary(model, torch.float64, torch.device("cpu")).compute_angles(positions_BS)
+    assert full is windowed
+    expected_BS = get_llama_4_attn_scale(positions_BS, 0.1, 16384)[:, 0, :, 0]
+    for of_queries, of_keys in zip(full.of_queries, full.of_keys, strict=True):
+        expected_SB1F = of_keys * expected_BS.t()[:, :, None, None]
+        torch.testing.assert_close(of_queries, expected_SB1F.to(of_keys), rtol=1e-6, atol=1e-6)
+
+
+def test_a_ministral_without_a_rule_has_the_one_of_transformers(tmp_path: Path) -> None:
+    whole = read(MINISTRAL3, tmp_path)
+    gone = ("rope_parameters", "head_dim", "num_key_value_heads", "rms_norm_eps")
+    assert read({key: value for key, value in MINISTRAL3.items() if key not in gone}, tmp_path) == whole
 
 
 @pytest.mark.parametrize(
