@@ -30,6 +30,8 @@ class Architecture:
     """What attention and the MLP give is normalised before it is added to the residual stream."""
     scaled_embedding: bool = False
     """Embeddings are multiplied by the root of hidden_size."""
+    multipliers: bool = False
+    """A model may multiply its embeddings, and what attention and the MLP give, and divide its logits."""
     gated: bool = False
     """The MLP's activation is f(gate) * up (arXiv:2002.05202)."""
     gate_activation: str = "silu"
@@ -65,6 +67,8 @@ class Architecture:
     """That an MLP without gate may have, the usual one first: gelu_tanh, gelu (exact), relu."""
     partial_rotary: bool = False
     """A model may turn some of a head's features alone."""
+    unturned_layers: bool = False
+    """A model may have layers in which positions turn nothing."""
     parallel_residual: bool = False
     """A model's attention and MLP may both read the layer's input, their outputs being added to it together."""
     windows: bool = False
@@ -73,6 +77,10 @@ class Architecture:
     """Every linear of a layer has a bias, a router too."""
     qkv_biases: bool = False
     """Those of q, k and v have one, whatever linear_biases says."""
+    drops_embedding: bool = True
+    """Dropout in training is on the embedding too, beside what attention and the MLP give."""
+    growing_queries: bool = False
+    """A model may multiply its queries by what grows with the logarithm of their position."""
     fused_targets: tuple[tuple[str, ...], ...] = ()
     """Targets that transformers makes with one linear, to which PEFT gives one adapter."""
 
@@ -112,6 +120,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_expert=True,
         sigmoid_router=True,
     ),
+    "granite": replace(_LLAMA, multipliers=True),
+    "seed_oss": replace(_LLAMA, qkv_biases=True, drops_embedding=False),
+    "ministral3": replace(_LLAMA, windows=True, growing_queries=True),
+    "smollm3": replace(_LLAMA, windows=True, unturned_layers=True),
     "olmo2": _OLMO2,
     "olmo3": replace(_OLMO2, windows=True),
     "minimax_m2": replace(_LLAMA, whole_qk_norm=True, partial_rotary=True, experts=True, sigmoid_router=True),

@@ -83,6 +83,7 @@ def check_model(model: "ModelConfig") -> None:
         model.qk_norm is None or model.architecture.optional_qk_norm,
         f"model.qk_norm={model.qk_norm}: all models of {model.family} are alike in that; leave it null",
     )
+    _check_multipliers(model)
     _check_experts(model)
     _check_gate(model)
     _check_sinks(model)
@@ -93,6 +94,16 @@ def check_model(model: "ModelConfig") -> None:
     _check_delta_nets(model)
     if model.architecture.rotary:
         _check_rotary(model)
+
+
+def _check_multipliers(model: "ModelConfig") -> None:
+    for key in ("embedding_multiplier", "residual_multiplier", "logits_divisor"):
+        value = getattr(model, key)
+        require(
+            model.architecture.multipliers or value == 1.0,
+            f"model.{key}={value}: {model.family} has none of it; leave it 1.0",
+        )
+        require(value > 0, f"model.{key}={value} must be positive")
 
 
 def _check_experts(model: "ModelConfig") -> None:
@@ -185,11 +196,16 @@ def _check_windows(model: "ModelConfig") -> None:
             not getattr(model, key) or model.sliding_window is not None or names_kinds,
             f"model.{key}={getattr(model, key)} has no meaning without model.sliding_window",
         )
-    for layer in model.full_attention_layers:
-        require(
-            0 <= layer < model.num_layers,
-            f"model.full_attention_layers: there is no layer {layer} of {model.num_layers}",
-        )
+    require(
+        not model.unturned_layers or model.architecture.unturned_layers,
+        f"model.unturned_layers={model.unturned_layers}: positions turn all layers of {model.family}; leave it empty",
+    )
+    for key in ("full_attention_layers", "unturned_layers"):
+        for layer in getattr(model, key):
+            require(
+                0 <= layer < model.num_layers,
+                f"model.{key}: there is no layer {layer} of {model.num_layers}",
+            )
     for key in ("local_rope_theta", "attention_scale"):
         value = getattr(model, key)
         require(value is None or value > 0, f"model.{key}={value} must be positive")
@@ -292,6 +308,14 @@ def _check_rotary(model: "ModelConfig") -> None:
         f" {model.rotary_size} of its features that model.rotary_fraction={model.rotary_fraction} turns",
     )
     require(model.rope_theta > 0, f"model.rope_theta={model.rope_theta} must be positive")
+    require(
+        model.query_growth == 0 or model.architecture.growing_queries,
+        f"model.query_growth={model.query_growth}: {model.family} has none of it; leave it 0",
+    )
+    require(
+        model.query_growth >= 0 and (model.query_growth == 0 or "beta_fast" in model.rope_scaling),
+        f"model.query_growth={model.query_growth} must be at least 0, and above it needs YaRN's model.rope_scaling",
+    )
     ways = " or ".join("{" + ", ".join(sorted(keys)) + "}" for keys in ROPE_SCALINGS.values())
     truncate = model.rope_scaling.get("truncate", 0.0)
     require(

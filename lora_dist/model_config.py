@@ -16,8 +16,8 @@ class ModelConfig:
     """Shown in reports."""
     family: str = "gpt2"
     """gpt2 (GPT-2 and GPT-3), llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5_text,
-    qwen3_5_moe_text, olmo2, olmo3, glm4_moe, minimax_m2, deepseek_v3, deepseek_v32, glm_moe_dsa, gpt_oss, phi3,
-    gemma3_text, opt or gpt_neox: what its layers consist of."""
+    qwen3_5_moe_text, granite, seed_oss, ministral3, smollm3, olmo2, olmo3, glm4_moe, minimax_m2, deepseek_v3,
+    deepseek_v32, glm_moe_dsa, gpt_oss, phi3, gemma3_text, opt or gpt_neox: what its layers consist of."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -64,6 +64,12 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-5
     tied_output: bool = True
     """The output layer is the embedding."""
+    embedding_multiplier: float = 1.0
+    """What embeddings are multiplied by, of granite."""
+    residual_multiplier: float = 1.0
+    """What attention and MLP give is multiplied by before it is added to the residual stream, of granite."""
+    logits_divisor: float = 1.0
+    """What logits are divided by, of granite."""
     activation: str | None = None
     """Of an MLP without gate, where a family has several: gpt_neox gelu (exact) or gelu_tanh; null means the usual."""
     qk_norm: bool | None = None
@@ -98,6 +104,8 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
     """Share of a head's features that positions turn, its first ones."""
+    unturned_layers: list[int] = field(default_factory=list)
+    """Layers, from 0, in which positions turn nothing, of smollm3 (NoPE, arXiv:2501.18795)."""
     parallel_residual: bool | None = None
     """Attention and MLP side by side, where a family has it: gpt_neox; false puts them one after the other, null means
     as the family usually does."""
@@ -106,6 +114,9 @@ class ModelConfig:
     original_max_position_embeddings as well, Llama 3's rule; with beta_fast, beta_slow,
     original_max_position_embeddings and attention_factor YaRN's, with truncate: 0 too without rounding where its ramp
     begins and ends. attention_factor multiplies cosines and sines."""
+    query_growth: float = 0.0
+    """Queries at position p are multiplied by 1 + query_growth log(1 + floor(p / original_max_position_embeddings)), of
+    ministral3, with the context that YaRN starts from; 0 leaves them."""
     rope_divisors: list[float] = field(default_factory=list)
     """What divides each frequency: LongRoPE's short factors. Empty means none."""
     sliding_window: int | None = None
@@ -171,6 +182,10 @@ class ModelConfig:
     def has_delta_net(self, layer: int) -> bool:
         """Whether a layer has a gated DeltaNet in the place of attention."""
         return self.architecture.delta_layers and layer not in self.full_attention_layers
+
+    def turns(self, layer: int) -> bool:
+        """Whether positions turn a layer's queries and keys."""
+        return self.architecture.rotary and layer not in self.unturned_layers
 
     def has_experts(self, layer: int) -> bool:
         return self.num_experts is not None and layer >= self.num_dense_layers

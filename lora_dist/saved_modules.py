@@ -42,6 +42,7 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = {
         "ln_f": (_FINAL_NORM,),
     },
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "gpt_oss", "phi3"), _LLAMA),
+    **dict.fromkeys(("granite", "seed_oss", "ministral3", "smollm3"), _LLAMA),
     **dict.fromkeys(
         ("qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "glm4_moe"),
         _LLAMA | {"q_norm": (_Q_NORM,), "k_norm": (_K_NORM,)},

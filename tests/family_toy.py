@@ -16,10 +16,14 @@ from transformers import (
     GPTNeoXForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MiniMaxM2Config,
     MiniMaxM2ForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MinistralConfig,
     MinistralForCausalLM,
     MistralConfig,
@@ -47,6 +51,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from lora_dist.config import ModelConfig
@@ -74,6 +82,13 @@ _LOCAL = {"rope_type": "default", "rope_theta": 9.0}
 _LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 _GLM = {"head_dim": 8, "attention_bias": True, "rope_parameters": _NEOX_ROPE}
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+_GROWING = _YARN | {
+    **{"original_max_position_embeddings": 4, "factor": 16.0, "llama_4_scaling_beta": 0.4},
+    **{"mscale": 1.0, "mscale_all_dim": 1.0},
+}
+_MULTIPLIERS = {
+    **{"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 0.5},
+}
 _FULL, _WINDOW, _LINEAR_LAYER = "full_attention", "sliding_attention", "linear_attention"
 _ROUNDS_LESS = {"rms_norm_eps": 1e-2}
 """Where a head reads next to nothing, its norm would make much of rounding."""
@@ -235,6 +250,27 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         )
     ),
+    "granite": lambda: GraniteForCausalLM(
+        GraniteConfig(**_SIZES, tie_word_embeddings=True, rope_parameters=_LINEAR, **_MULTIPLIERS)
+    ),
+    "granite_untied": lambda: GraniteForCausalLM(
+        GraniteConfig(**_SIZES | {"num_key_value_heads": 8}, attention_multiplier=0.4, logits_scaling=3)
+    ),
+    "seed_oss": lambda: SeedOssForCausalLM(
+        SeedOssConfig(**_SIZES, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    ),
+    "ministral3": lambda: Ministral3ForCausalLM(Ministral3Config(**_SIZES, head_dim=8, rope_parameters=_GROWING)),
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**_SIZES, no_rope_layers=[1, 0, 1, 1], rope_parameters=_YARN)),
+    "smollm3_windows": lambda: SmolLM3ForCausalLM(
+        SmolLM3Config(
+            **_SIZES,
+            no_rope_layer_interval=2,
+            use_sliding_window=True,
+            sliding_window=5,
+            tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        )
+    ),
     "olmo2": lambda: Olmo2ForCausalLM(
         Olmo2Config(**_SIZES, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     ),
@@ -283,10 +319,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 """Name -> a model of that family; where there are two, they differ in what a checkpoint may choose."""
 _SECOND = (
     *("llama_tied", "mistral_listed", "qwen2_windows", "qwen3_moe_shares", "glm4_moe_flat", "minimax_m2_long"),
-    *("deepseek_v3_direct", "gpt_oss_listed", "phi3_long", "gpt_neox_serial"),
+    *("deepseek_v3_direct", "gpt_oss_listed", "phi3_long", "gpt_neox_serial", "smollm3_windows"),
+    "granite_untied",
 )
 ONE_EACH = [name for name in FAMILIES if name not in _SECOND]
-UNLIKE = ("llama", "gemma3_text", "qwen3_next", "minimax_m2", "olmo3", "deepseek_v3", "gpt_oss", "gpt_neox", "opt")
+UNLIKE = (
+    *("llama", "granite", "ministral3", "smollm3", "gemma3_text", "qwen3_next", "minimax_m2", "olmo3", "deepseek_v3"),
+    *("gpt_oss", "gpt_neox", "opt"),
+)
 """Which have the least in common."""
 _FROM_ONE = ("gemma3_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Whose norms' factors are one more than their weights, but for those inside a gated DeltaNet."""

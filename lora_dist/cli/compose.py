@@ -75,7 +75,7 @@ def _shrink(composed: DictConfig) -> None:
     ):
         for key in keys:
             node[key] = node[key] and min(node[key], most)
-    for key in ("full_attention_layers", "layers_without_indexer"):
+    for key in ("full_attention_layers", "layers_without_indexer", "unturned_layers"):
         composed.model[key] = [layer for layer in composed.model[key] if layer < composed.model.num_layers]
 
 

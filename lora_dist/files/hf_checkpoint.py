@@ -33,10 +33,15 @@ _DELTA_SETTINGS = (
     *("delta_key_heads", "delta_value_heads", "delta_key_size", "delta_value_size", "delta_kernel_size"),
     "full_attention_layers",
 )
+_RARE: dict[str, object] = {
+    **{"unturned_layers": [], "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_divisor": 1.0},
+    "query_growth": 0.0,
+}
+"""Settings that few models have, and what the others have."""
 _COMPARED = {
     **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
     **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
-    **{key: key for key in ("sliding_window", *_LATENT_SETTINGS, *_INDEXER_SETTINGS, *_DELTA_SETTINGS)},
+    **{key: key for key in ("sliding_window", *_RARE, *_LATENT_SETTINGS, *_INDEXER_SETTINGS, *_DELTA_SETTINGS)},
     **{key: key for key in ("num_experts", "experts_per_token", *_EXPERT_SETTINGS, *_GATE_SETTINGS)},
     **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
     **{"activation": "mlp_activation", "qk_norm": "has_qk_norm"},
@@ -184,4 +189,4 @@ def _describe_drawn(model: ModelConfig) -> list[object]:
         shape += [model.attention_scale]
     if model.architecture.partial_rotary:
         shape += [model.rotary_fraction, model.mlp_activation, model.has_parallel_residual]
-    return shape
+    return shape + [[key, getattr(model, key)] for key, plain in _RARE.items() if getattr(model, key) != plain]

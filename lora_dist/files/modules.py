@@ -32,7 +32,7 @@ GPT2_NAMES = {
 }
 FAMILY_NAMES: dict[str, dict[str, str]] = {
     "gpt2": GPT2_NAMES,
-    **dict.fromkeys(LLAMA_FAMILIES, LLAMA_NAMES.list_target_names()),
+    **dict.fromkeys((*LLAMA_FAMILIES, "granite", "seed_oss", "ministral3", "smollm3"), LLAMA_NAMES.list_target_names()),
     "mixtral": MIXTRAL_NAMES.list_target_names(),
     "qwen3_moe": QWEN3_MOE_NAMES.list_target_names(),
     "qwen3_next": QWEN3_NEXT_NAMES.list_target_names(),

@@ -38,7 +38,7 @@ def apply_bottlenecks(
 def _put_into_layer(layer: nn.Module, bottleneck: Bottleneck) -> None:
     place = bottleneck.spec.place
     layer.add_module(f"{place}_bottleneck", bottleneck)
-    setattr(layer, _ADDITION_OF_PLACE[place], ResidualAddition(bottleneck, after=place == "block"))
+    setattr(layer, _ADDITION_OF_PLACE[place], ResidualAddition(bottleneck, layer.config.model.residual_multiplier))
     # Megatron turns gradients on around the addition, in evaluation too, which would keep every layer's graph.
     layer.bias_dropout_add_exec_handler = nullcontext
 
@@ -46,8 +46,9 @@ def _put_into_layer(layer: nn.Module, bottleneck: Bottleneck) -> None:
 class ResidualAddition:
     """In place of Megatron's bias-dropout-add: the sublayer's output through a bottleneck, before the sum or after."""
 
-    def __init__(self, bottleneck: Bottleneck, *, after: bool) -> None:
-        self._bottleneck, self._after = bottleneck, after
+    def __init__(self, bottleneck: Bottleneck, scale: float) -> None:
+        """`scale` multiplies what is added to the residual stream."""
+        self._bottleneck, self._scale = bottleneck, scale
 
     def __call__(self, training: bool, fused: bool) -> _Add:
         """What Megatron calls with (output, bias), the residual and the dropout's probability."""
@@ -57,9 +58,9 @@ class ResidualAddition:
         ) -> torch.Tensor:
             output, bias = output_with_bias
             branch = F.dropout(output if bias is None else output + bias, probability, training)
-            if self._after:
-                return self._bottleneck(residual + branch)
-            return residual + self._bottleneck(branch)
+            if self._bottleneck.spec.place == "block":
+                return self._bottleneck(torch.add(residual, branch, alpha=self._scale))
+            return torch.add(residual, self._bottleneck(branch), alpha=self._scale)
 
         return add
 

@@ -23,13 +23,15 @@ def compute_target_loss(
     label_smoothing: float,
     tp_rank: int,
     group: dist.ProcessGroup | None,
+    logits_divisor: float = 1.0,
 ) -> torch.Tensor:
     """Sum over the N tokens of the cross-entropy, fp32 scalar, equal on every TP rank; a label of -1 counts nothing.
 
     With smoothing e the loss of a token is (1 - e) (-log p_label) + e mean_v(-log p_v) over the true vocabulary.
     d(hidden) is this rank's summand: the caller's input must sum it over TP in backward.
     """
-    return _HeadLoss.apply(hidden_NH, weight_VH, labels_N, vocab_size, label_smoothing, tp_rank, group)
+    scale = 1.0 / logits_divisor
+    return _HeadLoss.apply(hidden_NH, weight_VH, labels_N, vocab_size, label_smoothing, tp_rank, group, scale)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -45,6 +47,7 @@ class _HeadLoss(torch.autograd.Function):
         label_smoothing: float,
         tp_rank: int,
         group: dist.ProcessGroup | None,
+        scale: float,
     ) -> torch.Tensor:
         needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
         num_rows = weight_VH.shape[0]
@@ -58,16 +61,16 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, hidden_NH.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             hidden_CH = hidden_NH[rows]
-            logits_CV = _upcast(torch.mm(hidden_CH, weight_VH.t(), out=buffer_CV[: hidden_CH.shape[0]]))
+            logits_CV = _upcast(_multiply(hidden_CH, weight_VH.t(), scale, buffer_CV[: hidden_CH.shape[0]]))
             logits_CV[:, num_valid:] = float("-inf")
             loss_C, dlogits_CV = _cross_entropy(
                 logits_CV, labels_N[rows], (first_row, num_valid), vocab_size, label_smoothing, group
             )
             total += loss_C.sum()
             if dhidden_NH is not None:
-                torch.mm(dlogits_CV.to(weight_VH.dtype), weight_VH, out=dhidden_NH[rows])
+                _multiply(dlogits_CV.to(weight_VH.dtype), weight_VH, scale, dhidden_NH[rows])
             if dweight_VH is not None:
-                dweight_VH += dlogits_CV.to(hidden_CH.dtype).t() @ hidden_CH
+                dweight_VH.add_(dlogits_CV.to(hidden_CH.dtype).t() @ hidden_CH, alpha=scale)
         ctx.save_for_backward(dhidden_NH, dweight_VH)
         ctx.weight_dtype = weight_VH.dtype
         return total
@@ -77,7 +80,12 @@ class _HeadLoss(torch.autograd.Function):
         dhidden_NH, dweight_VH = ctx.saved_tensors
         dhidden = None if dhidden_NH is None else dhidden_NH * dtotal.to(dhidden_NH.dtype)
         dweight = None if dweight_VH is None else (dweight_VH * dtotal).to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None, None
+
+
+def _multiply(left: torch.Tensor, right: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tensor:
+    """`scale` left @ right over `out`, whose values count nothing; the product's kernel scales what it writes."""
+    return out.addmm_(left, right, beta=0.0, alpha=scale)
 
 
 def _choose_chunk_size(num_tokens: int, num_rows: int) -> int:

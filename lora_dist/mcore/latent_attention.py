@@ -24,7 +24,7 @@ from lora_dist.mcore.layers import (
     bring_to_ranks,
 )
 from lora_dist.mcore.norm import RmsNorm
-from lora_dist.mcore.rotary import Angles, rotate
+from lora_dist.mcore.rotary import Angles, LayerAngles, rotate
 
 _LATENT_EPSILON = 1e-6
 """Of the latents' norms, whatever the model's other norms have: transformers' DeepseekV3RMSNorm."""
@@ -77,14 +77,14 @@ class LatentAttention(nn.Module):
         hidden_SBH: torch.Tensor,
         attention_mask: Mask | LayerMasks,
         *,
-        rotary_pos_emb: tuple[Angles, Angles],
+        rotary_pos_emb: tuple[LayerAngles, LayerAngles],
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """The output, under sequence parallelism this rank's share as the input is, and no bias."""
         angles = rotary_pos_emb[self.core_attention.sees_window]
         queries, kv_latent_SBL, turned_key = self._enter(hidden_SBH)
-        query_SBAD = self._make_queries(queries, angles)
-        key_SBAD, value_SBAV = self._make_keys_and_values(kv_latent_SBL, turned_key, angles)
+        query_SBAD = self._make_queries(queries, angles.of_queries)
+        key_SBAD, value_SBAV = self._make_keys_and_values(kv_latent_SBL, turned_key, angles.of_keys)
         context = self.core_attention(query_SBAD, key_SBAD, value_SBAV, attention_mask)
         return self.linear_proj(context)[0], None
 

@@ -208,6 +208,27 @@ class NormedLayer(Layer):
         return hidden
 
 
+class ScaledAddition:
+    """In place of Megatron's bias-dropout-add: what a sublayer gives, multiplied, joins the residual stream in one pass
+    over both, for which nothing is kept.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+
+    def __call__(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        """What Megatron calls with (output, bias), the residual and the dropout's probability."""
+
+        def add(
+            output_with_bias: tuple[torch.Tensor, None], residual: torch.Tensor, probability: float
+        ) -> torch.Tensor:
+            output, bias = output_with_bias
+            assert bias is None, "no family with multipliers has biases"
+            return torch.add(residual, F.dropout(output, probability, training), alpha=self._scale)
+
+        return add
+
+
 class ParallelLayer(Layer):
     """x + attention(norm(x)) + mlp(its own norm(x)), as GPT-NeoX adds them (arXiv:2204.06745, section 2.1)."""
 

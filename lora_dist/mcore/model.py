@@ -29,7 +29,14 @@ from lora_dist.mcore.experts import ExpertMlp
 from lora_dist.mcore.gates import GeGlu, SwiGlu
 from lora_dist.mcore.head_loss import compute_target_loss
 from lora_dist.mcore.latent_attention import LatentAttention
-from lora_dist.mcore.layers import Layer, LoraColumnParallelLinear, LoraRowParallelLinear, NormedLayer, ParallelLayer
+from lora_dist.mcore.layers import (
+    Layer,
+    LoraColumnParallelLinear,
+    LoraRowParallelLinear,
+    NormedLayer,
+    ParallelLayer,
+    ScaledAddition,
+)
 from lora_dist.mcore.norm import find_norm
 from lora_dist.mcore.rotary import Rotary, RotarySelfAttention
 from lora_dist.mcore.whole_norm import WholeNormedSelfAttention
@@ -112,7 +119,9 @@ class ShardedGpt(GPTModel):
         if self.post_process and self.only_last_position:
             hidden_states = hidden_states[-1:]
         if not self.post_process or labels_BS is None:
-            return super()._postprocess(hidden_states, *args, **options)
+            output: torch.Tensor = super()._postprocess(hidden_states, *args, **options)
+            is_divided = self.post_process and self.model.logits_divisor != 1.0
+            return output / self.model.logits_divisor if is_divided else output
         return self._compute_loss(hidden_states, labels_BS, targets_N)
 
     def _compute_loss(self, hidden_SBH: torch.Tensor, labels_BS: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -128,6 +137,7 @@ class ShardedGpt(GPTModel):
             self.shared_embedding_or_output_weight(),
             labels_BS.t().flatten()[places_N].where(targets_N >= 0, -1),
             vocab_size=self.true_vocab_size,
+            logits_divisor=self.model.logits_divisor,
             label_smoothing=self.label_smoothing if self.training else 0.0,
             tp_rank=self.topology.tp_rank,
             group=self.topology.tp_group if self.topology.tp_size > 1 else None,
@@ -173,10 +183,15 @@ def build_model(
     for number, layer in enumerate(gpt.decoder.layers, gpt.first_layer):
         layer.clock = clock
         layer.self_attention.core_attention.sees_window = model.sees_window(number)
-    if model.architecture.scaled_embedding and topology.is_first_stage:
-        embedding = gpt.embedding.word_embeddings
-        embedding.register_buffer("scale", torch.tensor(model.hidden_size**0.5, dtype=dtype), persistent=False)
-        embedding.register_forward_hook(_scale)
+        if number in model.unturned_layers:
+            layer.self_attention.turns = False
+        if model.residual_multiplier != 1.0:
+            layer.self_attn_bda = layer.mlp_bda = ScaledAddition(model.residual_multiplier)
+    if topology.is_first_stage and not model.architecture.drops_embedding:
+        gpt.embedding.embedding_dropout.p = 0.0
+    scale = _find_embedding_scale(model, dtype)
+    if scale != 1.0 and topology.is_first_stage:
+        gpt.embedding.word_embeddings.register_forward_hook(partial(_scale, scale=scale))
     for layer in gpt.decoder.layers[:num_recomputed]:
         layer.recompute = recompute
     if topology.is_first_stage and topology.pp_size > 1:
@@ -184,8 +199,15 @@ def build_model(
     return gpt.to(device=topology.device, dtype=dtype)
 
 
-def _scale(embedding: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-    return output * embedding.get_buffer("scale")
+def _find_embedding_scale(model: ModelConfig, dtype: torch.dtype) -> float:
+    """Gemma's is rounded to the model's dtype, as transformers rounds it, and Granite's is not."""
+    if model.architecture.scaled_embedding:
+        return torch.tensor(model.hidden_size**0.5, dtype=dtype).item()
+    return model.embedding_multiplier
+
+
+def _scale(_module: torch.nn.Module, _inputs: object, output: torch.Tensor, scale: float) -> torch.Tensor:
+    return output * scale
 
 
 def _require_grad(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ features are turned.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, each [S, B, 1, F] in the model's dtype."""
 
 
+@dataclass(frozen=True, slots=True)
+class LayerAngles:
+    """What turns a layer's queries and keys: the same tensors, unless queries grow with their position."""
+
+    of_queries: Angles
+    of_keys: Angles
+
+
 class Rotary:
     """RoFormer's rotation (arXiv:2104.09864, section 3.2.2), halves of a head paired as Hugging Face pairs them."""
 
@@ -29,19 +38,32 @@ class Rotary:
         if model.local_rope_theta is not None:
             self._local_frequencies_F = _compute_plain(model.local_rope_theta, model.rotary_size).to(device)
         self._magnitude = model.rope_scaling.get("attention_factor", 1.0)
+        self._growth = model.query_growth
+        self._first_context = model.rope_scaling.get("original_max_position_embeddings", 0.0)
         self._dtype = dtype
 
-    def compute_angles(self, positions_BS: torch.Tensor) -> tuple[Angles, Angles]:
+    def compute_angles(self, positions_BS: torch.Tensor) -> tuple[LayerAngles, LayerAngles]:
         """Of the layers that see everything and of those under a sliding window, where these have others.
 
         Positions may be any: packed examples count from their own start, generation from what it has kept.
         """
-        angles = self._compute(positions_BS, self._frequencies_F, self._magnitude)
+        angles = self._compute_layers(positions_BS, self._frequencies_F, self._magnitude)
         if self._local_frequencies_F is None:
             return angles, angles
-        return angles, self._compute(positions_BS, self._local_frequencies_F, 1.0)
+        return angles, self._compute_layers(positions_BS, self._local_frequencies_F, 1.0)
 
-    def _compute(self, positions_BS: torch.Tensor, frequencies_F: torch.Tensor, magnitude: float) -> Angles:
+    def _compute_layers(self, positions_BS: torch.Tensor, frequencies_F: torch.Tensor, magnitude: float) -> LayerAngles:
+        """Queries that grow do so in their rotation, which is linear: no pass over them, and nothing kept a layer."""
+        of_keys = self._compute(positions_BS, frequencies_F, magnitude)
+        if self._growth == 0:
+            return LayerAngles(of_keys, of_keys)
+        num_contexts_SB1 = (positions_BS.t()[..., None] / self._first_context).floor()
+        growth_SB1 = 1 + self._growth * num_contexts_SB1.log1p()
+        return LayerAngles(self._compute(positions_BS, frequencies_F, magnitude * growth_SB1), of_keys)
+
+    def _compute(
+        self, positions_BS: torch.Tensor, frequencies_F: torch.Tensor, magnitude: float | torch.Tensor
+    ) -> Angles:
         """The angle is formed in fp32 whatever the model's dtype: bf16 cannot tell position 256 from 257."""
         angles_SBF = positions_BS.t()[..., None].float() * frequencies_F
         cos_SBF, sin_SBF = angles_SBF.cos() * magnitude, angles_SBF.sin() * magnitude
@@ -153,14 +175,15 @@ class RotarySelfAttention(SelfAttention):
     Megatron would compute cosines and sines again in each layer, and keep them.
     """
 
-    _angles: Angles | None = None
+    _angles: LayerAngles | None = None
 
     def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
+        self.turns = True
         self.output_layernorm = build_output_norm(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, *args: Any, rotary_pos_emb: tuple[Angles, Angles], **options: Any
+        self, hidden_states: torch.Tensor, *args: Any, rotary_pos_emb: tuple[LayerAngles, LayerAngles], **options: Any
     ) -> Any:
         self._angles = rotary_pos_emb[self.core_attention.sees_window]
         try:
@@ -176,14 +199,15 @@ class RotarySelfAttention(SelfAttention):
         """With what multiplies each head's output, where a model has it, at last."""
         query, key, *value_and_gate = super().get_query_key_value_tensors(*args, **options)
         assert self._angles is not None
-        # Their own copies: a view would keep the whole fused projection for backward.
-        own = (one.contiguous() for one in value_and_gate)
-        return *self._turn(query, key, self._angles), *own
+        if self.turns:
+            query, key = self._turn(query, key, self._angles)
+        # Copies of their own: a view would keep the whole fused projection for backward.
+        return tuple(one.contiguous() for one in (query, key, *value_and_gate))
 
     def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return multiply_by_sigmoid(x, gate.view_as(x))
 
     def _turn(
-        self, query_SBAD: torch.Tensor, key_SBAD: torch.Tensor, angles: Angles
+        self, query_SBAD: torch.Tensor, key_SBAD: torch.Tensor, angles: LayerAngles
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return rotate(query_SBAD, angles), rotate(key_SBAD, angles)
+        return rotate(query_SBAD, angles.of_queries), rotate(key_SBAD, angles.of_keys)

@@ -21,7 +21,7 @@ from lora_dist.config import ModelConfig
 from lora_dist.fusion import Chain
 from lora_dist.mcore.layers import allocate
 from lora_dist.mcore.norm import MIN_NORMALS, upcast
-from lora_dist.mcore.rotary import Angles, RotarySelfAttention, turn
+from lora_dist.mcore.rotary import Angles, LayerAngles, RotarySelfAttention, turn
 
 _MIN_RATIO_LIMIT, _MAX_ERROR = 64.0, 1e-5
 """Of two weights that are turned together the larger one over the smaller is at most the larger of the first and the
@@ -208,7 +208,8 @@ class WholeNormedSelfAttention(RotarySelfAttention):
         self.whole_norm = WholeNorm(config)
 
     def _turn(
-        self, query_SBAD: torch.Tensor, key_SBAD: torch.Tensor, angles: Angles
+        self, query_SBAD: torch.Tensor, key_SBAD: torch.Tensor, angles: LayerAngles
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        turned: tuple[torch.Tensor, torch.Tensor] = self.whole_norm(query_SBAD, key_SBAD, angles)
+        assert angles.of_queries is angles.of_keys, "no family has norms over all heads and queries that grow"
+        turned: tuple[torch.Tensor, torch.Tensor] = self.whole_norm(query_SBAD, key_SBAD, angles.of_keys)
         return turned

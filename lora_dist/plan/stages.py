@@ -30,6 +30,9 @@ def _describe_layers(config: RunConfig) -> tuple[Hashable, ...]:
     for spec in build_adapter_specs(config.lora, model) if config.method in LORA_METHODS else []:
         adapters[spec.layer].append((spec.target, spec.lora_rank))
     return tuple(
-        (tuple(adapters[layer]), model.sees_window(layer), model.has_delta_net(layer), model.has_experts(layer))
+        (
+            tuple(adapters[layer]),
+            *(describe(layer) for describe in (model.sees_window, model.turns, model.has_delta_net, model.has_experts)),
+        )
         for layer in range(model.num_layers)
     )

@@ -60,6 +60,15 @@ ADAPTED = {
         "lora.target_modules=[all,gate_proj,down_proj]",
     ],
     "olmo2": ["topology=tp2_sp", "model.family=olmo2", "loop.recompute=selective"],
+    "granite": [
+        *("topology=tp2_sp", "model.family=granite", "model.embedding_multiplier=12", "model.residual_multiplier=0.2"),
+        "model.logits_divisor=8",
+    ],
+    "ministral3": [
+        *("topology=tp2", "model.family=ministral3", "model.query_growth=0.1"),
+        "model.rope_scaling={factor:2,beta_fast:32,beta_slow:1,attention_factor:1,original_max_position_embeddings:8}",
+    ],
+    "smollm3": ["topology=pp2", "model.family=smollm3", "model.unturned_layers=[1]"],
     "gpt_neox": ["topology=pp2", "model.family=gpt_neox", "loop.recompute=selective"],
     "opt": ["topology=tp2_sp", "model.family=opt"],
     "dora": ["topology=tp2", "method=dora"],

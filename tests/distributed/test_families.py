@@ -1,6 +1,7 @@
 """Every family over shards: transformers' logits from transformers' files, and the files back bit for bit."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from family_toy import (
     FAMILIES,
     UNLIKE,
+    VOCAB_SIZE,
     build_family_model,
     compute_family_logits,
     read_family_config,
@@ -135,6 +137,25 @@ def test_the_planned_weights_are_the_fullest_processs(name: str, tmp_path: Path)
         stages = [compute_state_bytes(config, pp_rank, dp_size=1) for pp_rank in range(pp_size)]
         copies = model.vocab_size * model.hidden_size if model.tied_output else 0
         assert sum(stages) == 4 * (count_parameters(model) + copies)
+
+
+def drop_all(source: Path) -> torch.Tensor:
+    """Logits in training, of a model that drops all that a layer gives."""
+    gpt = build_shard({}, replace(read_family_config(source), hidden_dropout=1 - 1e-9))
+    load_hf_checkpoint(gpt, source)
+    tokens_BS = draw_tokens()
+    logits: torch.Tensor = gpt.train()(tokens_BS, torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS), None)
+    return logits[..., :VOCAB_SIZE].detach()
+
+
+def test_a_seed_oss_drops_in_training_what_transformers_drops(tmp_path: Path) -> None:
+    """What attention and the MLP give, and not the embedding."""
+    write_family_checkpoint("seed_oss", tmp_path)
+    theirs = build_family_model("seed_oss").train()
+    for layer in theirs.model.layers:
+        layer.self_attn.residual_dropout = layer.mlp.residual_dropout = 1.0
+    (logits,) = run_distributed(drop_all, 1, tmp_path)
+    torch.testing.assert_close(logits, theirs(draw_tokens()).logits.detach(), rtol=1e-4, atol=1e-4)
 
 
 def compute_ours(source: Path) -> torch.Tensor | None:

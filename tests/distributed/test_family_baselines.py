@@ -44,7 +44,7 @@ BOTTLENECK = BottleneckConfig(size=3, activation="gelu")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "name",
-    ["llama", "gemma3_text", "opt", "deepseek_v3", *exhaustive("qwen3_next", "olmo3")],
+    ["llama", "gemma3_text", "opt", "deepseek_v3", *exhaustive("qwen3_next", "olmo3", "granite")],
 )
 def test_gradients_equal_one_process(name: str, method: str) -> None:
     targets = {"deepseek_v3": ["q_a_proj", "kv_b_proj"], "qwen3_next": ["in_proj_qkvz", "v_proj"]}

@@ -100,6 +100,28 @@ MODELS = {
         "qwen3_5_text", num_kv_heads=4, head_size=8, rotary_fraction=0.25, full_attention_layers=[1], **DELTA_SIZES
     ),
     "glm4_moe": build_toy("glm4_moe", num_kv_heads=4, rotary_fraction=0.5, qk_norm=True, **PICKED),
+    "granite": build_toy(
+        "granite",
+        num_kv_heads=4,
+        embedding_multiplier=3.0,
+        attention_scale=0.3,
+        residual_multiplier=0.7,
+        logits_divisor=0.5,
+    ),
+    "seed_oss": build_toy("seed_oss", num_kv_heads=4, head_size=6, tied_output=False),
+    "ministral3": build_toy(
+        "ministral3",
+        num_kv_heads=4,
+        tied_output=False,
+        query_growth=0.4,
+        rope_scaling={
+            **{"factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.0},
+            "original_max_position_embeddings": 4.0,
+        },
+    ),
+    "smollm3": build_toy(
+        "smollm3", num_kv_heads=4, unturned_layers=[1], sliding_window=5, full_attention_layers=[2], tied_output=False
+    ),
     "olmo2": build_toy("olmo2", num_kv_heads=4, tied_output=False),
     "olmo3": build_toy(
         "olmo3", num_kv_heads=4, head_size=6, sliding_window=5, full_attention_layers=[1], local_rope_theta=100.0
@@ -172,7 +194,12 @@ _CASES = [
         for name in ("qwen3_5_text", "glm_moe_dsa", "deepseek_v3_direct")
         for method in ("lora", "full")
     ),
-    *((name, method, TOPOLOGIES[1:4]) for name in ("olmo2", "olmo3") for method in ("lora", "full")),
+    *((name, "full", TOPOLOGIES[1:4:2]) for name in ("seed_oss", "ministral3")),
+    *(
+        (name, method, TOPOLOGIES[1:4])
+        for name in ("granite", "smollm3", "olmo2", "olmo3")
+        for method in ("lora", "full")
+    ),
     ("phi3", "lora", TOPOLOGIES[1:4:2]),
     ("opt", "lora", TOPOLOGIES[1:4:2]),
     *(("gpt_neox", method, TOPOLOGIES[1:]) for method in ("lora", "full")),
@@ -183,6 +210,7 @@ ALWAYS = (
     "gemma3_text-lora",
     "qwen3_next-lora",
     "minimax_m2-lora",
+    "granite-full",
     "olmo3-full",
     "deepseek_v3-lora",
     "gpt_oss-full",

@@ -49,6 +49,14 @@ DELTA = [
     *("model.experts_per_token=2", "model.shared_ffn_size=64", "model.tied_output=false"),
     "lora.target_modules=[all,gate_proj,up_proj,down_proj]",
 ]
+SCALED = [
+    *("model.family=granite", "model.embedding_multiplier=12", "model.residual_multiplier=0.2"),
+    "model.logits_divisor=8",
+]
+GROWING = [
+    *("model.family=ministral3", "model.query_growth=0.1"),
+    "model.rope_scaling={factor:2,beta_fast:32,beta_slow:1,attention_factor:1,original_max_position_embeddings:8}",
+]
 CASES = {
     "lora": ([], 1e-5),
     "lora-recompute": (["loop.recompute=full"], 1e-5),
@@ -83,6 +91,12 @@ CASES = {
     "whole-norms-full": ([*WHOLE, "method=full", "optim.lr=1e-3"], 1e-5),
     "olmo2": (["model.family=olmo2", "model.num_kv_heads=2"], 1e-5),
     "olmo2-graphs-bf16": (["model.family=olmo2", "cuda_graphs=true", "dtype=bf16"], 2e-2),
+    "granite": (SCALED, 1e-5),
+    "granite-compiled": ([*SCALED, "compile=true"], 1e-5),
+    "granite-graphs-bf16": ([*SCALED, "cuda_graphs=true", "dtype=bf16"], 2e-2),
+    "ministral3": (GROWING, 1e-5),
+    "ministral3-bf16": ([*GROWING, "dtype=bf16"], 2e-2),
+    "smollm3-graphs": (["model.family=smollm3", "model.unturned_layers=[1]", "cuda_graphs=true"], 1e-5),
     "sinks": (SINKS, 1e-5),
     "sinks-compiled": ([*SINKS, "compile=true"], 1e-5),
     "sinks-bf16": ([*SINKS, "dtype=bf16"], 2e-2),

@@ -72,6 +72,19 @@ DELTA = replace(
     EXPERTS, name="delta", family="qwen3_next", rotary_fraction=0.5, delta_key_heads=4, delta_value_heads=8,
     delta_key_size=16, delta_value_size=32, delta_kernel_size=4, full_attention_layers=[1, 3], shared_ffn_size=256,
 )  # fmt: skip
+SCALED = replace(
+    LLAMA, name="scaled", family="granite", tied_output=True, embedding_multiplier=12.0, attention_scale=0.1,
+    residual_multiplier=0.2, logits_divisor=8.0,
+)  # fmt: skip
+GROWING = replace(
+    LLAMA, name="growing", family="ministral3", query_growth=0.1,
+    rope_scaling={
+        "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.0,
+        "original_max_position_embeddings": 16.0,
+    },
+)  # fmt: skip
+SEED = replace(LLAMA, name="seed", family="seed_oss", hidden_dropout=0.1, attention_dropout=0.1)
+UNTURNED = replace(LLAMA, name="unturned", family="smollm3", unturned_layers=[1])
 HARDWARE = HardwareConfig(
     name="here", kind="cpu", memory_gib=16, reserved_gib=0.5, peak_tflops={"fp32": 0.09, "bf16": 0.02},
     achievable_fraction=0.8, memory_gb_s=12, memory_fraction=0.8, gpus_per_node=8, link_gb_s=1, network_gb_s=1,
@@ -248,6 +261,13 @@ CASES = {
         "recompute": "selective",
     },
     "olmo-full-pp2": {**FULL, "model": OLMO, "topology": {"pp_size": 2}, "num_microbatches": 4},
+    "scaled-lora-tp2-sp": {
+        **{"model": SCALED, "lora": SEVEN, "topology": {"tp_size": 2, "sequence_parallel": True}},
+    },
+    "scaled-full": {**FULL, "model": SCALED},
+    "growing-lora-tp2": {"model": GROWING, "topology": {"tp_size": 2}},
+    "seed-full-dropout": {**FULL, "model": SEED},
+    "unturned-lora-pp2": {"model": UNTURNED, "topology": {"pp_size": 2}, "num_microbatches": 4},
     "sinks-lora-tp2-sp": {
         **{"model": SINKS, "lora": EXPERT_LORA, "topology": {"tp_size": 2, "sequence_parallel": True}},
     },

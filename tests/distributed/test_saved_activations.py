@@ -104,6 +104,25 @@ def test_sinks_keep_no_scores(window: int | None) -> None:
     assert 1 + 2 + 1 + 1 + 2 * 8 <= units < 1 + 2 + 1 + 1 + 2 * 8 + 0.5
 
 
+def test_multipliers_keep_nothing() -> None:
+    targets = ["q_proj", "v_proj"]
+    scales = {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_scale": 0.1, "logits_divisor": 4.0}
+    units, plain = (
+        measure_units_a_layer(targets, family=family, num_kv_heads=1, **more)
+        for family, more in (("granite", scales), ("llama", {}))
+    )
+    assert units == pytest.approx(plain, abs=1e-9)
+
+
+def test_layers_without_rotation_keep_what_the_others_keep() -> None:
+    def measure(unturned_layers: list[int]) -> float:
+        kind = {"family": "smollm3", "num_kv_heads": 1, "unturned_layers": unturned_layers}
+        return measure_units(["q_proj", "v_proj"], 3, "none", **kind)
+
+    units, plain = (run_distributed(measure, 1, layers)[0] for layers in ([1, 2], []))
+    assert units == pytest.approx(plain, abs=1e-9)
+
+
 def test_norms_behind_alone_keep_their_inputs_and_no_more() -> None:
     """Of a gated layer: attention's input, which the MLP before it has handed on, q, k and v, attention's output, both
     norms' inputs, gate and up."""

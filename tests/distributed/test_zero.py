@@ -54,6 +54,12 @@ WHOLE_LORA = replace(
 WHOLE_FULL = replace(FULL, model=WHOLE)
 LATENT_LORA = replace(LORA, model=LATENT, lora=LoraConfig(rank=3, alpha=3, target_modules=["all"], dropout=0.2))
 LATENT_FULL = replace(FULL, model=LATENT)
+SCALED = replace(
+    TOY, family="granite", num_kv_heads=2, embedding_multiplier=3.0, residual_multiplier=0.5, attention_scale=0.3,
+    logits_divisor=0.5,
+)  # fmt: skip
+SCALED_LORA = replace(LORA, model=SCALED, lora=LoraConfig(rank=3, target_modules=["all"], dropout=0.2))
+SCALED_FULL = replace(FULL, model=SCALED)
 
 Trained = tuple[list[float], list[float], dict[str, torch.Tensor]]
 
@@ -161,6 +167,18 @@ def test_latents_train_like_plain_torch(case: Case) -> None:
     """What every TP rank has whole counts once in the norm, and its dropout is that of its part of the sequence."""
     oracle = run_distributed(train_oracle, 1, case)[0]
     for options, stage in GRID[5:9]:
+        distributed = replace(case, **options)
+        assert_trained_alike(
+            run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage)), oracle
+        )
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", [SCALED_LORA, SCALED_FULL], ids=lambda case: case.method)
+def test_multipliers_train_like_plain_torch(case: Case) -> None:
+    """The embedding is the output layer too, which has none."""
+    oracle = run_distributed(train_oracle, 1, case)[0]
+    for options, stage in GRID[5:12:3]:
         distributed = replace(case, **options)
         assert_trained_alike(
             run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage)), oracle

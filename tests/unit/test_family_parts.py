@@ -89,6 +89,7 @@ def test_older_configurations_say_the_same(tmp_path: Path) -> None:
         ("qwen2", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
         ("qwen3", {"rope_type": "yarn", "factor": 2.0}),
         ("gemma3_text", {"rope_type": "linear", "factor": 8.0}),
+        ("smollm3", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
         ("olmo3", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
     ],
 )
@@ -203,6 +204,8 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
     delta = {"num_experts": 2, "experts_per_token": 1, "shared_ffn_size": 8, "delta_key_heads": 2}
     delta |= {"delta_value_heads": 2, "delta_key_size": 4, "delta_value_size": 4, "delta_kernel_size": 2}
     bounded = {"head_size": 8, "num_experts": 2, "experts_per_token": 1, "swiglu_alpha": 1.7, "swiglu_limit": 7.0}
+    yarn = {"factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.0}
+    yarn["original_max_position_embeddings"] = 2.0
     models = [
         ModelConfig(name="x", family=family, max_position_embeddings=4, **sizes | more)  # type: ignore[arg-type]
         for family, more in (
@@ -220,6 +223,15 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "shared_ffn_size": 8}),
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "expert_weight_scale": 2.0}),
             ("glm4_moe", {"num_experts": 2, "experts_per_token": 1, "qk_norm": True}),
+            ("granite", {}),
+            ("granite", {"embedding_multiplier": 2.0}),
+            ("granite", {"residual_multiplier": 2.0}),
+            ("granite", {"logits_divisor": 2.0}),
+            ("ministral3", {"rope_scaling": yarn}),
+            ("ministral3", {"rope_scaling": yarn, "query_growth": 0.1}),
+            ("seed_oss", {}),
+            ("smollm3", {}),
+            ("smollm3", {"unturned_layers": [0]}),
             ("minimax_m2", {"num_experts": 2, "experts_per_token": 1}),
             ("minimax_m2", {"num_experts": 2, "experts_per_token": 1, "rotary_fraction": 0.5}),
             ("deepseek_v3", {**latent}),
@@ -244,7 +256,10 @@ def test_fingerprints_of_drawn_models_tell_families_apart() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "llama_tied", "qwen2", "qwen3", "phi3_long", "minimax_m2_long", "deepseek_v3", "glm_moe_dsa", "gpt_oss"],
+    [
+        *("llama", "llama_tied", "qwen2", "qwen3", "ministral3", "phi3_long", "minimax_m2_long", "deepseek_v3"),
+        *("glm_moe_dsa", "gpt_oss"),
+    ],
 )
 def test_angles_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = write_family_checkpoint(name, tmp_path)
@@ -252,7 +267,7 @@ def test_angles_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(compute_frequencies(model), theirs.inv_freq, rtol=1e-6, atol=0)
     positions_BS = torch.arange(40).view(2, 20)
     ours = Rotary(model, torch.float32, torch.device("cpu")).compute_angles(positions_BS)
-    for own_SB1F, cos_BSD in zip(ours[0], theirs(torch.empty(0), positions_BS), strict=True):
+    for own_SB1F, cos_BSD in zip(ours[0].of_keys, theirs(torch.empty(0), positions_BS), strict=True):
         expected_SBF = cos_BSD[..., : own_SB1F.shape[-1]].transpose(0, 1)
         torch.testing.assert_close(own_SB1F[:, :, 0], expected_SBF, rtol=1e-5, atol=1e-5)
 

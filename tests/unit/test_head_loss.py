@@ -11,7 +11,10 @@ N, H, V = 13, 8, 21
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk_tokens", [4, 1000])
-def test_matches_cross_entropy(label_smoothing: float, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("divisor", [1.0, 3.0])
+def test_matches_cross_entropy(
+    label_smoothing: float, chunk_tokens: int, divisor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(head_loss, "_MAX_CHUNK_LOGITS", chunk_tokens * 24)
     torch.manual_seed(0)
     hidden = torch.randn(N, H, dtype=torch.float64, requires_grad=True)
@@ -19,11 +22,18 @@ def test_matches_cross_entropy(label_smoothing: float, chunk_tokens: int, monkey
     labels = torch.randint(0, V, (N,))
     labels[2::4] = -1
     expected = F.cross_entropy(
-        hidden @ weight[:V].t(), labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=-1
+        hidden @ weight[:V].t() / divisor, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=-1
     )
     expected_grads = torch.autograd.grad(2.5 * expected, (hidden, weight))
     actual = head_loss.compute_target_loss(
-        hidden, weight, labels, vocab_size=V, label_smoothing=label_smoothing, tp_rank=0, group=None
+        hidden,
+        weight,
+        labels,
+        vocab_size=V,
+        label_smoothing=label_smoothing,
+        tp_rank=0,
+        group=None,
+        logits_divisor=divisor,
     )
     actual_grads = torch.autograd.grad(2.5 * actual, (hidden, weight))
     torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-12)

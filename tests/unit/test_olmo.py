@@ -72,7 +72,7 @@ def test_an_olmo_3_turns_what_transformers_turns(changes: dict, tmp_path: Path) 
     positions_BS = torch.arange(0, 4000, 200).view(2, 10)
     ours = Rotary(model, torch.float32, torch.device("cpu")).compute_angles(positions_BS)
     for angles, kind in zip(ours, ("full_attention", "sliding_attention"), strict=True):
-        for own_SB1F, cos_BSD in zip(angles, theirs(torch.empty(0), positions_BS, kind), strict=True):
+        for own_SB1F, cos_BSD in zip(angles.of_keys, theirs(torch.empty(0), positions_BS, kind), strict=True):
             expected_SBF = cos_BSD[..., : own_SB1F.shape[-1]].transpose(0, 1)
             torch.testing.assert_close(own_SB1F[:, :, 0], expected_SBF, rtol=1e-4, atol=1e-3)
 
