@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_dist.attention_checks import NOT_ROUNDED, ROPE_SCALINGS
 from lora_dist.files.hf_layout import get_number, get_size
-from lora_dist.model_checks import NOT_ROUNDED, ROPE_SCALINGS
 from lora_dist.model_config import ModelConfig
 
 _ORIGINAL = "original_max_position_embeddings"
