@@ -82,6 +82,10 @@ def check_model(model: "ModelConfig") -> None:
         f"model.qk_norm={model.qk_norm}: all models of {model.family} are alike in that; leave it null",
     )
     _check_experts(model)
+    require(
+        model.wrapper is None or model.checkpoint is not None,
+        f"model.wrapper={model.wrapper} is of a model.checkpoint; without one leave it null",
+    )
     _check_gate(model)
     _check_sinks(model)
     _check_windows(model)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +22,14 @@ _HEAD = TIED_HEAD.removesuffix(".weight")
 def name_peft_modules(modules: Sequence[str], model: ModelConfig) -> list[str]:
     """PEFT trains every module whose full name ends so, with `norm` Llama's other norms too; hence `model.norm`.
 
-    A tied output layer is named beside its embedding, since PEFT trains the two apart.
+    Inside a wrapper all are named in full. A tied output layer is named beside its embedding, since PEFT trains the
+    two apart.
     """
     stored, named = _find_stored_modules(model), []
     for module in modules:
+        if model.wrapper is not None:  # what sees pictures has norms of such names too
+            named += stored[module]
+            continue
         others = [name for kind, names in stored.items() if kind != module for name in names]
         named.append(stored[module][0] if any(name.endswith(module) for name in others) else module)
     return [*named, _HEAD] if model.tied_output and find_embedding_name(model) in modules else named
@@ -36,7 +41,12 @@ def read_peft_modules(path: Path, modules: Sequence[str], bias: str, model: Mode
     Where the output layer is the embedding, PEFT keeps a copy of each, so both have to be named.
     """
     stored = _find_stored_modules(model)
-    chosen = [kind for module in modules for kind in _match(path, module, stored, model)]
+    matched: dict[str, list[str]] = defaultdict(list)
+    for module in modules:
+        for kind, names in _match(path, module, stored, model).items():
+            matched[kind] += names
+    chosen = list(matched)
+    _check_whole(path, modules, matched, stored)
     embedding = find_embedding_name(model)
     if model.tied_output and (_HEAD in modules) != (embedding in chosen):
         raise ValueError(
@@ -45,34 +55,41 @@ def read_peft_modules(path: Path, modules: Sequence[str], bias: str, model: Mode
         )
     if bias == "all" and find_norms(chosen, model):
         raise ValueError(f"{path}: bias=all and modules_to_save={list(modules)} both hold the norms' biases")
-    return list(dict.fromkeys(chosen))
+    return chosen
 
 
-def _match(path: Path, module: str, stored: dict[str, list[str]], model: ModelConfig) -> list[str]:
-    """Kinds of modules whose full names end with PEFT's `module`: all of a kind, or none."""
+def _match(path: Path, module: str, stored: dict[str, list[str]], model: ModelConfig) -> dict[str, list[str]]:
+    """Full names that end with PEFT's `module`, by kind."""
     if model.tied_output and _HEAD.endswith(module):
-        return []
+        return {}
     module = HF_FAMILIES[model.family].module_names.get(module, module)
     matched = {kind: [name for name in names if name.endswith(module)] for kind, names in stored.items()}
-    chosen = [kind for kind, names in matched.items() if names]
-    if not chosen:
+    if not any(matched.values()):
         known = ", ".join(dict.fromkeys((*stored, _HEAD)))
         raise ValueError(f"{path}: modules_to_save names {module}; only {known} can be imported")
-    for kind in chosen:
-        if len(matched[kind]) < len(stored[kind]):
-            missing = next(name for name in stored[kind] if name not in matched[kind])
+    return {kind: names for kind, names in matched.items() if names}
+
+
+def _check_whole(
+    path: Path, modules: Sequence[str], matched: dict[str, list[str]], stored: dict[str, list[str]]
+) -> None:
+    """All of a kind, or none."""
+    for kind, names in matched.items():
+        missing = next((name for name in stored[kind] if name not in names), None)
+        if missing is not None:
+            listed = ", ".join(module for module in modules if any(name.endswith(module) for name in names))
             raise ValueError(
-                f"{path}: modules_to_save names {module}, without {missing}; here all {kind} train or none"
+                f"{path}: modules_to_save names {listed}, without {missing}; here all {kind} train or none"
             )
-    return chosen
 
 
 def _find_stored_modules(model: ModelConfig) -> dict[str, list[str]]:
     """Name of lora.modules_to_save -> full names in transformers."""
     found, family = defaultdict(list), HF_FAMILIES[model.family]
+    find_module = partial(family.find_module, wrapper=model.wrapper)
     for kind in list_saved_modules(model):
         names = [name for name in compute_canonical_shapes(model) if is_saved(name, [kind], model)]
-        found[kind] = list(dict.fromkeys(map(family.find_module, compute_stored_shapes(names, model))))
+        found[kind] = list(dict.fromkeys(map(find_module, compute_stored_shapes(names, model))))
     return found
 
 
