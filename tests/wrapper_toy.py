@@ -1,4 +1,4 @@
-"""Tiny checkpoints of models that see pictures around family_toy's text models, written by transformers' own classes."""
+"""Tiny checkpoints of models that see pictures, around family_toy's text models, from transformers' own classes."""
 
 import json
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from family_toy import build_family_model, read_family_config
+from hf_toy import draw_tokens
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -31,9 +32,11 @@ _KIMI_VISION = {**_VISION, "patch_size": 2, "pos_emb_height": 4, "pos_emb_width"
 
 
 def _build_gemma3() -> PreTrainedModel:
-    vision = SiglipVisionConfig(**_VISION, image_size=16, patch_size=8)
+    vision = SiglipVisionConfig(**_VISION, image_size=16, patch_size=8, vision_use_head=False)
     tokens = {"mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": 91, "eoi_token_index": 92}
-    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=_text("gemma3_text"), vision_config=vision, **tokens))
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=_text("gemma3_text"), vision_config=vision, **tokens)
+    )
 
 
 def _build_mistral3() -> PreTrainedModel:
@@ -78,6 +81,8 @@ _MISNAMED = {"language_model.model.blocks.": "language_model.model.layers.", "mo
 def build_wrapper(name: str) -> PreTrainedModel:
     """Eval mode, every parameter drawn."""
     model, generator = _BUILD[name](), torch.Generator().manual_seed(5)
+    if name == "kimi_k25":
+        model.set_experts_implementation("eager")  # the other ones have no fp64
     for parameter_name, parameter in model.named_parameters():
         drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
         is_factor = "norm" in parameter_name and parameter_name.endswith("weight") and name != "gemma3"
@@ -85,7 +90,9 @@ def build_wrapper(name: str) -> PreTrainedModel:
     return model.eval()
 
 
-def write_wrapper(name: str, directory: Path, *, nested: bool = False, dtype: torch.dtype = torch.float32) -> ModelConfig:
+def write_wrapper(
+    name: str, directory: Path, *, nested: bool = False, dtype: torch.dtype = torch.float32
+) -> ModelConfig:
     """As it is published, or with `nested` names; its configuration here."""
     build_wrapper(name).to(dtype).save_pretrained(directory)
     rename_tensors(directory, _MISNAMED)
@@ -118,6 +125,11 @@ def open_whole(directory: Path) -> PreTrainedModel:
     return model.eval()
 
 
+def draw_words() -> torch.Tensor:
+    """[B, S] = [2, 16], without a token that stands for something else."""
+    return draw_tokens() % IMAGE
+
+
 @torch.no_grad()
 def look(model: PreTrainedModel, name: str) -> torch.Tensor:
     """[1, S, V] after a picture and some words."""
@@ -131,5 +143,8 @@ def look(model: PreTrainedModel, name: str) -> torch.Tensor:
     if name == "gemma3":
         seen["token_type_ids"] = (tokens_BS == IMAGE).long()
     if name == "kimi_k25":
-        seen = {"pixel_values": torch.randn(16, 3, 2, 2, generator=generator), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        seen = {
+            "pixel_values": torch.randn(16, 3, 2, 2, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        }
     return model(input_ids=tokens_BS, **seen).logits
