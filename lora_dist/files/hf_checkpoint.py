@@ -14,8 +14,18 @@ from lora_dist.files.directories import read_json
 from lora_dist.files.hash_cache import find_sha256
 from lora_dist.files.hf_families import HF_FAMILIES, MODEL_TYPES
 from lora_dist.files.hf_layout import TIED_HEAD, HfFamily
-from lora_dist.files.hf_reader import CONFIG, HfReader, find_weight_files
-from lora_dist.files.hf_wrappers import BESIDE, TEXT, TIED, WRAPPERS, find_wrapper, get_text_config, read_tied
+from lora_dist.files.hf_reader import CONFIG, HfReader, find_weight_files, list_stored_names
+from lora_dist.files.hf_wrappers import (
+    BESIDE,
+    TEXT,
+    TIED,
+    WRAPPERS,
+    find_layout,
+    find_wrapper,
+    get_text_config,
+    list_tied,
+    to_stored_name,
+)
 from lora_dist.files.mxfp4_blocks import is_mxfp4
 from lora_dist.files.quantization import QUANTIZATION, find_original_dtype, read_quantization
 from lora_dist.files.safetensors_stream import DTYPE_NAMES
@@ -56,8 +66,8 @@ def read_model_fields(directory: str | Path) -> dict[str, Any]:
         _check_setting(path, "model_type", config.get("model_type"), (*MODEL_TYPES, *WRAPPERS))
     else:
         _check_setting(path, f"{TEXT}.model_type", config["model_type"], tuple(MODEL_TYPES))
-        tied = read_tied(whole)
-        config |= {TIED: TIED_HEAD not in HfReader(directory).shapes if tied is None else tied}
+        said = list_tied(whole)
+        config |= {TIED: said.pop() if len(said) == 1 else not _stores_head(directory)} if said else {}
     family = HF_FAMILIES[MODEL_TYPES[config["model_type"]]]
     if not (family.in_mxfp4 and is_mxfp4(config)):
         read_quantization(config, path)
@@ -65,6 +75,12 @@ def read_model_fields(directory: str | Path) -> dict[str, Any]:
         _check_setting(path, key, config.get(key, default), allowed)
     about = {"name": directory.resolve().name, "checkpoint": str(directory), "wrapper": wrapper}
     return {**family.read_fields(config, path), **about}
+
+
+def _stores_head(directory: Path) -> bool:
+    names = list_stored_names(directory)
+    head = to_stored_name(TIED_HEAD, find_layout(names, directory))
+    return any(name.startswith(head) for name in names)  # quantised, it may be several
 
 
 def _check_setting(path: Path, key: str, value: object, allowed: tuple[object, ...]) -> None:

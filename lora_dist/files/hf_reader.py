@@ -164,11 +164,22 @@ def find_weight_files(directory: Path) -> list[Path]:
             f"model.checkpoint={directory} holds neither {SINGLE_FILE} nor {INDEX};"
             " save the model as safetensors (save_pretrained does) or name another directory"
         )
-    weight_map = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or any(type(name) is not str for name in weight_map.values()):
-        raise ValueError(f"{directory / INDEX} has no weight_map; copy the checkpoint again")
-    names = sorted(set(weight_map.values()))
+    names = sorted(set(_read_weight_map(directory).values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ValueError(f"{directory / INDEX} names a file outside its directory: {outside[0]}")
     return [directory / name for name in names]
+
+
+def list_stored_names(directory: Path) -> list[str]:
+    """Of all tensors, from the index where there is one."""
+    files = find_weight_files(directory)
+    return list(read_header(files[0]) if files[0].name == SINGLE_FILE else _read_weight_map(directory))
+
+
+def _read_weight_map(directory: Path) -> dict[str, str]:
+    """Tensor -> file."""
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or any(type(name) is not str for name in weight_map.values()):
+        raise ValueError(f"{directory / INDEX} has no weight_map; copy the checkpoint again")
+    return weight_map

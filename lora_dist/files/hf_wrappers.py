@@ -44,13 +44,13 @@ def get_text_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {"model_type": WRAPPERS[wrapper], **outer, **inner}
 
 
-def read_tied(config: Mapping[str, Any]) -> bool | None:
-    """What both levels of config.json say, or the one that does; None where they contradict each other or are silent.
+def list_tied(config: Mapping[str, Any]) -> set[bool]:
+    """What the two levels of config.json say of the head; both values where they contradict each other.
 
-    transformers reads the outer one, true where it is not written, and does not tie a head that is stored and another.
+    transformers 5 reads the outer one, true where it is not written, and does not tie a head that is stored and
+    another; older ones read the inner one. So the files decide where the two differ.
     """
-    said = {one[TIED] for one in (config, config[TEXT]) if one.get(TIED) is not None}
-    return said.pop() if len(said) == 1 else None
+    return {bool(one[TIED]) for one in (config, config[TEXT]) if one.get(TIED) is not None}
 
 
 def find_layout(names: Iterable[str], directory: Path) -> Layout:
@@ -82,6 +82,11 @@ def to_stored_name(text_name: str, layout: Layout) -> str:
 def name_in_memory(text_name: str, wrapper: str | None) -> str:
     """What transformers 5 calls a module or a tensor of the text model inside a wrapper."""
     return text_name if wrapper is None else to_stored_name(text_name, _LAYOUTS[1])
+
+
+def list_older_names(text_name: str, wrapper: str | None) -> list[str]:
+    """What older ones call it."""
+    return [] if wrapper is None else [to_stored_name(text_name, _LAYOUTS[0])]
 
 
 def find_text_name(name: str, wrapper: str | None) -> str | None:

@@ -12,6 +12,7 @@ from lora_dist.config import ModelConfig
 from lora_dist.files.base_values import compute_stored_shapes, from_stored
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import TIED_HEAD
+from lora_dist.files.hf_wrappers import list_older_names
 from lora_dist.files.peft_base import KEY_PREFIX, find_base_keys
 from lora_dist.lora.trained_base import list_trained_base
 from lora_dist.saved_modules import find_embedding_name, find_norms, is_saved, list_saved_modules
@@ -99,13 +100,13 @@ def take_modules(
     """Take the modules' tensors out of `tensors`; by canonical name. ValueError for one that is missing or does not
     fit, and for a tied output layer that is not the embedding.
 
-    Before transformers 5 a module had the name in PEFT's files that it has in the checkpoint's.
+    Before transformers 5 a module had the name in PEFT's files that it has in the checkpoint's; inside a wrapper, too.
     """
     family, stored = HF_FAMILIES[model.family], dict[str, torch.Tensor]()
     shapes = family.compute_shapes(model)
     for key, name in find_base_keys([], model, "none", modules).items():
-        old_key = f"{KEY_PREFIX}{family.prefix}{name}"
-        found, wanted = tensors.pop(key if key in tensors else old_key, None), shapes[name]
+        older = [f"{KEY_PREFIX}{old}" for old in (family.prefix + name, *list_older_names(name, model.wrapper))]
+        found, wanted = tensors.pop(next((one for one in (key, *older) if one in tensors), key), None), shapes[name]
         if found is None or tuple(found.shape) != wanted:
             shape = "none" if found is None else tuple(found.shape)
             raise ValueError(f"{path}: {key} has shape {shape}, {model.name} needs {wanted}")

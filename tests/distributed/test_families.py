@@ -1,6 +1,5 @@
 """Every family over shards: transformers' logits from transformers' files, and the files back bit for bit."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from hf_toy import build_run_config, build_shard, compute_logits, count_processe
 from processes import run_distributed
 from safetensors.torch import load_file
 from tiers import exhaustive, few_of
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
 from lora_dist.base_shapes import count_parameters
 from lora_dist.config import TopologyConfig
@@ -25,10 +23,6 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
 from lora_dist.needed_bytes import compute_state_bytes
 from lora_dist.plan.search import compute_weight_bytes
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
-
-from gemma3_text import write_text_model
 
 EVERY_SPLIT = {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}
 TOPOLOGIES = [
@@ -120,27 +114,3 @@ def test_the_planned_weights_are_the_fullest_processs(name: str, tmp_path: Path)
         stages = [compute_state_bytes(config, pp_rank, dp_size=1) for pp_rank in range(pp_size)]
         copies = model.vocab_size * model.hidden_size if model.tied_output else 0
         assert sum(stages) == 4 * (count_parameters(model) + copies)
-
-
-def compute_ours(source: Path) -> torch.Tensor | None:
-    gpt = build_shard({}, read_family_config(source))
-    load_hf_checkpoint(gpt, source)
-    return compute_logits(gpt)
-
-
-def test_a_gemma_that_sees_pictures_gives_its_text_model(tmp_path: Path) -> None:
-    text = build_family_model("gemma3_text").config
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    pictures = {"mm_tokens_per_image": 4, "image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92}
-    vision_config = SiglipVisionConfig(**vision, image_size=16, patch_size=8)
-    config = Gemma3Config(text_config=text, vision_config=vision_config, **pictures)
-    whole = Gemma3ForConditionalGeneration(config).eval()
-    whole.save_pretrained(tmp_path / "whole")
-    with pytest.raises(ValueError, match="model_type='gemma3' is not supported"):
-        read_family_config(tmp_path / "whole")
-    write_text_model(tmp_path / "whole", tmp_path / "text")
-    check_hf_checkpoint(read_family_config(tmp_path / "text"), tmp_path / "text")
-    with torch.no_grad():
-        expected = whole(input_ids=draw_tokens()).logits
-    (logits,) = run_distributed(compute_ours, 1, tmp_path / "text")
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from family_toy import read_family_config
 from fp8_files import LAYOUTS, write_fp8_checkpoint
 from hf_toy import build_shard, compute_logits, count_processes, draw_adapter_values
 from processes import run_distributed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiers import few_of
 from wrapper_toy import WRAPPERS, build_wrapper, draw_words, edit_text_config, look, open_whole, write_wrapper
 
@@ -182,9 +182,32 @@ def test_what_is_published_quantised_is_read_and_written_as_its_values(name: str
     open_whole(target)
 
 
+@pytest.mark.parametrize("begins", ["language_model.model.", "model."], ids=["older transformers", "text alone"])
+def test_adapters_by_other_names_of_the_text_model_come_in(begins: str, tmp_path: Path) -> None:
+    """From before transformers 4.52, and from a checkpoint of the text model alone."""
+    model, source = write_wrapper("gemma3", tmp_path / "base"), tmp_path / "source"
+    write_with_peft(
+        build_wrapper("gemma3"),
+        source,
+        target_modules=r".*language_model.*\.q_proj",
+        modules_to_save=["language_model.norm"],
+        r=2,
+    )
+    expected = read_in(source, tmp_path / "expected", model).read()
+    prefix, tensors = "base_model.model.", load_file(source / "adapter_model.safetensors")
+    renamed = {key.replace(f"{prefix}model.language_model.", prefix + begins): one for key, one in tensors.items()}
+    save_file(renamed, source / "adapter_model.safetensors")
+    stored = read_in(source, tmp_path / "stored", model)
+    assert stored.modules == ["norm"]
+    actual = stored.read()
+    assert actual.values.keys() == expected.values.keys()
+    assert all(torch.equal(one, expected.values[key]) for key, one in actual.values.items())
+
+
+TOKENIZER = [f"model.tokenizer={ASSETS / 'demo_base'}"]
 TRAIN = [
     *("model=hf", "data=fake", "data.num_fake_examples=8", "data.seq_len=16", "track=none", "loop.num_steps=2"),
-    *("loop.micro_batch_size=2", "optim.lr=1e-2", f"model.tokenizer={ASSETS / 'demo_base'}"),
+    *("loop.micro_batch_size=2", "optim.lr=1e-2", *TOKENIZER),
 ]
 
 
@@ -206,9 +229,9 @@ def test_an_adapter_is_trained_and_answers(tmp_path: Path) -> None:
     write_wrapper("gemma3", base)
     words = ["train", *TRAIN, f"model.checkpoint={base}", f"run_dir={run}", "lora.target_modules=[all-linear]"]
     assert run_distributed(call, 1, words) == [0]
-    compute_with_peft(base, find_adapter_directory(run), "gemma3")
-
-
-def find_adapter_directory(run: Path) -> Path:
-    (found,) = {path.parent for path in run.rglob("adapter_config.json")}
-    return found
+    adapted, _ = compute_with_peft(base, run / "adapter", "gemma3")
+    with torch.no_grad():
+        assert (adapted - open_whole(base)(input_ids=draw_words()).logits).abs().max() > 1e-3
+    answer = ["generate", "model=hf", f"model.checkpoint={base}", f"adapter={run}", "generate.prompt=a", *TOKENIZER]
+    assert run_distributed(call, 1, [*answer, "generate.max_new_tokens=2"]) == [0]
+    assert run_distributed(call, 1, ["plan", *TRAIN, f"model.checkpoint={base}"]) == [0]
