@@ -9,6 +9,9 @@ import torch
 from family_toy import build_family_model, read_family_config
 from hf_toy import draw_tokens
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
@@ -20,6 +23,7 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     PixtralVisionConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
 
@@ -128,6 +132,13 @@ def open_whole(directory: Path) -> PreTrainedModel:
 def draw_words() -> torch.Tensor:
     """[B, S] = [2, 16], without a token that stands for something else."""
     return draw_tokens() % IMAGE
+
+
+def write_words(directory: Path) -> None:
+    """A tokenizer as small as the text models are."""
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(101)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w100").save_pretrained(directory)
 
 
 @torch.no_grad()

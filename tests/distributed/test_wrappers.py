@@ -13,10 +13,20 @@ from hf_toy import build_shard, compute_logits, count_processes, draw_adapter_va
 from processes import run_distributed
 from safetensors.torch import load_file, save_file
 from tiers import few_of
-from wrapper_toy import WRAPPERS, build_wrapper, draw_words, edit_text_config, look, open_whole, write_wrapper
+from wrapper_toy import (
+    WRAPPERS,
+    build_wrapper,
+    draw_words,
+    edit_text_config,
+    look,
+    open_whole,
+    write_words,
+    write_wrapper,
+)
 
 from lora_dist.checkpoint.convert import export_adapter
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
+from lora_dist.cli.main import main
 from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.files.hf_checkpoint import check_hf_checkpoint, compute_base_fingerprint, is_quantized, read_dtype
 from lora_dist.lora.targets import build_adapter_specs
@@ -204,10 +214,9 @@ def test_adapters_by_other_names_of_the_text_model_come_in(begins: str, tmp_path
     assert all(torch.equal(one, expected.values[key]) for key, one in actual.values.items())
 
 
-TOKENIZER = [f"model.tokenizer={ASSETS / 'demo_base'}"]
 TRAIN = [
     *("model=hf", "data=fake", "data.num_fake_examples=8", "data.seq_len=16", "track=none", "loop.num_steps=2"),
-    *("loop.micro_batch_size=2", "optim.lr=1e-2", *TOKENIZER),
+    *("loop.micro_batch_size=2", "optim.lr=1e-2", f"model.tokenizer={ASSETS / 'demo_base'}"),
 ]
 
 
@@ -232,6 +241,7 @@ def test_an_adapter_is_trained_and_answers(tmp_path: Path) -> None:
     adapted, _ = compute_with_peft(base, run / "adapter", "gemma3")
     with torch.no_grad():
         assert (adapted - open_whole(base)(input_ids=draw_words()).logits).abs().max() > 1e-3
-    answer = ["generate", "model=hf", f"model.checkpoint={base}", f"adapter={run}", "generate.prompt=a", *TOKENIZER]
+    write_words(base)
+    answer = ["generate", "model=hf", f"model.checkpoint={base}", f"adapter={run}", "generate.prompt=w1 w2"]
     assert run_distributed(call, 1, [*answer, "generate.max_new_tokens=2"]) == [0]
-    assert run_distributed(call, 1, ["plan", *TRAIN, f"model.checkpoint={base}"]) == [0]
+    assert main(["plan", *TRAIN, f"model.checkpoint={base}"]) == 0
