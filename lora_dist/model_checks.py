@@ -70,6 +70,10 @@ def check_model(model: "ModelConfig") -> None:
     )
     _check_multipliers(model)
     _check_experts(model)
+    require(
+        model.wrapper is None or model.checkpoint is not None,
+        f"model.wrapper={model.wrapper} is of a model.checkpoint; without one leave it null",
+    )
     _check_gate(model)
     check_attention(model)
 

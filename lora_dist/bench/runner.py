@@ -76,6 +76,11 @@ def check_bench(config: RunConfig) -> None:
             f"model.checkpoint={config.model.checkpoint} is quantised, which transformers keeps so, or refuses, by"
             f" machine; bench {', '.join(OUR_CONTENDERS)} alone, or convert the weights to bf16 first"
         )
+    if not ours_alone and config.model.wrapper is not None:
+        raise ValueError(
+            f"model.checkpoint={config.model.checkpoint} is a {config.model.wrapper}, whose text model is trained here"
+            f" alone; bench {', '.join(OUR_CONTENDERS)} alone"
+        )
     if not (config.lora.has_factors_alone or ours_alone):
         raise ValueError(
             "with its peers bench compares LoRA's factors alone; leave lora.bias, modules_to_save, init and use_dora"

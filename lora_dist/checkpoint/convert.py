@@ -21,7 +21,7 @@ from lora_dist.files.directories import open_new_directory, write_json
 from lora_dist.files.imported import ImportedAdapter
 from lora_dist.files.loralib import export_loralib, import_loralib
 from lora_dist.files.loralib_settings import SETTINGS
-from lora_dist.files.modules import FAMILY_NAMES
+from lora_dist.files.modules import list_linear_names
 from lora_dist.files.peft_import import import_peft
 from lora_dist.files.peft_layout import to_peft_files
 from lora_dist.files.peft_split import to_peft_split
@@ -111,7 +111,7 @@ def _to_peft_split(adapter: Adapter, stored: StoredAdapter) -> _Files:
         adapter.values,
         adapter.specs,
         bias=adapter.bias,
-        names=stored.source_names or FAMILY_NAMES[stored.model.family],
+        names=stored.source_names or list_linear_names(stored.model),
         base_name=stored.model.checkpoint,
     )
 

@@ -1,4 +1,6 @@
-"""Tensors with which nothing is computed here, from a model's checkpoint into what is written of it: indexers."""
+"""Tensors with which nothing is computed here, from a model's checkpoint into what is written of it: indexers, and
+what sees pictures.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +10,8 @@ import torch
 from lora_dist.config import ModelConfig
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_reader import HfReader
-from lora_dist.files.safetensors_stream import DTYPE_NAMES
+from lora_dist.files.hf_wrappers import BESIDE
+from lora_dist.files.safetensors_stream import DTYPES
 from lora_dist.lora.factors import derive_seed
 
 
@@ -20,13 +23,27 @@ class CarriedTensors:
     def __init__(self, model: ModelConfig, dtype: torch.dtype) -> None:
         """`dtype` is that of what is written. OSError where the checkpoint can no longer be read."""
         family = HF_FAMILIES[model.family]
-        self.shapes, self._init_std = family.compute_carried(model), model.init_std
-        self._reader = _open(model.checkpoint) if self.shapes and model.checkpoint is not None else None
+        self.shapes, self._init_std, self._prefix = family.compute_carried(model), model.init_std, family.prefix
+        is_read = self.shapes or model.wrapper is not None
+        self._reader = _open(model.checkpoint) if is_read and model.checkpoint is not None else None
+        self._wrapper = self._reader if model.wrapper is not None else None
         self.dtypes = dict.fromkeys(self.shapes, dtype)
         """As the others', but what may be wider and is stays so."""
         for name in self.shapes:
             if self._reader is not None and family.wider is not None and family.wider.fullmatch(name):
-                self.dtypes[name] = torch.promote_types(dtype, _BY_NAME[self._reader.dtypes[name]])
+                self.dtypes[name] = torch.promote_types(dtype, DTYPES[self._reader.dtypes[name]])
+        if self._wrapper is not None:
+            self._add_beside(self._wrapper)
+
+    def _add_beside(self, reader: HfReader) -> None:
+        """Value for value: each in the dtype that it has, or had before it was quantised."""
+        beside = [name for name in reader.shapes if name.startswith(BESIDE)]
+        self.shapes = self.shapes | {name: reader.shapes[name] for name in beside}
+        self.dtypes |= {name: DTYPES[reader.dtypes[name]] for name in beside}
+
+    def find_stored_name(self, name: str) -> str:
+        """Of any tensor of the model in what is written: as in the checkpoint where that is more than a text model."""
+        return f"{self._prefix}{name}" if self._wrapper is None else self._wrapper.find_stored_name(name)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in self.shapes.items():
@@ -37,9 +54,6 @@ class CarriedTensors:
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
         return torch.randn(shape, generator=torch.Generator().manual_seed(derive_seed(name))) * self._init_std
-
-
-_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def _open(directory: str) -> HfReader:

@@ -14,7 +14,18 @@ from lora_dist.files.directories import read_json
 from lora_dist.files.hash_cache import find_sha256
 from lora_dist.files.hf_families import HF_FAMILIES, MODEL_TYPES
 from lora_dist.files.hf_layout import TIED_HEAD, HfFamily
-from lora_dist.files.hf_reader import CONFIG, HfReader, find_weight_files
+from lora_dist.files.hf_reader import CONFIG, HfReader, find_weight_files, list_stored_names
+from lora_dist.files.hf_wrappers import (
+    BESIDE,
+    TEXT,
+    TIED,
+    WRAPPERS,
+    find_layout,
+    find_wrapper,
+    get_text_config,
+    list_tied,
+    to_stored_name,
+)
 from lora_dist.files.mxfp4_blocks import is_mxfp4
 from lora_dist.files.quantization import QUANTIZATION, find_original_dtype, read_quantization
 from lora_dist.files.safetensors_stream import DTYPE_NAMES
@@ -39,7 +50,10 @@ _RARE: dict[str, object] = {
 }
 """Settings that few models have, and what the others have."""
 _COMPARED = {
-    **{key: key for key in ("family", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")},
+    **{
+        key: key
+        for key in ("family", "wrapper", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")
+    },
     **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
     **{key: key for key in ("sliding_window", *_RARE, *_LATENT_SETTINGS, *_INDEXER_SETTINGS, *_DELTA_SETTINGS)},
     **{key: key for key in ("num_experts", "experts_per_token", *_EXPERT_SETTINGS, *_GATE_SETTINGS)},
@@ -55,14 +69,27 @@ def read_model_fields(directory: str | Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise ValueError(f"model.checkpoint={directory} is not a directory")
     path = directory / CONFIG
-    config = read_json(path)
-    _check_setting(path, "model_type", config.get("model_type"), tuple(MODEL_TYPES))
+    whole = read_json(path)
+    wrapper, config = find_wrapper(whole), get_text_config(whole, path)
+    if wrapper is None:
+        _check_setting(path, "model_type", config.get("model_type"), (*MODEL_TYPES, *WRAPPERS))
+    else:
+        _check_setting(path, f"{TEXT}.model_type", config["model_type"], tuple(MODEL_TYPES))
+        said = list_tied(whole)
+        config |= {TIED: said.pop() if len(said) == 1 else not _stores_head(directory)} if said else {}
     family = HF_FAMILIES[MODEL_TYPES[config["model_type"]]]
     if not (family.in_mxfp4 and is_mxfp4(config)):
         read_quantization(config, path)
     for key, (default, allowed) in family.settings.items():
         _check_setting(path, key, config.get(key, default), allowed)
-    return {"name": directory.resolve().name, **family.read_fields(config, path), "checkpoint": str(directory)}
+    about = {"name": directory.resolve().name, "checkpoint": str(directory), "wrapper": wrapper}
+    return {**family.read_fields(config, path), **about}
+
+
+def _stores_head(directory: Path) -> bool:
+    names = list_stored_names(directory)
+    head = to_stored_name(TIED_HEAD, find_layout(names, directory))
+    return any(name.startswith(head) for name in names)  # quantised, it may be several
 
 
 def _check_setting(path: Path, key: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -95,7 +122,8 @@ def _check_field(key: str, wanted: object, found: object, directory: Path) -> No
 
 def _check_tensors(reader: HfReader, family: HfFamily, model: ModelConfig) -> None:
     expected = family.compute_shapes(model) | family.compute_carried(model)
-    found = {name for name in reader.shapes if not family.is_ignored(name, model.num_layers)}
+    own = (name for name in reader.shapes if not name.startswith(BESIDE))
+    found = {name for name in own if not family.is_ignored(name, model.num_layers)}
     stacked = next((name for name in sorted(found - expected.keys()) if ".experts.gate_up_proj" in name), None)
     if stacked is not None:
         raise ValueError(
@@ -133,7 +161,11 @@ def _check_tied_head(reader: HfReader, embedding_name: str) -> None:
 
 def is_quantized(directory: str | Path) -> bool:
     """Whether its config.json says so. ValueError where that cannot be read."""
-    return read_json(Path(directory) / CONFIG).get(QUANTIZATION) is not None
+    return _read_text_config(Path(directory)).get(QUANTIZATION) is not None
+
+
+def _read_text_config(directory: Path) -> dict[str, Any]:
+    return get_text_config(read_json(directory / CONFIG), directory / CONFIG)
 
 
 def read_dtype(directory: str | Path) -> torch.dtype:
@@ -141,7 +173,7 @@ def read_dtype(directory: str | Path) -> torch.dtype:
     config.json says that it was."""
     by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()}
     if is_quantized(directory):
-        return by_name[find_original_dtype(read_json(Path(directory) / CONFIG))]
+        return by_name[find_original_dtype(_read_text_config(Path(directory)))]
     model, reader = ModelConfig(**read_model_fields(directory)), HfReader(Path(directory))
     family = HF_FAMILIES[model.family]
     names = {

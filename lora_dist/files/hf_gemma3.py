@@ -37,6 +37,8 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "use_bidirectional_attention": (False, (False, None)),
 }
 _ABSENT: dict[str, Any] = {
+    **{"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26},
+    **{"num_attention_heads": 8, "max_position_embeddings": 131072},
     **{"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256},
     **{"tie_word_embeddings": True, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
 }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lora_dist.base_shapes import compute_canonical_shapes
+from lora_dist.files.hf_wrappers import name_in_memory
 from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.lora.targets import compute_linear_shapes
 from lora_dist.model_config import ModelConfig
@@ -96,10 +97,10 @@ class HfFamily:
         extra = self.extra_layers and self.extra_layers.fullmatch(stored_name)
         return bool(self.ignored.fullmatch(stored_name) or (extra and int(extra[1]) >= num_layers))
 
-    def find_module(self, stored_name: str) -> str:
+    def find_module(self, stored_name: str, wrapper: str | None = None) -> str:
         """Full name, in transformers' model, of the module that has a stored tensor."""
         module = f"{self.prefix}{stored_name}".rpartition(".")[0]
-        return self.module_names.get(module, module)
+        return name_in_memory(self.module_names.get(module, module), wrapper)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

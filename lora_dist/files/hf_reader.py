@@ -1,6 +1,7 @@
 """The tensors of a Hugging Face checkpoint, in whatever files and format: found by name and read in parts."""
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lora_dist.base_format import MXFP4_BLOCK
 from lora_dist.files.directories import read_json
 from lora_dist.files.fp8_blocks import dequantize_blocks, find_blocks, find_scales, is_inference_scale
 from lora_dist.files.hf_gpt2 import PREFIX
+from lora_dist.files.hf_wrappers import BESIDE, find_layout, find_wrapper, get_text_config, to_stored_name, to_text_name
 from lora_dist.files.int4_groups import find_int4, unpack_int4
 from lora_dist.files.mxfp4_blocks import compute_shape, find_packed, is_mxfp4
 from lora_dist.files.quantization import (
@@ -28,6 +30,9 @@ CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetens
 class HfReader:
     """Finds tensors by their names without `transformer.`, in one file or several, and reads parts of them.
 
+    Where the text model is a part of the checkpoint, its tensors have the names that they have in one of its own, and
+    BESIDE stands in front of all others.
+
     What is stored in fp8 or int4 with scales appears as the one weight that it was, of the dtype that it had; what is
     in MXFP4 as the one that it is, in bf16.
     """
@@ -39,17 +44,31 @@ class HfReader:
         """
         self.directory, self.shapes, self.dtypes, self._device = directory, {}, {}, device
         self._places: dict[str, TensorInfo] = {}
-        for path in find_weight_files(directory):
-            for stored_name, info in read_header(path).items():
-                name = stored_name.removeprefix(PREFIX)
+        headers = {path: read_header(path) for path in find_weight_files(directory)}
+        config = read_json(directory / CONFIG)
+        self._layout = find_layout(chain(*headers.values()), directory) if find_wrapper(config) else None
+        for path, header in headers.items():
+            for stored_name, info in header.items():
+                name = self._name(stored_name)
                 if name in self._places:
                     raise ValueError(f"{path} holds {stored_name} a second time; {self._places[name].path} has it too")
                 self._places[name] = info
                 self.shapes[name], self.dtypes[name] = info.shape, info.dtype
-        config = read_json(directory / CONFIG)
+        config = get_text_config(config, directory / CONFIG)
         files = {name: info.path for name, info in self._places.items()}
         self._hide_codes(config, files)
         self._hide_scales(config, files)
+
+    def _name(self, stored_name: str) -> str:
+        if self._layout is None:
+            return stored_name.removeprefix(PREFIX)
+        text_name = to_text_name(stored_name, self._layout)
+        return f"{BESIDE}{stored_name}" if text_name is None else text_name
+
+    def find_stored_name(self, name: str) -> str:
+        """Of a tensor of this checkpoint or a text model's, in the files of one in which that is a part."""
+        assert self._layout is not None
+        return name.removeprefix(BESIDE) if name.startswith(BESIDE) else to_stored_name(name, self._layout)
 
     def _hide_codes(self, config: Mapping[str, Any], files: Mapping[str, Path]) -> None:
         self._packed = find_packed(self.shapes, self.dtypes, files)
@@ -145,11 +164,22 @@ def find_weight_files(directory: Path) -> list[Path]:
             f"model.checkpoint={directory} holds neither {SINGLE_FILE} nor {INDEX};"
             " save the model as safetensors (save_pretrained does) or name another directory"
         )
-    weight_map = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or any(type(name) is not str for name in weight_map.values()):
-        raise ValueError(f"{directory / INDEX} has no weight_map; copy the checkpoint again")
-    names = sorted(set(weight_map.values()))
+    names = sorted(set(_read_weight_map(directory).values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ValueError(f"{directory / INDEX} names a file outside its directory: {outside[0]}")
     return [directory / name for name in names]
+
+
+def list_stored_names(directory: Path) -> list[str]:
+    """Of all tensors, from the index where there is one."""
+    files = find_weight_files(directory)
+    return list(read_header(files[0]) if files[0].name == SINGLE_FILE else _read_weight_map(directory))
+
+
+def _read_weight_map(directory: Path) -> dict[str, str]:
+    """Tensor -> file."""
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or any(type(name) is not str for name in weight_map.values()):
+        raise ValueError(f"{directory / INDEX} has no weight_map; copy the checkpoint again")
+    return weight_map

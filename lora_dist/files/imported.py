@@ -15,6 +15,7 @@ import torch
 from lora_dist.config import ModelConfig
 from lora_dist.files.base_values import compute_stored_shapes, from_stored
 from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.files.hf_wrappers import find_text_name
 from lora_dist.files.modules import FAMILY_NAMES, ModuleName, find_stored_rows, parse_module_name
 from lora_dist.lora.spec import CANONICAL_TARGETS, AdapterSpec
 from lora_dist.lora.targets import compute_linear_shapes, find_num_experts
@@ -236,7 +237,10 @@ def _read_biases(
     """Canonical values; exactly those that `bias` trains."""
     names = list_trained_base(specs, model, bias)
     expected = compute_stored_shapes(names, model)
-    found = {f"{name.removeprefix(HF_FAMILIES[model.family].prefix)}.bias": tensor for name, tensor in biases.items()}
+    prefix, found = HF_FAMILIES[model.family].prefix, dict[str, torch.Tensor]()
+    for name, tensor in biases.items():
+        text_name = find_text_name(f"{name}.bias", model.wrapper)
+        found[(text_name or name).removeprefix(prefix)] = tensor
     for name in sorted(expected.keys() | found.keys()):
         actual = tuple(found[name].shape) if name in found else "none"
         wanted = expected.get(name, "none")

@@ -21,7 +21,7 @@ from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_gpt2 import QKV_TARGETS
 from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, build_imported, drop_keys
 from lora_dist.files.loralib_settings import LoralibSettings, read_settings
-from lora_dist.files.modules import FAMILY_NAMES, is_fused, parse_module_name
+from lora_dist.files.modules import is_fused, list_linear_names, parse_module_name
 from lora_dist.files.safetensors_stream import read_header
 from lora_dist.lora.spec import AdapterSpec
 from lora_dist.lora.trained_base import list_trained_base
@@ -132,7 +132,7 @@ def export_loralib(
     _check_layout(model)
     modules: dict[str, list[AdapterSpec]] = defaultdict(list)
     for spec in specs:
-        modules[{**FAMILY_NAMES[model.family], **names}[spec.target].format(layer=spec.layer)].append(spec)
+        modules[{**list_linear_names(model), **names}[spec.target].format(layer=spec.layer)].append(spec)
     state: dict[str, torch.Tensor] = {}
     settings: dict[str, Any] = {}
     for name, group in modules.items():

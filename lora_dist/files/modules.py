@@ -21,6 +21,7 @@ from lora_dist.files.hf_opt import OPT_NAMES
 from lora_dist.files.hf_phi3 import PHI3_NAMES
 from lora_dist.files.hf_qwen3_5 import QWEN3_5_MOE_NAMES, QWEN3_5_NAMES
 from lora_dist.files.hf_qwen3_next import QWEN3_NEXT_NAMES
+from lora_dist.files.hf_wrappers import name_in_memory
 from lora_dist.lora.layer import compute_fused_rows
 from lora_dist.lora.targets import compute_linear_shapes, find_linear, find_targets
 
@@ -50,6 +51,11 @@ FAMILY_NAMES: dict[str, dict[str, str]] = {
 }
 """Target -> template of its linear in transformers, by family."""
 _LAYER = re.compile(r"(?:.*\.)?(?:h|layers?|blocks?)\.(\d+)\.(.+)")
+
+
+def list_linear_names(model: ModelConfig) -> dict[str, str]:
+    """Target -> template of its linear in transformers, of this model."""
+    return {target: name_in_memory(name, model.wrapper) for target, name in FAMILY_NAMES[model.family].items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,7 +28,9 @@ def find_base_keys(
     keys = {}
     for name in compute_stored_shapes(list_trained_base(specs, model, bias, modules), model):
         module, _, kind = name.rpartition(".")
-        keys[f"{KEY_PREFIX}{family.find_module(name)}{'.base_layer' if module in adapted else ''}.{kind}"] = name
+        keys[
+            f"{KEY_PREFIX}{family.find_module(name, model.wrapper)}{'.base_layer' if module in adapted else ''}.{kind}"
+        ] = name
     if model.tied_output and family.embedding in keys.values():
         keys[_HEAD_KEY] = family.embedding
     return keys

@@ -14,6 +14,7 @@ import torch
 
 from lora_dist.config import ModelConfig
 from lora_dist.files.hf_families import HF_FAMILIES
+from lora_dist.files.hf_wrappers import name_in_memory
 from lora_dist.files.imported import find_block_owners, scale_alpha
 from lora_dist.files.peft_base import KEY_PREFIX
 from lora_dist.files.peft_fused import PeftModule, assign_columns
@@ -32,6 +33,8 @@ class ExpertParameter:
     name: str
     is_wrapped: bool = False
     """By the wrapper of the other one."""
+    wrapper: str | None = None
+    """Model that the text model is a part of."""
 
     @property
     def full_name(self) -> str:
@@ -39,16 +42,20 @@ class ExpertParameter:
 
     @property
     def _module(self) -> str:
-        return f"model.layers.{self.layer}.mlp.experts"
+        return name_in_memory(f"model.layers.{self.layer}.mlp.experts", self.wrapper)
 
     def key(self, factor: str) -> str:
         return f"{KEY_PREFIX}{self._module}{'.base_layer' if self.is_wrapped else ''}.{factor}.weight"
 
 
-def list_parameters(layer: int, names: Sequence[str]) -> list[ExpertParameter]:
+def list_parameters(layer: int, names: Sequence[str], model: ModelConfig) -> list[ExpertParameter]:
     """Those of a layer that are adapted. Whatever the order they are named in, PEFT's last wrapper is down_proj's."""
     wrapped = "gate_up_proj" if len(names) == 2 else None
-    return [ExpertParameter(layer, name, is_wrapped=name == wrapped) for name in TARGETS if name in names]
+    return [
+        ExpertParameter(layer, name, is_wrapped=name == wrapped, wrapper=model.wrapper)
+        for name in TARGETS
+        if name in names
+    ]
 
 
 def _group(specs: Sequence[AdapterSpec], model: ModelConfig) -> Iterator[tuple[ExpertParameter, PeftModule]]:
@@ -57,7 +64,7 @@ def _group(specs: Sequence[AdapterSpec], model: ModelConfig) -> Iterator[tuple[E
         layers[spec.layer].append(spec)
     for layer, group in layers.items():
         own = {name: [spec for spec in group if spec.target in TARGETS[name]] for name in TARGETS}
-        for parameter in list_parameters(layer, [name for name, found in own.items() if found]):
+        for parameter in list_parameters(layer, [name for name, found in own.items() if found], model):
             rows = find_rows(parameter, model)
             yield parameter, PeftModule(parameter.full_name, tuple(own[parameter.name]), rows)
 

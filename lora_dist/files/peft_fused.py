@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_dist.config import ModelConfig
-from lora_dist.files.modules import FAMILY_NAMES, find_stored_rows
+from lora_dist.files.modules import find_stored_rows, list_linear_names
 from lora_dist.files.peft_base import KEY_PREFIX
 from lora_dist.lora.spec import AdapterSpec
 
@@ -72,8 +72,9 @@ class PeftModule:
 def group_specs(specs: Sequence[AdapterSpec], model: ModelConfig) -> list[PeftModule]:
     """Adapters by the linear that holds them."""
     groups: dict[str, list[AdapterSpec]] = defaultdict(list)
+    names = list_linear_names(model)
     for spec in specs:
-        groups[FAMILY_NAMES[model.family][spec.target].format(layer=spec.layer)].append(spec)
+        groups[names[spec.target].format(layer=spec.layer)].append(spec)
     return [
         PeftModule(name, tuple(group), find_stored_rows(group[0].target, model, group[0].layer))
         for name, group in groups.items()

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from lora_dist.config import ModelConfig
 from lora_dist.files.directories import read_json
+from lora_dist.files.hf_wrappers import find_text_name
 from lora_dist.files.imported import Factors, ImportedAdapter, build_factors, build_imported, drop_keys
-from lora_dist.files.modules import FAMILY_NAMES
+from lora_dist.files.modules import list_linear_names
+from lora_dist.files.peft_base import KEY_PREFIX
 from lora_dist.files.peft_experts import TARGETS, ExpertParameter, find_rows, list_parameters, split_targets
 from lora_dist.files.peft_modules import read_peft_modules, take_modules
 from lora_dist.files.safetensors_stream import read_header
@@ -48,7 +50,7 @@ def import_peft(directory: Path, model: ModelConfig, drop: Sequence[str] = ()) -
         )
     read_header(path)
     tensors = drop_keys(load_file(path), drop)
-    _check_places(path, tensors)
+    _check_places(path, tensors, model)
     modules = read_peft_modules(path, config.get("modules_to_save") or [], config.get("bias", "none"), model)
     values = take_modules(path, tensors, model, modules)
     rank_stabilized, bias = bool(config.get("use_rslora")), config.get("bias", "none")
@@ -60,7 +62,14 @@ def import_peft(directory: Path, model: ModelConfig, drop: Sequence[str] = ()) -
     return replace(imported, values=imported.values | values, modules=modules)
 
 
-def _check_places(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_places(path: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> None:
+    beside = [key for key in tensors if find_text_name(key.removeprefix(KEY_PREFIX), model.wrapper) is None]
+    if beside:
+        part = re.escape(".".join(beside[0].split(".")[:4]))
+        raise ValueError(
+            f"{path}: {beside[0]} ({len(beside)} in all) is beside the text model of a {model.wrapper}, which alone is"
+            f" trained here; train without it, or leave it out with drop=['{part}\\..*']"
+        )
     outside = next((key for key in tensors if _OUTSIDE_LAYERS.search(key)), None)
     if outside is not None:
         raise ValueError(
@@ -104,11 +113,11 @@ def _take_experts(
     for layer in filter(model.has_experts, range(model.num_layers)):
         adapted = []
         for name in TARGETS:
-            full_name = f".{ExpertParameter(layer, name).full_name}"
+            full_name = f".{ExpertParameter(layer, name, wrapper=model.wrapper).full_name}"
             hits = {one for one in named if full_name.endswith(f".{one}")}
             matched |= hits
             adapted += [name] if hits else []
-        for parameter in list_parameters(layer, adapted):
+        for parameter in list_parameters(layer, adapted, model):
             found += _take_parameter(path, tensors, parameter, config, model)
     for one in sorted(set(named) - matched):
         if f".{one}".endswith(_ROUTER) and model.num_experts is not None:
@@ -121,7 +130,7 @@ def _take_experts(
 def _list_linears(model: ModelConfig) -> list[str]:
     """Full names in transformers of those that can be adapted, experts' ones left out."""
     return [
-        FAMILY_NAMES[model.family][target].format(layer=layer)
+        list_linear_names(model)[target].format(layer=layer)
         for layer in range(model.num_layers)
         for target in compute_linear_shapes(model, layer)
         if find_num_experts(target, model, layer) is None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_dist.config import ModelConfig
-from lora_dist.files.modules import FAMILY_NAMES
+from lora_dist.files.modules import list_linear_names
 from lora_dist.files.peft_base import compute_base_shapes, from_peft_base, to_peft_base
 from lora_dist.files.peft_config import describe_peft_config
 from lora_dist.files.peft_experts import (
@@ -44,12 +44,12 @@ def to_peft_files(
     if model.architecture.fused_targets:
         tensors, adapted = to_peft_fused(values, plain, model), describe_fused_modules(plain, model)
     else:
-        names = FAMILY_NAMES[model.family]
+        names = list_linear_names(model)
         tensors = {key: values[name] for name, key in compute_split_keys(plain, names).items()}
         adapted = describe_split_modules(plain, names)
     # PEFT takes a linear of such a name for the experts' own, so it is given the name of its weight.
     beside = {
-        FAMILY_NAMES[model.family][spec.target].format(layer=spec.layer)
+        list_linear_names(model)[spec.target].format(layer=spec.layer)
         for spec in plain
         if is_mlp_beside_experts(spec, model)
     }
@@ -80,7 +80,7 @@ def from_peft_tensors(
     others = from_peft_experts(tensors, of_experts, model) | from_peft_base(tensors, specs, model, bias, modules)
     if model.architecture.fused_targets:
         return from_peft_fused(tensors, plain, model) | others
-    keys = compute_split_keys(plain, FAMILY_NAMES[model.family])
+    keys = compute_split_keys(plain, list_linear_names(model))
     return {name: tensors[key] for name, key in keys.items()} | others
 
 
@@ -92,7 +92,7 @@ def compute_peft_shapes(
     others = compute_expert_shapes(of_experts, model) | compute_base_shapes(specs, model, bias, modules)
     if model.architecture.fused_targets:
         return compute_fused_shapes(plain, model) | others
-    keys, shapes = compute_split_keys(plain, FAMILY_NAMES[model.family]), compute_factor_shapes(plain, model)
+    keys, shapes = compute_split_keys(plain, list_linear_names(model)), compute_factor_shapes(plain, model)
     return {key: shapes[name] for name, key in keys.items()} | others
 
 

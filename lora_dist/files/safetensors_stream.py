@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     "BOOL": torch.bool,
 }
-"""What can be read, by its name in a header."""
+"""What can be read and written, by its name in a header."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 """safetensors' own limit; a larger number is not a header's length."""
 
@@ -50,7 +51,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _describe(path: Path, name: str, entry: Mapping[str, Any], data_start: int) -> TensorInfo:
     (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
-    if dtype in _DTYPES and end - start != prod(shape) * _DTYPES[dtype].itemsize:
+    if dtype in DTYPES and end - start != prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(
             f"{path} is damaged: its header gives {name}, {dtype} of shape {shape}, {end - start} bytes; copy the file"
             " again"
@@ -85,9 +86,9 @@ def read_part(
     The file is mapped for this one read, so that nothing of it stays in memory, and the header is not parsed again: a
     model of experts has a hundred thousand tensors. ValueError for a dtype that torch does not have.
     """
-    if info.dtype not in _DTYPES:
-        raise ValueError(f"{info.path} holds a tensor of {info.dtype}, not one of {', '.join(_DTYPES)}")
-    dtype, num_bytes = _DTYPES[info.dtype], prod(info.shape) * _DTYPES[info.dtype].itemsize
+    if info.dtype not in DTYPES:
+        raise ValueError(f"{info.path} holds a tensor of {info.dtype}, not one of {', '.join(DTYPES)}")
+    dtype, num_bytes = DTYPES[info.dtype], prod(info.shape) * DTYPES[info.dtype].itemsize
     if num_bytes == 0:
         return torch.empty(info.shape, dtype=dtype)
     # Copy on write, since torch has no tensors that must not be written; nobody writes.
@@ -176,7 +177,7 @@ def _build_header(
     offset = 0
     for name, shape in shapes.items():
         end = offset + prod(shape) * dtypes[name].itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

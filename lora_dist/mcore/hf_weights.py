@@ -1,7 +1,7 @@
 """Hugging Face weights into Megatron shards and back, one tensor at a time."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -14,9 +14,16 @@ from lora_dist.files.directories import open_new_directory, read_json, write_jso
 from lora_dist.files.hf_families import HF_FAMILIES
 from lora_dist.files.hf_layout import HfPart, split_to_hf
 from lora_dist.files.hf_reader import CONFIG, INDEX, SINGLE_FILE, HfReader
+from lora_dist.files.hf_wrappers import TEXT, find_wrapper
 from lora_dist.files.quantization import QUANTIZATION
 from lora_dist.files.safetensors_stream import open_writer
-from lora_dist.files.tokenizer_files import CHAT_TEMPLATE, copy_generation_config, copy_tokenizer
+from lora_dist.files.tokenizer_files import (
+    CHAT_TEMPLATE,
+    OLD_CHAT_TEMPLATE,
+    copy_generation_config,
+    copy_processors,
+    copy_tokenizer,
+)
 from lora_dist.lora.layer import compute_fused_rows, find_shared_ranges
 from lora_dist.mcore.base_parameters import describe_weights, initialize_base, open_value
 from lora_dist.mcore.model import ShardedGpt
@@ -112,8 +119,8 @@ def write_hf_checkpoint(
     """The whole base as a directory transformers loads, in the dtype the shards have. Every process calls it.
 
     Global rank 0 writes, and holds one whole tensor at a time. `read` gives a parameter's local "value" where ZeRO
-    keeps it elsewhere. The configuration, tokenizer and indexers of `model.checkpoint` are kept. OSError, on every
-    process, where the directory cannot be written; what was there stays.
+    keeps it elsewhere. The configuration, tokenizer, indexers and what sees pictures of `model.checkpoint` are kept.
+    OSError, on every process, where the directory cannot be written; what was there stays.
     """
     trainable, topology, dtype = describe_weights(gpt), gpt.topology, gpt.config.params_dtype
     entries = list_whole(trainable, topology)
@@ -129,7 +136,7 @@ def write_hf_checkpoint(
         files = plan_files(stored, max_shard_bytes, dtype.itemsize)
         tensors = chain(_split_stream(stream, model), carried)
         with open_new_directory(Path(directory)) as temporary:
-            _write_weights(temporary, files, tensors, dtypes | carried.dtypes, family.prefix)
+            _write_weights(temporary, files, tensors, dtypes | carried.dtypes, carried.find_stored_name)
             _write_config(temporary, model, dtype)
 
     write_together(write if topology.global_rank == 0 else None, stream)
@@ -165,20 +172,20 @@ def _write_weights(
     files: Mapping[str, Mapping[str, tuple[int, ...]]],
     tensors: Iterator[tuple[str, torch.Tensor]],
     dtypes: Mapping[str, torch.dtype],
-    prefix: str,
+    find_stored_name: Callable[[str], str],
 ) -> None:
     for file_name, shapes in files.items():
-        stored = {prefix + name: shape for name, shape in shapes.items()}
-        own_dtypes = {prefix + name: dtypes[name] for name in shapes}
+        stored = {find_stored_name(name): shape for name, shape in shapes.items()}
+        own_dtypes = {find_stored_name(name): dtypes[name] for name in shapes}
         with open_writer(directory / file_name, stored, own_dtypes) as writer:
             num_elements = sum(map(prod, shapes.values()))
             while num_elements:
                 name, tensor = next(tensors)
-                writer.write_entries(prefix + name, tensor)
+                writer.write_entries(find_stored_name(name), tensor)
                 num_elements -= tensor.numel()
             writer.close()
     if len(files) > 1:
-        weight_map = {prefix + name: file_name for file_name, shapes in files.items() for name in shapes}
+        weight_map = {find_stored_name(name): file_name for file_name, shapes in files.items() for name in shapes}
         sizes = [prod(shape) * dtypes[name].itemsize for shapes in files.values() for name, shape in shapes.items()]
         write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
 
@@ -197,17 +204,25 @@ def _write_config(directory: Path, model: ModelConfig, dtype: torch.dtype) -> No
     """config.json (the source's where there is one), the code that it names and the tokenizer's files."""
     source, family = None if model.checkpoint is None else Path(model.checkpoint), HF_FAMILIES[model.family]
     config = family.describe(model) if source is None else read_json(source / CONFIG)
-    config.pop("torch_dtype", None)  # an older name of dtype
-    config.pop(QUANTIZATION, None)
-    decided = {"architectures": [family.architecture], "dtype": str(dtype).removeprefix("torch.")}
-    write_json(directory / CONFIG, config | decided | dict(family.without_extra))
+    wrapper = find_wrapper(config)
+    text = config if wrapper is None else config[TEXT]
+    for section in (config, text):
+        section.pop("torch_dtype", None)  # an older name of dtype
+        section.pop(QUANTIZATION, None)
+        section["dtype"] = str(dtype).removeprefix("torch.")
+    text.update(family.without_extra)
+    if wrapper is None:
+        config["architectures"] = [family.architecture]
+    write_json(directory / CONFIG, config)
     if source is not None and "auto_map" in config:
         for path in source.glob("*.py"):
             shutil.copyfile(path, directory / path.name)
     if source is not None:
         copy_generation_config(source, directory)
+        copy_processors(source, directory)
     tokenizer = source if model.tokenizer is None else Path(model.tokenizer)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, directory)
     if model.chat_template is not None:
+        (directory / OLD_CHAT_TEMPLATE).unlink(missing_ok=True)
         shutil.copyfile(model.chat_template, directory / CHAT_TEMPLATE)

@@ -1,6 +1,5 @@
 """Every family over shards: transformers' logits from transformers' files, and the files back bit for bit."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +18,6 @@ from hf_toy import build_run_config, build_shard, compute_logits, count_processe
 from processes import run_distributed
 from safetensors.torch import load_file
 from tiers import exhaustive, few_of
-from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5MoeConfig,
-    Qwen3_5MoeForConditionalGeneration,
-    SiglipVisionConfig,
-)
 
 from lora_dist.base_shapes import count_parameters
 from lora_dist.config import TopologyConfig
@@ -35,11 +25,6 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
 from lora_dist.needed_bytes import compute_state_bytes
 from lora_dist.plan.search import compute_weight_bytes
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
-
-import qwen3_5_text
-from gemma3_text import write_text_model
 
 EVERY_SPLIT = {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}
 TOPOLOGIES = [
@@ -156,48 +141,3 @@ def test_a_seed_oss_drops_in_training_what_transformers_drops(tmp_path: Path) ->
         layer.self_attn.residual_dropout = layer.mlp.residual_dropout = 1.0
     (logits,) = run_distributed(drop_all, 1, tmp_path)
     torch.testing.assert_close(logits, theirs(draw_tokens()).logits.detach(), rtol=1e-4, atol=1e-4)
-
-
-def compute_ours(source: Path) -> torch.Tensor | None:
-    gpt = build_shard({}, read_family_config(source))
-    load_hf_checkpoint(gpt, source)
-    return compute_logits(gpt)
-
-
-@pytest.mark.parametrize("name", [*exhaustive("qwen3_5_text"), "qwen3_5_moe_text"])
-def test_a_qwen3_5_that_sees_pictures_gives_its_text_model(name: str, tmp_path: Path) -> None:
-    config_class, whole_class = {
-        "qwen3_5_text": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
-        "qwen3_5_moe_text": (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration),
-    }[name]
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    text = build_family_model(name).config.to_dict()
-    tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
-    whole = whole_class(config_class(text_config=text, vision_config=vision | {"patch_size": 4}, **tied)).eval()
-    whole.save_pretrained(tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"model_type='qwen3_5(_moe)?' is not supported"):
-        read_family_config(tmp_path / "whole")
-    qwen3_5_text.write_text_model(tmp_path / "whole", tmp_path / "text")
-    check_hf_checkpoint(read_family_config(tmp_path / "text"), tmp_path / "text")
-    with torch.no_grad():
-        expected = whole(input_ids=draw_tokens()).logits
-    (logits,) = run_distributed(compute_ours, 1, tmp_path / "text")
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_gemma_that_sees_pictures_gives_its_text_model(tmp_path: Path) -> None:
-    text = build_family_model("gemma3_text").config
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    pictures = {"mm_tokens_per_image": 4, "image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92}
-    vision_config = SiglipVisionConfig(**vision, image_size=16, patch_size=8)
-    config = Gemma3Config(text_config=text, vision_config=vision_config, **pictures)
-    whole = Gemma3ForConditionalGeneration(config).eval()
-    whole.save_pretrained(tmp_path / "whole")
-    with pytest.raises(ValueError, match="model_type='gemma3' is not supported"):
-        read_family_config(tmp_path / "whole")
-    write_text_model(tmp_path / "whole", tmp_path / "text")
-    check_hf_checkpoint(read_family_config(tmp_path / "text"), tmp_path / "text")
-    with torch.no_grad():
-        expected = whole(input_ids=draw_tokens()).logits
-    (logits,) = run_distributed(compute_ours, 1, tmp_path / "text")
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
