@@ -88,15 +88,14 @@ def convolve(
     `tails_PJX` are the J - 1 positions before the sequences; None for zeros.
     """
     num_before = kernels_XJ.shape[1] - 1
-    if num_before == 0:
-        return x_NCX * kernels_XJ[:, 0]
     if tails_PJX is None:
         tails_PJX = x_NCX.new_zeros(active[0], num_before, x_NCX.shape[2])
     befores, before = [], tails_PJX
     for step, chunks in enumerate(x_NCX.split(list(active))):
         befores.append(before)
         if step + 1 < len(active):
-            before = torch.cat([before, chunks], dim=1)[: active[step + 1], -num_before:]
+            joined = torch.cat([before, chunks], dim=1)
+            before = joined[: active[step + 1], joined.shape[1] - num_before :]
     extended = torch.cat([torch.cat(befores), x_NCX], dim=1)
     size = x_NCX.shape[1]
     out = extended[:, :size] * kernels_XJ[:, 0]

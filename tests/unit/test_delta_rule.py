@@ -137,19 +137,23 @@ def test_fp32_is_near_fp64_whatever_the_decays() -> None:
         assert (single - exact).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("num_positions", [4, 1])
 @pytest.mark.parametrize("row_blocks", [None, BLOCKS], ids=["rows", "packed"])
-def test_the_convolution_is_torchs_of_each_example(row_blocks: tuple | None) -> None:
-    x_SBX, kernels = draw(S, B, 6, seed=7), draw(6, 4, seed=8)
+def test_the_convolution_is_torchs_of_each_example(row_blocks: tuple | None, num_positions: int) -> None:
+    x_SBX, kernels = draw(S, B, 6, seed=7).requires_grad_(), draw(6, num_positions, seed=8).requires_grad_()
     chunks = cut_into_chunks(x_SBX, row_blocks)
     convolved = convolve(chunks, kernels, count_active(B, S, row_blocks), None)
-    actual = join_chunks(convolved, B, S, row_blocks)
+    actual, rows = join_chunks(convolved, B, S, row_blocks), []
     for row, blocks in enumerate(row_blocks or WHOLE):
-        first = 0
-        for length in blocks:
-            one = x_SBX[first : first + length, row].t()[None]
-            expected = torch.nn.functional.conv1d(one, kernels[:, None], padding=3, groups=6)[0, :, :length]
-            torch.testing.assert_close(actual[first : first + length, row], expected.t())
-            first += length
+        parts = [one.t()[None] for one in x_SBX[:, row].split(blocks)]
+        options = {"padding": num_positions - 1, "groups": 6}
+        whole = [torch.nn.functional.conv1d(one, kernels[:, None], **options)[0] for one in parts]
+        rows.append(torch.cat([one[:, :length].t() for one, length in zip(whole, blocks, strict=True)]))
+    expected, doutput = torch.stack(rows, dim=1), draw(S, B, 6, seed=10)
+    torch.testing.assert_close(actual, expected)
+    wanted = torch.autograd.grad(expected, (x_SBX, kernels), doutput)
+    for one, other in zip(torch.autograd.grad(actual, (x_SBX, kernels), doutput), wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_convolution_goes_on_after_what_was_before() -> None:
