@@ -131,8 +131,8 @@ class ModelConfig:
     checkpoint: str | None = None
     """Directory with config.json and safetensors; null draws the weights from loop.seed."""
     wrapper: str | None = None
-    """model_type of a checkpoint that sees pictures too, whose text model this is: gemma3, mistral3 or kimi_k25; null
-    where the checkpoint is a text model."""
+    """model_type of a checkpoint that sees pictures too, whose text model this is: gemma3, mistral3, kimi_k25,
+    qwen3_5 or qwen3_5_moe; null where the checkpoint is a text model."""
     tokenizer: str | None = None
     """Directory with the tokenizer's files; null means the checkpoint directory."""
     chat_template: str | None = None

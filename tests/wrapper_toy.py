@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from transformers import (
     PixtralVisionConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -34,6 +39,14 @@ IMAGE = 90
 _VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 _KIMI_VISION = {**_VISION, "patch_size": 2, "pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 2}
 
+_QWEN: dict[str, Any] = {
+    "vision_config": {
+        **{"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32},
+        **{"patch_size": 4, "temporal_patch_size": 1, "num_position_embeddings": 16},
+    },
+    **{"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93},
+}
+
 
 def _build_gemma3() -> PreTrainedModel:
     vision = SiglipVisionConfig(**_VISION, image_size=16, patch_size=8, vision_use_head=False)
@@ -43,12 +56,10 @@ def _build_gemma3() -> PreTrainedModel:
     )
 
 
-def _build_mistral3() -> PreTrainedModel:
+def _build_mistral3(text: str = "mistral") -> PreTrainedModel:
     options = {"image_token_index": IMAGE, "spatial_merge_size": 2, "tie_word_embeddings": False}
     vision = PixtralVisionConfig(**_VISION, head_dim=8, image_size=16, patch_size=4)
-    return Mistral3ForConditionalGeneration(
-        Mistral3Config(text_config=_text("mistral"), vision_config=vision, **options)
-    )
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=_text(text), vision_config=vision, **options))
 
 
 def _build_kimi_k25() -> PreTrainedModel:
@@ -59,6 +70,14 @@ def _build_kimi_k25() -> PreTrainedModel:
     )
 
 
+def _build_qwen3_5() -> PreTrainedModel:
+    return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=_text("qwen3_5_text"), **_QWEN))
+
+
+def _build_qwen3_5_moe() -> PreTrainedModel:
+    return Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(text_config=_text("qwen3_5_moe_text"), **_QWEN))
+
+
 def _text(family: str) -> Any:
     return build_family_model(family).config
 
@@ -66,10 +85,12 @@ def _text(family: str) -> Any:
 _BUILD: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma3": _build_gemma3,
     "mistral3": _build_mistral3,
+    "mistral3_ministral": partial(_build_mistral3, "ministral3"),
     "kimi_k25": _build_kimi_k25,
+    "qwen3_5": _build_qwen3_5,
+    "qwen3_5_moe": _build_qwen3_5_moe,
 }
 WRAPPERS = list(_BUILD)
-TEXT_OF = {"gemma3": "gemma3_text", "mistral3": "mistral", "kimi_k25": "deepseek_v3"}
 NESTED = {
     "language_model.lm_head.": "lm_head.",
     "language_model.model.": "model.language_model.",
@@ -85,7 +106,7 @@ _MISNAMED = {"language_model.model.blocks.": "language_model.model.layers.", "mo
 def build_wrapper(name: str) -> PreTrainedModel:
     """Eval mode, every parameter drawn."""
     model, generator = _BUILD[name](), torch.Generator().manual_seed(5)
-    if name == "kimi_k25":
+    if name in ("kimi_k25", "qwen3_5_moe"):
         model.set_experts_implementation("eager")  # the other ones have no fp64
     for parameter_name, parameter in model.named_parameters():
         drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -100,6 +121,10 @@ def write_wrapper(
     """As it is published, or with `nested` names; its configuration here."""
     build_wrapper(name).to(dtype).save_pretrained(directory)
     rename_tensors(directory, _MISNAMED)
+    if name.startswith("qwen3_5"):  # what predicts a second token, and transformers does not read
+        tensors = load_file(directory / "model.safetensors")
+        extra = {"mtp.fc.weight": torch.ones(32, 64, dtype=dtype)}
+        save_file(tensors | extra, directory / "model.safetensors", {"format": "pt"})
     if nested:
         rename_tensors(directory, NESTED)
     return read_family_config(directory)
@@ -149,7 +174,7 @@ def look(model: PreTrainedModel, name: str) -> torch.Tensor:
     tokens_BS = torch.cat([words[:2], torch.full((4,), IMAGE), words[2:]])[None]
     picture = torch.randn(1, 3, 16, 16, generator=generator)
     seen: dict[str, Any] = {"pixel_values": picture}
-    if name == "mistral3":
+    if name.startswith("mistral3"):
         seen["image_sizes"] = torch.tensor([[16, 16]])
     if name == "gemma3":
         seen["token_type_ids"] = (tokens_BS == IMAGE).long()
@@ -157,5 +182,11 @@ def look(model: PreTrainedModel, name: str) -> torch.Tensor:
         seen = {
             "pixel_values": torch.randn(16, 3, 2, 2, generator=generator),
             "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        }
+    if name.startswith("qwen3_5"):
+        seen = {
+            "pixel_values": torch.randn(16, 3 * 4 * 4, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 4, 4]]),
+            "mm_token_type_ids": (tokens_BS == IMAGE).long(),
         }
     return model(input_ids=tokens_BS, **seen).logits
