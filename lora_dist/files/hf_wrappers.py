@@ -29,7 +29,7 @@ _TEXT_ALONE = ("model.layers.", "model.embed_tokens.", "model.norm.")
 
 def find_wrapper(config: Mapping[str, Any]) -> str | None:
     """config.json's model_type where that holds a text model; else None."""
-    return config["model_type"] if config.get("model_type") in WRAPPERS else None
+    return next((wrapper for wrapper in WRAPPERS if wrapper == config.get("model_type")), None)
 
 
 def get_text_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from wrapper_toy import (
 
 from lora_dist.checkpoint.convert import export_adapter
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
-from lora_dist.cli.main import main
 from lora_dist.config import LoraConfig, ModelConfig
 from lora_dist.files.hf_checkpoint import check_hf_checkpoint, compute_base_fingerprint, is_quantized, read_dtype
 from lora_dist.lora.targets import build_adapter_specs
@@ -251,4 +250,3 @@ def test_an_adapter_is_trained_and_answers(tmp_path: Path) -> None:
     write_words(base)
     answer = ["generate", "model=hf", f"model.checkpoint={base}", f"adapter={run}", "generate.prompt=w1 w2"]
     assert run_distributed(call, 1, [*answer, "generate.max_new_tokens=2"]) == [0]
-    assert main(["plan", *TRAIN, f"model.checkpoint={base}"]) == 0
