@@ -1,4 +1,4 @@
-"""The families of family_toy whose attention comes out of latents."""
+"""The families of family_models whose attention comes out of latents."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

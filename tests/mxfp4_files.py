@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from family_toy import FAMILIES
+from family_models import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM
 

@@ -5,15 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_toy import (
-    FAMILIES,
-    UNLIKE,
-    VOCAB_SIZE,
-    build_family_model,
-    compute_family_logits,
-    read_family_config,
-    write_family_checkpoint,
-)
+from family_models import FAMILIES, UNLIKE, VOCAB_SIZE
+from family_toy import build_family_model, compute_family_logits, read_family_config, write_family_checkpoint
 from hf_toy import build_run_config, build_shard, compute_logits, count_processes, draw_tokens
 from processes import run_distributed
 from safetensors.torch import load_file

@@ -9,13 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from adapter_files import read_in, write_with_peft
-from family_toy import (
-    ONE_EACH,
-    build_family_model,
-    compute_family_logits,
-    read_family_config,
-    write_family_checkpoint,
-)
+from family_models import ONE_EACH
+from family_toy import build_family_model, compute_family_logits, read_family_config, write_family_checkpoint
 from hf_toy import build_hf_model, build_shard, compute_logits, count_processes, draw_adapter_values, draw_tokens
 from lora_updates import compute_update
 from processes import run_distributed

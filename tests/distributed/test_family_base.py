@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_files import read_in, write_with_peft
-from family_toy import FAMILIES, build_family_model, compute_family_logits, write_family_checkpoint
+from family_models import FAMILIES
+from family_toy import build_family_model, compute_family_logits, write_family_checkpoint
 from hf_toy import draw_tokens
 from processes import run_distributed
 from safetensors.torch import load_file, save_file

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from family_toy import ONE_EACH, build_family_model, read_family_config, write_family_checkpoint
+from family_models import ONE_EACH
+from family_toy import build_family_model, read_family_config, write_family_checkpoint
 from generation_judge import GREEDY, PAPER, choose_end_tokens, draw_prompts, generate_with_transformers
 from hf_toy import build_shard, count_processes, draw_tokens
 from processes import run_distributed

@@ -4,15 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_toy import (
-    FAMILIES,
-    UNLIKE,
-    StayDouble,
-    build_family_model,
-    name_as_stored,
-    read_family_config,
-    write_family_checkpoint,
-)
+from family_models import FAMILIES, UNLIKE
+from family_toy import StayDouble, build_family_model, name_as_stored, read_family_config, write_family_checkpoint
 from hf_toy import build_shard, draw_tokens
 from processes import run_distributed
 from tiers import few_of

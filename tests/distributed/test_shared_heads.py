@@ -11,7 +11,8 @@ import pytest
 import test_zero
 import torch
 from data_files import tokenizer_directory
-from family_toy import _SIZES, compute_family_logits, read_family_config
+from family_models import SIZES
+from family_toy import compute_family_logits, read_family_config
 from hf_toy import build_shard, compute_logits, count_processes, draw_tokens
 from processes import run_distributed
 from safetensors.torch import load_file
@@ -113,7 +114,7 @@ def write_checkpoint(num_kv_heads: int, family: str, directory: Path) -> None:
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "minimax_m2": (partial(MiniMaxM2Config, num_local_experts=4, num_experts_per_tok=2), MiniMaxM2ForCausalLM),
     }[family]
-    config = config_class(**_SIZES | {"num_key_value_heads": num_kv_heads, "head_dim": 4})
+    config = config_class(**SIZES | {"num_key_value_heads": num_kv_heads, "head_dim": 4})
     model = model_class(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

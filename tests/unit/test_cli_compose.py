@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from family_toy import FAMILIES, write_family_checkpoint
+from family_models import FAMILIES
+from family_toy import write_family_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_dist.base_shapes import count_parameters

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_models import FAMILIES, ONE_EACH
 from family_toy import (
-    FAMILIES,
-    ONE_EACH,
     build_family_model,
     edit_family_config,
     name_as_stored,
