@@ -1,6 +1,7 @@
 """Checkpoints of models that see pictures: their text models as transformers has them, and the whole written again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,10 +66,11 @@ def test_logits_are_those_of_the_whole_model_without_pictures(name: str, dtype: 
         assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()  # transformers' norms are fp32 in both
 
 
-def load_and_write(options: dict, source: Path, target: Path) -> None:
+def load_and_write(options: dict, source: Path, target: Path, template: str | None = None) -> None:
     gpt = build_shard(options, read_family_config(source))
     load_hf_checkpoint(gpt, source)
-    write_hf_checkpoint(gpt, target, model=gpt.model, max_shard_bytes=20_000)
+    model = replace(gpt.model, chat_template=template)
+    write_hf_checkpoint(gpt, target, model=model, max_shard_bytes=20_000)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["published", "nested"])
@@ -89,6 +91,16 @@ def test_what_nothing_changed_is_written_as_it_was(name: str, nested: bool, tmp_
     without_extra = {"num_nextn_predict_layers": 0} if name == "kimi_k25" else {}
     text = config["text_config"] | {"dtype": "float32"} | without_extra
     assert written == config | {"dtype": "float32", "text_config": text}
+
+
+def test_a_chat_template_of_the_run_takes_the_place_of_the_processors(tmp_path: Path) -> None:
+    source, target, template = (tmp_path / part for part in ("source", "target", "mine.jinja"))
+    write_wrapper("gemma3", source)
+    (source / "chat_template.json").write_text('{"chat_template": "theirs"}')
+    template.write_text("mine")
+    run_distributed(load_and_write, 1, {}, source, target, str(template))
+    assert (target / "chat_template.jinja").read_text() == "mine"
+    assert not (target / "chat_template.json").exists()
 
 
 def compute_with_peft(base: Path, adapter: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
