@@ -118,7 +118,10 @@ def test_a_wrong_interleave_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     lora = LoraConfig(rank=3, target_modules=ALL_TARGETS)
     _, expected = run_case(Case(lora=lora))
 
-    def concatenated_rows(num_groups: int, num_query_heads_per_group: int, head_dim: int) -> dict[str, torch.Tensor]:
+    def concatenated_rows(
+        num_groups: int, num_query_heads_per_group: int, head_dim: int, *, gated: bool
+    ) -> dict[str, torch.Tensor]:
+        assert not gated
         rows = torch.arange(num_groups * (num_query_heads_per_group + 2) * head_dim).chunk(3)
         return dict(zip(("q_proj", "k_proj", "v_proj"), rows, strict=True))
 

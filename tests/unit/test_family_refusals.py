@@ -117,7 +117,6 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint
             "llama_4_scaling_beta=None of rope_parameters is not a number",
         ),
         ("ministral3", {"rope_parameters": "gone"}, "model.max_position_embeddings=64 but"),
-        ("ministral3", {"model_type": "mistral3"}, "model_type='mistral3' is not supported, only 'gpt2'"),
         ("smollm3", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0] is not a list of 4 times 1, a layer with"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}, "no_rope_layers=[1, 0, 1, 2] is not a list of 4 times 1"),
