@@ -16,8 +16,8 @@ source "$ROOT/launch/env.sh"
 set -u
 export PATH="$ROOT/.venv/bin:$PATH"
 
-# Lines of the hostfile but for comments and empty ones; without a file DeepSpeed runs here.
-count_nodes() { { grep -sE '^[[:space:]]*[^#[:space:]]' "$HOSTFILE" || true; } | wc -l; }
+# Lines of the hostfile but for comments and empty ones.
+count_nodes() { { grep -E '^[[:space:]]*[^#[:space:]]' "$HOSTFILE" || true; } | wc -l; }
 
 # DeepSpeed on the nodes of the hostfile, with this environment's settings and the words as they are. Does not return.
 run_through_shells() {
@@ -78,6 +78,10 @@ if [ $# -eq 0 ] || ! command -v lora-dist >/dev/null; then
     exit 2
 fi
 if [ -n "${HOSTFILE:-}" ]; then
+    if [ ! -r "$HOSTFILE" ]; then # DeepSpeed would run on this node alone
+        printf 'error: HOSTFILE=%s cannot be read; give the path of a file of lines `node0 slots=8`\n' "$HOSTFILE" >&2
+        exit 2
+    fi
     DEEPSPEED=(deepspeed --hostfile "$HOSTFILE" --no_local_rank)
     JOB=(--module lora_dist.cli.main)
     # DeepSpeed starts the processes of one node here and itself, those of several through pdsh and the nodes' shells.

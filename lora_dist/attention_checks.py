@@ -195,6 +195,9 @@ def _check_rotary(model: "ModelConfig") -> None:
         keys in ROPE_SCALINGS.values() and (keys == ROPE_SCALINGS["yarn"] or keys == set(model.rope_scaling)),
         f"model.rope_scaling has {', '.join(sorted(model.rope_scaling))}; it takes {ways}",
     )
+    for key in ("factor", "original_max_position_embeddings"):
+        value = model.rope_scaling.get(key, 1.0)
+        require(value > 0, f"model.rope_scaling: {key}={value} must be positive")
     if set(model.rope_scaling) == ROPE_SCALINGS["longrope"] or model.rope_divisors:
         _check_longrope(model)
 

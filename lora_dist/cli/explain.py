@@ -81,11 +81,9 @@ def _suggest(full_key: str, owner: type) -> str:
     keys = [key.path for key in list_keys(owner)]
     leaf = full_key.rpartition(".")[2]
     same_name = [key for key in keys if key.rpartition(".")[2] == leaf]
-    return (
-        f"; did you mean {' or '.join(same_name)}?"
-        if same_name
-        else _did_you_mean(full_key, [*keys, *list_groups(owner=owner)])
-    )
+    if same_name:
+        return f"; did you mean {' or '.join(same_name)}?"
+    return _did_you_mean(full_key, [*keys, *list_groups(owner=owner)]) or "; the verb's --help lists its keys"
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -39,10 +39,11 @@ def get_rope(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The rule's settings, always with its `rope_type`. ValueError where config.json has no object there, or two rules:
     transformers would take rope_scaling, and with it not even the base of rope_parameters.
     """
-    rules = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)]
-    for rule in rules:
+    stored = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None]
+    for rule in stored:
         if not isinstance(rule, dict):
             raise ValueError(f"{path}: rope_parameters (or rope_scaling) is {rule!r}, no JSON object")
+    rules = [rule for rule in stored if rule]
     if len(rules) == 2 and _complete(rules[0], config) != _complete(rules[1], config):
         raise ValueError(
             f"{path}: rope_parameters={rules[0]} and rope_scaling={rules[1]} are two rules;"

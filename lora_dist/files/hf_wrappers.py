@@ -14,6 +14,8 @@ WRAPPERS = {
     **{"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"},
 }
 """config.json's model_type -> that of its text_config where it has none."""
+_AROUND_ONE = ("gemma3", "qwen3_5", "qwen3_5_moe")
+"""Those around that text model alone."""
 TEXT, TIED = "text_config", "tie_word_embeddings"
 BESIDE = "beside "
 """In front of a stored name that is not the text model's, so that no name of both is the same."""
@@ -42,6 +44,11 @@ def get_text_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     text = config.get(TEXT)
     if not isinstance(text, dict):
         raise ValueError(f"{path}: {TEXT}={text!r} of a {wrapper} is no JSON object; copy the file again")
+    stored = text.get("model_type") or WRAPPERS[wrapper]
+    if wrapper in _AROUND_ONE and stored != WRAPPERS[wrapper]:
+        raise ValueError(
+            f"{path}: model_type={wrapper!r} is not that of a model around a {stored!r}; copy the file again"
+        )
     outer = {key: config[key] for key in ("dtype", "torch_dtype", QUANTIZATION) if config.get(key) is not None}
     inner = {key: value for key, value in text.items() if value is not None or key not in outer}
     return {"model_type": WRAPPERS[wrapper], **outer, **inner}

@@ -157,7 +157,7 @@ def _init(track: TrackConfig, run_dir: Path, config: Mapping[str, Any], name: st
     run = wandb.init(
         project=track.project or None,
         entity=track.entity or None,
-        name=name,
+        name=os.environ.get("WANDB_NAME") or name,
         id=run_id,
         resume="allow" if run_id and mode == "online" else None,
         dir=run_dir,

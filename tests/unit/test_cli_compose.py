@@ -182,6 +182,7 @@ def test_written_configuration_is_plain_yaml_of_the_whole_run() -> None:
         ("lora.rnk=8", "unknown key lora.rnk; did you mean lora.rank?"),
         ("rank=8", "unknown key rank; did you mean lora.rank?"),
         ("modle=x", "unknown key modle; did you mean model?"),
+        ("zzz=1", "unknown key zzz; the verb's --help lists its keys"),
         ("+lora.foo=1", "+lora.foo=1: no key can be added or removed"),
         ("~lora", "~lora: no key can be added or removed"),
         ("hydra.run.dir=x", "Hydra's own settings are fixed"),

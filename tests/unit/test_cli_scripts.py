@@ -141,6 +141,13 @@ def test_a_hostfile_of_one_node_needs_no_ssh(tmp_path: Path) -> None:
     assert (tmp_path / "words").read_text() == "127.0.0.1 train run_dir=/x"
 
 
+def test_a_hostfile_that_is_not_there_starts_nothing(tmp_path: Path) -> None:
+    write_deepspeed(tmp_path, "touch started")
+    done = run_multinode(tmp_path, 1, "train", HOSTFILE="hots.txt")
+    assert (done.returncode, done.stderr.partition(";")[0]) == (2, "error: HOSTFILE=hots.txt cannot be read")
+    assert not (tmp_path / "started").exists()
+
+
 def test_a_stop_reaches_deepspeed_and_leaves_no_settings(tmp_path: Path) -> None:
     stop = f"[ $PPID = {os.getpid()} ] || kill -TERM $PPID"  # the script, not these tests
     trap = "trap 'sleep 0.2; exit 5' TERM"

@@ -44,6 +44,12 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ("llama", {"num_key_value_heads": "2"}, "num_key_value_heads='2' is not a positive integer"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters (or rope_scaling) is [1], no JSON object"),
+        ("llama", {"rope_parameters": []}, "rope_parameters (or rope_scaling) is [], no JSON object"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 0}},
+            "model.rope_scaling: factor=0.0 must be positive",
+        ),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta='x' is not a number"),
         ("gpt_neox", {"layer_norm_eps": "x"}, "layer_norm_eps='x' is not a number"),
         ("llama", {"num_key_value_heads": 3}, "model.num_kv_heads=3 does not divide model.num_heads=8"),

@@ -43,7 +43,15 @@ def run_once(run_dir: Path, track: TrackConfig, global_rank: int = 0) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_ENTITY"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_MODE",
+        "WANDB_BASE_URL",
+        "WANDB_RUN_ID",
+        "WANDB_PROJECT",
+        "WANDB_ENTITY",
+        "WANDB_NAME",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     yield
@@ -106,11 +114,22 @@ def test_wandbs_own_variables_say_what_no_override_says(monkeypatch: pytest.Monk
 
 def test_variables_that_are_empty_say_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To W&B an empty id alone is an error, which it names."""
-    for name in ("WANDB_PROJECT", "WANDB_ENTITY"):
+    for name in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME"):
         monkeypatch.setenv(name, "")
     config = compose_config([])
     run_once(run_dir, config.track)
     assert len((run_dir / RUN_ID_FILE).read_text().strip()) == 8
+    assert find_names(run_dir) == {"lora"}
+
+
+def test_a_name_of_ones_own_stays(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    run_once(run_dir, TrackConfig())
+    assert find_names(run_dir) == {"mine"}
+
+
+def find_names(run_dir: Path) -> set[str]:
+    return {record.run.display_name for record in read_offline_run(run_dir) if record.HasField("run")}
 
 
 def test_the_command_for_a_later_upload_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,11 @@ def test_a_stored_head_is_not_tied_whatever_one_level_says(outer: object, inner:
     [
         ({"model_type": "llava"}, "model_type='llava' is not supported, only"),
         ({"text_config": None}, "text_config=None of a gemma3 is no JSON object"),
-        ({"text_config": {"model_type": "gemma2"}}, "text_config.model_type='gemma2' is not supported, only"),
+        ({"text_config": {"model_type": "gemma2"}}, "model_type='gemma3' is not that of a model around a 'gemma2'"),
+        (
+            {"model_type": "mistral3", "text_config": {"model_type": "gemma2"}},
+            "text_config.model_type='gemma2' is not supported, only",
+        ),
     ],
 )
 def test_what_holds_no_known_text_model_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
