@@ -48,6 +48,9 @@ CASES: dict[str, tuple[str, ...]] = {
     "open_gpt_oss_120b": (
         *("model=gpt_oss_120b", "model.base_format=mxfp4", "topology=single", "hardware=h100", *QUANTIZED),
     ),
+    "open_qwen3_next": (
+        *("model=qwen3_next_80b_a3b", "model.base_format=nf4", "topology=single", "hardware=h100", *QUANTIZED),
+    ),
     "open_deepseek_v3": (
         *("model=deepseek_v3", "model.base_format=nf4", "topology=tp8_sp", "hardware=h100", *QUANTIZED),
     ),

@@ -121,6 +121,7 @@ def build_open_models_table() -> str:
         "qwen3_235b",
         "glm4_5",
         "gpt_oss_120b",
+        "qwen3_next",
         "deepseek_v3",
         "glm5",
         "kimi_k2",
