@@ -120,13 +120,29 @@ def run_on_first(topology: Topology, action: Callable[[], _Result]) -> _Result:
 
     A ValueError or OSError of it is raised on all of them, so that nobody waits for a process that has given up.
     """
-    told: list[_Result | ValueError | OSError | None] = [None]
-    if topology.global_rank == 0:
-        try:
-            told[0] = action()
-        except (ValueError, OSError) as error:
-            told[0] = (ValueError if isinstance(error, ValueError) else OSError)(str(error))
+    told = [_attempt(action) if topology.global_rank == 0 else None]
     dist.broadcast_object_list(told, src=0)
     if isinstance(told[0], ValueError | OSError):
         raise told[0]
     return told[0]  # type: ignore[return-value]
+
+
+def run_on_all(topology: Topology, action: Callable[[], _Result]) -> list[_Result]:
+    """What `action` returns on every process, by global rank. Collective.
+
+    Where it has a ValueError or OSError on some, that of the first of them is raised on all.
+    """
+    told: list[_Result | ValueError | OSError | None] = [None] * topology.world_size
+    dist.all_gather_object(told, _attempt(action))
+    for result in told:
+        if isinstance(result, ValueError | OSError):
+            raise result
+    return told  # type: ignore[return-value]
+
+
+def _attempt(action: Callable[[], _Result]) -> _Result | ValueError | OSError:
+    """What it returns, or its error in a form that can be told."""
+    try:
+        return action()
+    except (ValueError, OSError) as error:
+        return (ValueError if isinstance(error, ValueError) else OSError)(str(error))

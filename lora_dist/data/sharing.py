@@ -5,6 +5,7 @@ A million conversations take a process some twenty minutes; a job's processes wo
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,11 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch.distributed as dist
 
 from lora_dist.data.examples import Examples, concatenate_examples
 from lora_dist.data.rows import BadRows
-from lora_dist.topology import Topology, run_on_first
+from lora_dist.topology import Topology, run_on_all, run_on_first
 
 Encode = Callable[[Sequence[Any], BadRows], Examples]
 """(rows, the bad ones of them) -> examples."""
@@ -60,29 +60,18 @@ def _encode_together(
 ) -> Examples:
     """As `encode_alone`: the bad rows are those of all shares, and an error is that of the first row that has one."""
     size, global_rank = topology.world_size, topology.global_rank
-    mine = bad.copy_empty()
     share = rows[len(rows) * global_rank // size : len(rows) * (global_rank + 1) // size]
-    _agree(lambda: _write(directory / f"{global_rank}.npz", encode(share, mine)), size)
-    told: list[Any] = [None] * size
-    dist.all_gather_object(told, mine.counts)
-    for counts in told:
+
+    def encode_share() -> Counter[str]:
+        mine = bad.copy_empty()
+        _write(directory / f"{global_rank}.npz", encode(share, mine))
+        return mine.counts
+
+    for counts in run_on_all(topology, encode_share):
         bad.counts.update(counts)
     parts: list[Examples] = []
-    _agree(lambda: parts.extend(_read(directory / f"{number}.npz") for number in range(size)), size)
+    run_on_all(topology, lambda: parts.extend(_read(directory / f"{number}.npz") for number in range(size)))
     return concatenate_examples(parts)
-
-
-def _agree(action: Callable[[], object], size: int) -> None:
-    """`action` on every process; the first one's ValueError or OSError on all of them where any has one. Collective."""
-    error: ValueError | OSError | None = None
-    try:
-        action()
-    except (ValueError, OSError) as problem:
-        error = (ValueError if isinstance(problem, ValueError) else OSError)(str(problem))
-    told: list[ValueError | OSError | None] = [None] * size
-    dist.all_gather_object(told, error)
-    if first := next((one for one in told if one is not None), None):
-        raise first
 
 
 def _write(path: Path, examples: Examples) -> None:

@@ -123,7 +123,6 @@ DEEPSEEK_V3_FAMILY = HfFamily(
     find_parts=DEEPSEEK_V3_NAMES.find_parts,
     compute_shapes=DEEPSEEK_V3_NAMES.compute_shapes,
     ignored=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
-    embedding="model.embed_tokens.weight",
     wider=WIDER,
     extra_layers=EXTRA_LAYERS,
     without_extra=WITHOUT_EXTRA,

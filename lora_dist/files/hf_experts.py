@@ -128,7 +128,6 @@ def _build_family(
         find_parts=names.find_parts,
         compute_shapes=names.compute_shapes,
         ignored=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
-        embedding="model.embed_tokens.weight",
     )
 
 

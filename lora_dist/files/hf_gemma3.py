@@ -108,5 +108,4 @@ GEMMA3_FAMILY = HfFamily(
     find_parts=GEMMA3_NAMES.find_parts,
     compute_shapes=GEMMA3_NAMES.compute_shapes,
     ignored=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
-    embedding="model.embed_tokens.weight",
 )

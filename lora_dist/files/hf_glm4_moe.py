@@ -1,6 +1,5 @@
 """Hugging Face's GLM-4.5 and 4.6: tensor names, and config.json read and written; pure."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,8 +67,6 @@ GLM4_MOE_FAMILY = HfFamily(
     describe=_describe,
     find_parts=GLM4_MOE_NAMES.find_parts,
     compute_shapes=GLM4_MOE_NAMES.compute_shapes,
-    ignored=re.compile(r"(?!)"),  # nothing
-    embedding="model.embed_tokens.weight",
     wider=WIDER,
     extra_layers=EXTRA_LAYERS,
     without_extra=WITHOUT_EXTRA,

@@ -3,7 +3,6 @@
 A layer's experts are stored together: [experts, in, out], gate and up by turns.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,5 @@ GPT_OSS_FAMILY = HfFamily(
     describe=_describe,
     find_parts=GPT_OSS_NAMES.find_parts,
     compute_shapes=GPT_OSS_NAMES.compute_shapes,
-    ignored=re.compile(r"(?!)"),  # nothing
-    embedding="model.embed_tokens.weight",
     in_mxfp4=True,
 )

@@ -74,9 +74,9 @@ class HfFamily:
     """By canonical name."""
     compute_shapes: Callable[[ModelConfig], dict[str, tuple[int, ...]]]
     """Every tensor that a checkpoint must hold, in the order it is written."""
-    ignored: re.Pattern[str]
+    ignored: re.Pattern[str] | None = None
     """Buffers of old checkpoints, which every implementation makes for itself."""
-    embedding: str
+    embedding: str = "model.embed_tokens.weight"
     """The tensor that a stored output layer must equal where it is tied."""
     in_mxfp4: bool = False
     """Its experts' weights may be stored so."""
@@ -94,8 +94,10 @@ class HfFamily:
 
     def is_ignored(self, stored_name: str, num_layers: int) -> bool:
         """Whether a checkpoint may hold a tensor that is not the model's."""
+        if self.ignored is not None and self.ignored.fullmatch(stored_name):
+            return True
         extra = self.extra_layers and self.extra_layers.fullmatch(stored_name)
-        return bool(self.ignored.fullmatch(stored_name) or (extra and int(extra[1]) >= num_layers))
+        return bool(extra and int(extra[1]) >= num_layers)
 
     def find_module(self, stored_name: str, wrapper: str | None = None) -> str:
         """Full name, in transformers' model, of the module that has a stored tensor."""

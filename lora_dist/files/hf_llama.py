@@ -171,7 +171,6 @@ LLAMA_FAMILIES = {
         find_parts=LLAMA_NAMES.find_parts,
         compute_shapes=LLAMA_NAMES.compute_shapes,
         ignored=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
-        embedding="model.embed_tokens.weight",
     )
     for family, architecture in _ARCHITECTURES.items()
 }

@@ -1,6 +1,5 @@
 """Hugging Face's text models of Ministral 3: config.json read and written, their tensors named as Llama's; pure."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,4 @@ MINISTRAL3_FAMILY = HfFamily(
     describe=_describe,
     find_parts=LLAMA_NAMES.find_parts,
     compute_shapes=LLAMA_NAMES.compute_shapes,
-    ignored=re.compile(r"(?!)"),  # nothing
-    embedding="model.embed_tokens.weight",
 )

@@ -1,6 +1,5 @@
 """Hugging Face's OLMo 2 and OLMo 3: tensor names, and config.json read and written; pure."""
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -108,8 +107,6 @@ OLMO_FAMILIES = {
         describe=_describe,
         find_parts=OLMO2_NAMES.find_parts,
         compute_shapes=OLMO2_NAMES.compute_shapes,
-        ignored=re.compile(r"(?!)"),  # nothing
-        embedding="model.embed_tokens.weight",
     )
     for family, architecture in (("olmo2", "Olmo2ForCausalLM"), ("olmo3", "Olmo3ForCausalLM"))
 }

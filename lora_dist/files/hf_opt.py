@@ -1,6 +1,5 @@
 """Hugging Face's OPT: tensor names, and config.json read and written; pure."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +88,5 @@ OPT_FAMILY = HfFamily(
     describe=_describe,
     find_parts=OPT_NAMES.find_parts,
     compute_shapes=OPT_NAMES.compute_shapes,
-    ignored=re.compile(r"(?!)"),  # nothing
     embedding="model.decoder.embed_tokens.weight",
 )

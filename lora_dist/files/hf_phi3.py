@@ -66,5 +66,4 @@ PHI3_FAMILY = HfFamily(
     find_parts=PHI3_NAMES.find_parts,
     compute_shapes=PHI3_NAMES.compute_shapes,
     ignored=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
-    embedding="model.embed_tokens.weight",
 )

@@ -64,7 +64,6 @@ def _build_family(
         find_parts=names.find_parts,
         compute_shapes=names.compute_shapes,
         ignored=IGNORED,
-        embedding="model.embed_tokens.weight",
         wider=re.compile(r"model\.layers\.\d+\.linear_attn\.(A_log|norm\.weight)"),
     )
 

@@ -157,5 +157,4 @@ QWEN3_NEXT_FAMILY = HfFamily(
     find_parts=QWEN3_NEXT_NAMES.find_parts,
     compute_shapes=QWEN3_NEXT_NAMES.compute_shapes,
     ignored=IGNORED,
-    embedding="model.embed_tokens.weight",
 )

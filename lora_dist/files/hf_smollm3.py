@@ -1,6 +1,5 @@
 """Hugging Face's SmolLM3: config.json read and written, its tensors named as Llama's; pure."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +83,4 @@ SMOLLM3_FAMILY = HfFamily(
     describe=_describe,
     find_parts=LLAMA_NAMES.find_parts,
     compute_shapes=LLAMA_NAMES.compute_shapes,
-    ignored=re.compile(r"(?!)"),  # nothing
-    embedding="model.embed_tokens.weight",
 )

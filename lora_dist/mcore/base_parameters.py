@@ -39,7 +39,7 @@ _SHARD_DIMS = {
     "layernorm_q.weight": 0,
     "layernorm_k.weight": 0,
 }
-_SHARED_ROWS = {".linear_qkv.": "fused", ".layernorm_k.": "k_proj"}
+SHARED_ROWS = {".linear_qkv.": "fused", ".layernorm_k.": "k_proj"}
 """Parts of the names of what ranks that share a key-value head have alike, and whose ranges those are."""
 _BLOCK_SIZE = 2**24
 """Elements drawn from one generator: one thread draws some 1e8 a second, and GPT-3 has 1.75e11."""
@@ -176,7 +176,7 @@ def _describe(gpt: ShardedGpt, name: str, parameter: nn.Parameter) -> TrainableP
     shard_dim = find_shard_dim(name)
     full_shape = list(find_shape(parameter))
     shared_ranges = find_shared_ranges(gpt.model, topology.tp_size)
-    tp_ranges = next((shared_ranges.get(rows) for part, rows in _SHARED_ROWS.items() if part in name), None)
+    tp_ranges = next((shared_ranges.get(rows) for part, rows in SHARED_ROWS.items() if part in name), None)
     is_of_experts = _is_of_experts(name, full_shape)
     if shard_dim is not None:
         shard_dim += is_of_experts

@@ -8,7 +8,7 @@ from lora_dist.base_format import check_blocks
 from lora_dist.base_shapes import compute_layer_shapes, count_elements, list_stage_layers
 from lora_dist.config import ModelConfig, RunConfig
 from lora_dist.lora.layer import find_shared_ranges
-from lora_dist.mcore.base_parameters import find_shard_dim
+from lora_dist.mcore.base_parameters import SHARED_ROWS, find_shard_dim
 from lora_dist.mcore.model import compute_padded_vocab_size
 from lora_dist.needed_bytes import compute_format_savings
 from lora_dist.plan.execute import require_hardware
@@ -138,10 +138,10 @@ def compute_weight_bytes(model: ModelConfig, dtype: str, *, tp_size: int, pp_siz
 def _count_shard(model: ModelConfig, layer: int, tp_size: int) -> int:
     """Parameters of a layer that a TP rank has."""
     shapes = compute_layer_shapes(model, layer)
-    if (shared := find_shared_ranges(model, tp_size).get("fused")) is not None:  # each rank's keys and values whole
-        num_rows = tp_size * sum(size for _, size in shared[0])
-        fused = [name for name in shapes if ".linear_qkv." in name]
-        shapes |= {name: (num_rows, *shapes[name][1:]) for name in fused}
+    shared = find_shared_ranges(model, tp_size)
+    for part, rows in SHARED_ROWS.items() if shared else ():  # each rank's keys and values are whole
+        num_rows = tp_size * sum(size for _, size in shared[rows][0])
+        shapes |= {name: (num_rows, *shape[1:]) for name, shape in shapes.items() if part in name}
     whole = {name: shape for name, shape in shapes.items() if find_shard_dim(name) is None}
     split = {name: shape for name, shape in shapes.items() if name not in whole}
     return count_elements(whole) + count_elements(split) // tp_size

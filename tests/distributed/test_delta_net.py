@@ -8,19 +8,16 @@ import torch
 import torch.distributed as dist
 from family_toy import build_family_model, read_family_config, write_family_checkpoint
 from generation_judge import GREEDY, draw_prompts, generate_with_transformers
-from hf_toy import build_shard, draw_adapter_values
+from hf_toy import build_shard
 from processes import run_alone, run_distributed
-from test_analyse import analyse
 from test_family_gradients import MODELS, TOLERANCE, TOPOLOGIES, run_case
+from test_latent_attention import check_analysis
 from test_parity import compute_error
 from test_pissa import start
 from tiers import exhaustive
 from toy import BLOCKS, SEQ_LEN, Case, build_batches, build_case, merge_results, reduce_gradients
 
-from lora_dist.checkpoint.store import Adapter, write_adapter_directory
 from lora_dist.config import LoraConfig
-from lora_dist.files.hf_checkpoint import compute_base_fingerprint
-from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore import delta_rule
 from lora_dist.mcore.generate import generate_rows
 from lora_dist.mcore.hf_weights import load_hf_checkpoint
@@ -99,15 +96,4 @@ def test_contexts_of_several_chunks_and_lengths_go_on_as_transformers(tmp_path: 
 
 @pytest.mark.exhaustive
 def test_an_analysis_is_the_same_over_shards(tmp_path: Path) -> None:
-    model = write_family_checkpoint("qwen3_next", tmp_path / "base")
-    for name, rank in (("r2", 2), ("r5", 5)):
-        specs = build_adapter_specs(LoraConfig(rank=rank, target_modules=LINEARS), model)
-        adapter = Adapter(specs=specs, bias="none", values=draw_adapter_values(specs, model, "none"))
-        fingerprint = compute_base_fingerprint(model, 0)
-        write_adapter_directory(tmp_path / name, adapter, model, {"task": name}, base_fingerprint=fingerprint)
-    whole = analyse(tmp_path, tmp_path / "one", 1)["amplification"]
-    split = analyse(tmp_path, tmp_path / "two", 2, "topology.tp_size=2")["amplification"]
-    assert len(whole) == len(split) == 2 * (2 * 3 + 2)
-    for one, other in zip(whole, split, strict=True):
-        numbers = {key: value for key, value in one.items() if not isinstance(value, str)}
-        assert {key: other[key] for key in numbers} == pytest.approx(numbers, rel=1e-4)
+    check_analysis("qwen3_next", LINEARS, 2 * 3 + 2, tmp_path)

@@ -36,7 +36,7 @@ from lora_dist.cli.compose import compose_config
 from lora_dist.config import LoraConfig, ModelConfig, ZeroConfig
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
-from lora_dist.plan.search import list_candidates
+from lora_dist.plan.search import compute_weight_bytes, list_candidates
 
 TOPOLOGIES = [
     {"tp_size": 4},
@@ -122,6 +122,19 @@ def write_checkpoint(num_kv_heads: int, family: str, directory: Path) -> None:
             drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + drawn if "norm" in name else drawn)
     model.save_pretrained(directory)
+
+
+def weigh(model: ModelConfig) -> int:
+    return sum(parameter.nbytes for parameter in build_shard({"tp_size": 4}, model).parameters())
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+@pytest.mark.parametrize("method", ["lora", "whole lora"])
+def test_the_planned_weights_are_those_of_a_rank(method: str, num_kv_heads: int) -> None:
+    """Norms of keys too, which are as the keys are."""
+    model = build_model(num_kv_heads, method)
+    weights = run_distributed(weigh, 4, model)
+    assert max(weights) == compute_weight_bytes(model, "fp32", tp_size=4, pp_size=1)
 
 
 def load_compute_and_write(options: dict, source: Path, target: Path) -> torch.Tensor | None:
