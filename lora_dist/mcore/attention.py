@@ -16,8 +16,9 @@ from torch import nn
 
 from lora_dist.batch import RowBlocks
 from lora_dist.generation.cache import LayerCache
+from lora_dist.mcore.kernels import choose_kernel
 from lora_dist.mcore.layers import allocate
-from lora_dist.mcore.sinks import attend_with_sinks, choose_kernel
+from lora_dist.mcore.sinks import attend_with_sinks
 
 _BIAS_ALIGNMENT = 8
 """Elements; the memory-efficient kernel takes rows that begin at multiples of so many, and copies others."""

@@ -8,97 +8,12 @@ from forward nothing but o and L: handed y and L' it gives the gradients with th
 Shapes: B rows, A heads of this rank, S positions of queries, K of keys, D features of a head.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.overrides import wrap_torch_function
 
 from lora_dist.fusion import Chain
-
-_aten = torch.ops.aten
-_Tensors = tuple[torch.Tensor, ...]
-_Bias = torch.Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SinkKernel:
-    """A fused kernel of torch's, called directly: its function for autograd keeps what has no sink in it."""
-
-    takes_shared_heads: bool
-    """Fewer heads of keys and values than of queries."""
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, _Bias, float | None], tuple[Any, ...]]
-    """o [B, A, S, D], L [B, A, S or more], and what else its backward wants."""
-    differentiate: Callable[..., _Tensors]
-    """The gradients of queries, keys and values."""
-
-
-def _attend_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: _Bias, scale: float | None) -> Any:
-    return _aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, bias is None, attn_mask=bias, scale=scale
-    )
-
-
-def _differentiate_cpu(
-    doutput: torch.Tensor, inputs: _Tensors, bias: _Bias, results: _Tensors, _rest: Any, scale: float | None
-) -> Any:
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        doutput, *inputs, *results, 0.0, bias is None, attn_mask=bias, scale=scale
-    )
-
-
-def _attend_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: _Bias, scale: float | None) -> Any:
-    assert bias is None, "flash attention has no bias"
-    out, lse, _, _, _, _, *seed_and_offset, _ = _aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, True, scale=scale
-    )
-    return out, lse, *seed_and_offset
-
-
-def _differentiate_flash(
-    doutput: torch.Tensor, inputs: _Tensors, _bias: _Bias, results: _Tensors, rest: Any, scale: float | None
-) -> Any:
-    lengths = inputs[0].shape[2], inputs[1].shape[2]
-    return _aten._scaled_dot_product_flash_attention_backward(
-        doutput, *inputs, *results, None, None, *lengths, 0.0, True, *rest, scale=scale
-    )
-
-
-def _attend_efficient(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: _Bias, scale: float | None
-) -> Any:
-    return _aten._scaled_dot_product_efficient_attention(
-        query, key, value, _write_out_bias(bias, query), True, 0.0, bias is None, scale=scale
-    )
-
-
-def _differentiate_efficient(
-    doutput: torch.Tensor, inputs: _Tensors, bias: _Bias, results: _Tensors, rest: Any, scale: float | None
-) -> Any:
-    wanted = [True, True, True, False]
-    bias_BASK = _write_out_bias(bias, inputs[0])
-    return _aten._scaled_dot_product_efficient_attention_backward(
-        doutput, *inputs, bias_BASK, *results, *rest, 0.0, wanted, bias is None, scale=scale
-    )[:3]
-
-
-def _write_out_bias(bias: _Bias, query: torch.Tensor) -> _Bias:
-    return None if bias is None else bias.expand(*query.shape[:2], -1, -1)
-
-
-ON_CPU = SinkKernel(takes_shared_heads=True, attend=_attend_cpu, differentiate=_differentiate_cpu)
-FLASH = SinkKernel(takes_shared_heads=True, attend=_attend_flash, differentiate=_differentiate_flash)
-EFFICIENT = SinkKernel(takes_shared_heads=False, attend=_attend_efficient, differentiate=_differentiate_efficient)
-
-
-@wrap_torch_function(lambda query, _bias: (query,))
-def choose_kernel(query: torch.Tensor, bias: _Bias) -> SinkKernel:
-    """As torch chooses where there are no sinks. A plan, whose tensors are on no device, overrides it."""
-    if query.device.type != "cuda":
-        return ON_CPU
-    has_flash = torch.cuda.get_device_capability(query.device) >= (8, 0)
-    return FLASH if has_flash and bias is None and query.dtype != torch.float32 else EFFICIENT
+from lora_dist.mcore.kernels import AttentionKernel, Bias
 
 
 def attend_with_sinks(
@@ -106,9 +21,9 @@ def attend_with_sinks(
     key: torch.Tensor,
     value: torch.Tensor,
     sinks_A: torch.Tensor,
-    bias: _Bias,
+    bias: Bias,
     scale: float | None,
-    kernel: SinkKernel,
+    kernel: AttentionKernel,
 ) -> torch.Tensor:
     """[B, A, S, D] of [B, heads, S or K, D]: causal, or with the bias [B, 1, S, K] added to the scores; `scale` None
     means D^-0.5. Nothing is kept for backward that the kernel does not keep itself.
@@ -127,11 +42,11 @@ class _SinkAttention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         sinks_A: torch.Tensor,
-        bias: _Bias,
+        bias: Bias,
         scale: float | None,
-        kernel: SinkKernel,
+        kernel: AttentionKernel,
     ) -> torch.Tensor:
-        out, lse, *rest = kernel.attend(query, key, value, bias, scale)
+        out, lse, *rest = kernel.attend(query, key, value, bias, bias is None, scale)
         joined_lse = _join_sinks(out, lse, sinks_A)
         ctx.save_for_backward(query, key, value, out, joined_lse, sinks_A, bias, *rest)
         ctx.scale, ctx.kernel = scale, kernel
@@ -143,7 +58,8 @@ class _SinkAttention(torch.autograd.Function):
         if doutput.stride(-1) != 1:  # which the kernels do not take
             doutput = doutput.contiguous()
         dsinks_A = _compute_sink_grad(doutput, output, joined_lse, sinks_A) if ctx.needs_input_grad[3] else None
-        grads = ctx.kernel.differentiate(doutput, (query, key, value), bias, (output, joined_lse), rest, ctx.scale)
+        inputs, results = (query, key, value), (output, joined_lse)
+        grads = ctx.kernel.differentiate(doutput, inputs, bias, bias is None, results, rest, ctx.scale)
         return *grads, dsinks_A, None, None, None
 
 

@@ -8,15 +8,15 @@ from torch.overrides import TorchFunctionMode
 
 from lora_dist.config import HardwareConfig
 from lora_dist.mcore.attention import write_out_heads
-from lora_dist.mcore.sinks import EFFICIENT, FLASH, ON_CPU, SinkKernel, choose_kernel
+from lora_dist.mcore.kernels import EFFICIENT, FLASH, ON_CPU, AttentionKernel, choose_kernel
 
 _aten = torch.ops.aten
 _FLASH_CAPABILITY = 8.0
 
 
-class AttentionKernel(TorchFunctionMode):
-    """Replaces scaled_dot_product_attention by the kernel behind it, which fake tensors do not say, and chooses that of
-    attention with sinks.
+class PlannedAttention(TorchFunctionMode):
+    """Replaces scaled_dot_product_attention by the kernel behind it, which fake tensors do not say, and chooses those
+    that are called directly.
 
     On a GPU flash attention (8.0 and above, 16 bits, no mask) or the memory-efficient one, which wants keys for every
     query head; cuDNN's, which Hopper may take instead of flash attention, saves the same. On a CPU its flash attention,
@@ -33,12 +33,12 @@ class AttentionKernel(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is choose_kernel:
-            return self._choose_with_sinks(*args)
+            return self._choose_direct(*args)
         if func is not F.scaled_dot_product_attention or (self._on_cpu and kwargs["dropout_p"] > 0):
             return func(*args, **kwargs)
         return (_attend_on_cpu if self._on_cpu else self._attend_on_gpu)(*args, **kwargs)
 
-    def _choose_with_sinks(self, query: torch.Tensor, bias: torch.Tensor | None) -> SinkKernel:
+    def _choose_direct(self, query: torch.Tensor, bias: torch.Tensor | None) -> AttentionKernel:
         if self._on_cpu:
             return ON_CPU
         return FLASH if self._takes_flash(query, bias) else EFFICIENT

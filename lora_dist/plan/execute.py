@@ -17,7 +17,7 @@ from lora_dist.mcore.model import compute_padded_vocab_size
 from lora_dist.measure.collectives import CollectiveCounter, count_collectives
 from lora_dist.parameters import TrainableParameter
 from lora_dist.plan.answers import Answers
-from lora_dist.plan.attention import AttentionKernel
+from lora_dist.plan.attention import PlannedAttention
 from lora_dist.plan.clock import ComputeClock, compute_message_seconds
 from lora_dist.plan.live_bytes import ADAPTERS, BASE, COMMUNICATION, HOST, KINDS, OPTIMIZER, LiveBytes, watch_gradients
 from lora_dist.plan.meta_tensors import MetaTensors
@@ -111,7 +111,7 @@ class _FakeRun:
             answers = stack.enter_context(Answers(compute_num_targets(config)))
             stack.enter_context(Observer(live, clock, num_vocab_rows // self.topology.tp_size))
             counter = stack.enter_context(count_collectives(self.topology))
-            stack.enter_context(AttentionKernel(self.hardware))
+            stack.enter_context(PlannedAttention(self.hardware))
             yield answers, counter
 
     def _describe(

@@ -11,7 +11,7 @@ from lora_dist.mcore.gates import GeGlu, SwiGlu
 from lora_dist.mcore.norm import RmsNorm, UnitRmsNorm
 from lora_dist.mcore.rotary import rotate
 from lora_dist.measure.ledger import open_activation_ledger
-from lora_dist.plan.attention import AttentionKernel
+from lora_dist.plan.attention import PlannedAttention
 
 
 def build_norm(dtype: torch.dtype) -> RmsNorm:
@@ -110,7 +110,7 @@ def test_shared_heads_attend_alike_where_the_kernel_takes_them_and_where_it_does
 def test_the_plan_keeps_the_heads_that_the_kernel_keeps(hardware: str, num_heads: int) -> None:
     config = compose_config([f"hardware={hardware}"]).hardware
     assert config is not None
-    with AttentionKernel(config):
+    with PlannedAttention(config):
         _, kept = attend(None, device="meta", dtype=torch.float32 if hardware == "cpu" else torch.float16)
     assert [tuple(tensor.shape) for tensor in kept].count((2, num_heads, 6, 8)) >= 2
 

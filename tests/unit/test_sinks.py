@@ -15,7 +15,7 @@ from lora_dist.generation.batches import compute_mask
 from lora_dist.generation.cache import LayerCache
 from lora_dist.mcore.attention import Mask, SdpaAttention, SinkAttention, compute_attention_bias
 from lora_dist.measure.flops import count_flops
-from lora_dist.plan.attention import AttentionKernel
+from lora_dist.plan.attention import PlannedAttention
 
 S, B, A, D = 70, 2, 4, 8
 BLOCKS = ((5, 65), (70,))
@@ -126,7 +126,7 @@ def test_what_planned_hardware_runs(kind: str, capability: float) -> None:
     bias = torch.empty(B, 1, S, 72, dtype=torch.bfloat16, device="meta")[..., :S]
     for mask in (None, bias):
         inputs = [one.detach().to("meta").requires_grad_() for one in draw(2, torch.bfloat16)]
-        with AttentionKernel(hardware), torch.profiler.profile() as profile:
+        with PlannedAttention(hardware), torch.profiler.profile() as profile:
             output = core(*inputs, mask)
         output.sum().backward()
         assert [one.grad.shape for one in (*inputs, core.sinks)] == [one.shape for one in (*inputs, core.sinks)]
