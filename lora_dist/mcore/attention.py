@@ -16,17 +16,14 @@ from torch import nn
 
 from lora_dist.batch import RowBlocks
 from lora_dist.generation.cache import LayerCache
-from lora_dist.mcore.kernels import choose_kernel
+from lora_dist.mcore.direct_attention import attend_directly
+from lora_dist.mcore.kernels import as_bias, write_out_heads
 from lora_dist.mcore.layers import allocate
-from lora_dist.mcore.sinks import attend_with_sinks
+from lora_dist.mcore.window import Tiles, compute_tiles, find_tile_size
 
-_BIAS_ALIGNMENT = 8
-"""Elements; the memory-efficient kernel takes rows that begin at multiples of so many, and copies others."""
-
-
-Mask = torch.Tensor | RowBlocks | None
-"""Who looks at whom: [B, 1, S, S], True where a query may look, or added to its scores; blocks that are causal within
-themselves; None for causal rows."""
+Mask = torch.Tensor | RowBlocks | Tiles | None
+"""Who looks at whom: [1 or B, 1, S, S], True where a query may look, or added to its scores; blocks that are causal
+within themselves; tiles of a window; None for causal rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +93,12 @@ class SdpaAttention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | Tiles | None,
         dropout: float,
     ) -> torch.Tensor:
+        if isinstance(mask, Tiles):
+            assert dropout == 0.0, "whole rows have it"
+            return attend_directly(query, key, value, None, mask, self.scale)
         return _attend_fused(query, key, value, mask, dropout, self.scale)
 
 
@@ -115,15 +115,13 @@ class SinkAttention(SdpaAttention):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | Tiles | None,
         dropout: float,
     ) -> torch.Tensor:
         assert dropout == 0.0, "the configuration refuses it"
-        bias = None if mask is None else _as_bias(mask, query.dtype)
-        kernel = choose_kernel(query, bias)
-        if key.shape[1] < query.shape[1] and not kernel.takes_shared_heads:
-            key, value = write_out_heads(key, query), write_out_heads(value, query)
-        return attend_with_sinks(query, key, value, self.sinks, bias, self.scale, kernel)
+        if isinstance(mask, torch.Tensor):
+            mask = as_bias(mask, query.dtype)
+        return attend_directly(query, key, value, self.sinks, mask, self.scale)
 
 
 def _attend_in_blocks(
@@ -177,11 +175,6 @@ def takes_shared_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
     return has_flash and mask is None and query.dtype != torch.float32
 
 
-def write_out_heads(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Keys or values [B, heads, S, D] copied for each of the query's heads."""
-    return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-
-
 def compute_attention_bias(
     block_ids_BS: torch.Tensor, dtype: torch.dtype, sliding_window: int | None = None
 ) -> torch.Tensor:
@@ -196,13 +189,17 @@ def compute_attention_bias(
     if sliding_window is not None:
         causal_SS = causal_SS.triu(1 - sliding_window)
     same_BSS = block_ids_BS[:, :, None] == block_ids_BS[:, None, :]
-    return _as_bias((same_BSS & causal_SS)[:, None], dtype)
+    return as_bias((same_BSS & causal_SS)[:, None], dtype)
 
 
-def _as_bias(mask_B1SK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a position may look, else -inf; what is a bias already stays."""
-    if mask_B1SK.dtype != torch.bool:
-        return mask_B1SK
-    *sizes, K = mask_B1SK.shape
-    room = torch.zeros(*sizes, -(-K // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT, dtype=dtype, device=mask_B1SK.device)
-    return room[..., :K].masked_fill_(~mask_B1SK, float("-inf"))
+def compute_window_mask(
+    block_ids_BS: torch.Tensor, dtype: torch.dtype, sliding_window: int, *, drops: bool
+) -> torch.Tensor | Tiles:
+    """For layers that see a window shorter than the rows: tiles where they are less work than a bias [B, 1, S, S].
+
+    `drops`: attention has dropout, which whole rows draw.
+    """
+    size = None if drops else find_tile_size(sliding_window, block_ids_BS.shape[1])
+    if size is None:
+        return compute_attention_bias(block_ids_BS, dtype, sliding_window)
+    return compute_tiles(block_ids_BS, dtype, sliding_window, size)

@@ -12,6 +12,8 @@ import torch
 from torch.overrides import wrap_torch_function
 
 _aten = torch.ops.aten
+_BIAS_ALIGNMENT = 8
+"""Elements; the memory-efficient kernel takes rows that begin at multiples of so many, and copies others."""
 Tensors = tuple[torch.Tensor, ...]
 Bias = torch.Tensor | None
 """[1 or B, 1, S, K] to add to the scores."""
@@ -119,3 +121,17 @@ def choose_kernel(query: torch.Tensor, bias: Bias) -> AttentionKernel:
         return ON_CPU
     has_flash = torch.cuda.get_device_capability(query.device) >= (8, 0)
     return FLASH if has_flash and bias is None and query.dtype != torch.float32 else EFFICIENT
+
+
+def write_out_heads(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, heads, S, D] copied for each of the query's heads."""
+    return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
+def as_bias(mask_B1SK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a position may look, else -inf; what is a bias already stays."""
+    if mask_B1SK.dtype != torch.bool:
+        return mask_B1SK
+    *sizes, K = mask_B1SK.shape
+    room = torch.zeros(*sizes, -(-K // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT, dtype=dtype, device=mask_B1SK.device)
+    return room[..., :K].masked_fill_(~mask_B1SK, float("-inf"))

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lora_dist.base_shapes import list_stage_layers
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
-from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention, SinkAttention, compute_attention_bias
+from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention, SinkAttention, compute_window_mask
 from lora_dist.mcore.delta_net import GatedDeltaNet
 from lora_dist.mcore.experts import ExpertMlp
 from lora_dist.mcore.gates import GeGlu, SwiGlu
@@ -94,9 +94,9 @@ class ShardedGpt(GPTModel):
         """`attention_mask` as `SdpaAttention` takes it; None means that rows are causal, within the model's window."""
         window = self.model.sliding_window
         if attention_mask is None and window is not None and input_ids.shape[1] > window:
-            whole_rows = torch.zeros_like(input_ids)
-            bias = compute_attention_bias(whole_rows, self.config.params_dtype, window)
-            attention_mask = LayerMasks(full=None, windowed=bias)
+            whole_rows, dtype = torch.zeros_like(input_ids[:1]), self.config.params_dtype
+            windowed = compute_window_mask(whole_rows, dtype, window, drops=self.config.attention_dropout > 0)
+            attention_mask = LayerMasks(full=None, windowed=windowed)
         output: torch.Tensor = super().forward(input_ids, position_ids, attention_mask, **options)
         return output
 

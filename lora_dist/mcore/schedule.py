@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from lora_dist.batch import Batch, RowBlocks, move, number_blocks
 from lora_dist.lora.dropout import compute_row_keys
-from lora_dist.mcore.attention import LayerMasks, Mask, compute_attention_bias
+from lora_dist.mcore.attention import LayerMasks, Mask, compute_attention_bias, compute_window_mask
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.stopping import is_stop_requested
 
@@ -130,7 +130,9 @@ def _build_mask(gpt: ShardedGpt, inputs: Inputs) -> Mask | LayerMasks:
     if window is None or window >= inputs.batch.seq_len:
         return build_bias()
     full = row_blocks if gpt.attends_in_blocks or not gpt.model.full_attention_layers else build_bias()
-    return LayerMasks(full=full, windowed=build_bias(window))
+    drops = gpt.config.attention_dropout > 0
+    windowed = compute_window_mask(inputs.block_ids_BS, gpt.config.params_dtype, window, drops=drops)
+    return LayerMasks(full=full, windowed=windowed)
 
 
 def run_forward(gpt: ShardedGpt, inputs: Inputs, *, drops: bool) -> torch.Tensor:

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from lora_dist.config import HardwareConfig
-from lora_dist.mcore.attention import write_out_heads
-from lora_dist.mcore.kernels import EFFICIENT, FLASH, ON_CPU, AttentionKernel, choose_kernel
+from lora_dist.mcore.kernels import EFFICIENT, FLASH, ON_CPU, AttentionKernel, choose_kernel, write_out_heads
 
 _aten = torch.ops.aten
 _FLASH_CAPABILITY = 8.0

@@ -2,55 +2,36 @@
 
 import pytest
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from attention_toy import build_core, draw, run
 
 from lora_dist.batch import RowBlocks, number_blocks
 from lora_dist.cli.compose import compose_config
-from lora_dist.mcore.attention import SdpaAttention, compute_attention_bias
+from lora_dist.mcore.attention import compute_attention_bias
 from lora_dist.measure.flops import count_flops
 
-S, A, D = 12, 4, 8
+S = 12
 ROWS = [((12,),), ((5, 7),), ((1, 4, 7), (12,)), ((3, 3, 3, 3), (11, 1), (2, 10))]
-
-
-def draw(num_rows: int, num_kv_heads: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(S, num_rows, heads, D) for heads in (A, num_kv_heads, num_kv_heads)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
-
-
-def build_core() -> SdpaAttention:
-    return SdpaAttention(
-        TransformerConfig(num_layers=1, hidden_size=A * D, num_attention_heads=A, attention_dropout=0.0)
-    )
-
-
-def run(mask: torch.Tensor | RowBlocks | None, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The core's output and the inputs' gradients of a sum that weighs every feature differently."""
-    output = build_core()(*inputs, mask)
-    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
-    return [output, *torch.autograd.grad((output * weights).sum(), inputs)]
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 @pytest.mark.parametrize("row_blocks", ROWS)
 def test_blocks_are_what_the_mask_leaves(row_blocks: RowBlocks, num_kv_heads: int) -> None:
-    inputs = draw(len(row_blocks), num_kv_heads)
+    inputs = draw((S, len(row_blocks)), num_kv_heads)
     bias = compute_attention_bias(number_blocks(row_blocks), torch.float64)
-    for mine, masked in zip(run(row_blocks, inputs), run(bias, inputs), strict=True):
+    for mine, masked in zip(run(build_core(), row_blocks, inputs), run(build_core(), bias, inputs), strict=True):
         torch.testing.assert_close(mine, masked)
 
 
 def test_a_block_is_what_it_is_alone() -> None:
-    inputs = draw(1, 2)
-    output, first = run(((5, 7),), inputs)[0], run(None, [whole[:5] for whole in inputs])[0]
+    inputs, core = draw((S, 1), 2), build_core()
+    output, first = core(*inputs, ((5, 7),)), core(*(whole[:5] for whole in inputs), None)
     torch.testing.assert_close(output[:5], first)
-    torch.testing.assert_close(output[5:], run(None, [whole[5:] for whole in inputs])[0])
+    torch.testing.assert_close(output[5:], core(*(whole[5:] for whole in inputs), None))
 
 
 def test_nothing_is_computed_between_blocks() -> None:
     """FLOPs grow with the sum of the blocks' squares, those of a mask with the row's."""
-    inputs = draw(2, 4)
+    inputs = draw((S, 2), 4)
 
     def count(mask: torch.Tensor | RowBlocks) -> int:
         with count_flops() as counter:

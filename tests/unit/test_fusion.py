@@ -21,7 +21,7 @@ from lora_dist.mcore.head_loss import _exponentiate, _find_max
 from lora_dist.mcore.mixing import _add_biases, _add_weighted_biases, _multiply_biases
 from lora_dist.mcore.norm import _compute_norm_input_grad, _compute_rms_grads, _divide_by_rms
 from lora_dist.mcore.rotary import turn
-from lora_dist.mcore.sinks import _compute_sink_grad, _join_sinks
+from lora_dist.mcore.sinks import compute_sink_grad, join_sinks
 from lora_dist.mcore.whole_norm import (
     _compute_input_grad,
     _compute_weight_grad,
@@ -79,9 +79,9 @@ CHAINS: dict[str, tuple[Chain, Arguments]] = {
         lambda dtype: (draw(N, H, dtype=dtype), draw(3, H, dtype=dtype), EXPERTS, draw(N, dtype=dtype)),
     ),
     "bias_weights": (_multiply_biases, lambda dtype: (draw(N, H, dtype=dtype), draw(3, H, dtype=dtype), EXPERTS)),
-    "sinks": (_join_sinks, lambda dtype: (draw(2, 3, N, H, dtype=dtype), draw(2, 3, N + 2), draw(3, dtype=dtype))),
+    "sinks": (join_sinks, lambda dtype: (draw(2, 3, N, H, dtype=dtype), draw(2, 3, N + 2), draw(3, dtype=dtype))),
     "sink_grad": (
-        _compute_sink_grad,
+        compute_sink_grad,
         lambda dtype: (*(draw(2, 3, N, H, dtype=dtype) for _ in range(2)), draw(2, 3, N + 2), draw(3, dtype=dtype)),
     ),
     "turn": (

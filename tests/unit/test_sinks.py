@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.autograd.graph import saved_tensors_hooks
+from attention_toy import A, D, build_core, count_saved_bytes, draw, run
 
 from lora_dist.batch import RowBlocks, number_blocks
 from lora_dist.generation.batches import compute_mask
@@ -17,7 +16,7 @@ from lora_dist.mcore.attention import Mask, SdpaAttention, SinkAttention, comput
 from lora_dist.measure.flops import count_flops
 from lora_dist.plan.attention import PlannedAttention
 
-S, B, A, D = 70, 2, 4, 8
+S, B = 70, 2
 BLOCKS = ((5, 65), (70,))
 
 
@@ -25,22 +24,6 @@ BLOCKS = ((5, 65), (70,))
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a model's parameters are put, as `use_cpu_stand_ins` says in a process that trains."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-
-
-def build_core(kind: type[SdpaAttention] = SinkAttention, dtype: torch.dtype = torch.float64) -> SdpaAttention:
-    config = TransformerConfig(
-        num_layers=1, hidden_size=A * D, num_attention_heads=A, attention_dropout=0.0, params_dtype=dtype
-    )
-    core = kind(config)
-    if isinstance(core, SinkAttention):
-        torch.nn.init.normal_(core.sinks, generator=torch.Generator().manual_seed(1))
-    return core
-
-
-def draw(num_kv_heads: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(S, B, heads, D) for heads in (A, num_kv_heads, num_kv_heads)]
-    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
 def attend_written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks_A: torch.Tensor, bias):
@@ -59,14 +42,14 @@ def attend_written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     ids=str,
 )
 def test_output_and_gradients(blocks: RowBlocks | None, window: int | None, given: str, num_kv_heads: int) -> None:
-    inputs, core = draw(num_kv_heads), build_core()
+    inputs, core = draw((S, B), num_kv_heads), build_core(SinkAttention)
     block_ids = number_blocks(blocks or ((S,),) * B)
     bias = compute_attention_bias(block_ids, torch.float64, window)
     mask: Mask = {"nothing": None, "blocks": blocks, "bias": bias}[given]
     weights = torch.linspace(-1, 1, S * B * A * D, dtype=torch.float64).view(S, B, -1)
-    computed = []
-    for output in (core(*inputs, mask), attend_written_out(*inputs, core.sinks, bias)):
-        computed.append([output, *torch.autograd.grad((output * weights).sum(), [*inputs, core.sinks])])
+    expected = attend_written_out(*inputs, core.sinks, bias)
+    gradients = torch.autograd.grad((expected * weights).sum(), [*inputs, core.sinks])
+    computed = run(core, mask, inputs), [expected, *gradients]
     for actual, expected in zip(*computed, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     without = build_core(SdpaAttention)(*inputs, mask)
@@ -75,8 +58,8 @@ def test_output_and_gradients(blocks: RowBlocks | None, window: int | None, give
 
 def test_step_by_step() -> None:
     """Rows of which one begins later, the last three positions one at a time."""
-    query, key, value = draw(2)
-    core, num_padding_B = build_core(), torch.tensor([0, 4])
+    query, key, value = draw((S, B), 2)
+    core, num_padding_B = build_core(SinkAttention), torch.tensor([0, 4])
     bias = torch.zeros(B, 1, S, S, dtype=torch.float64).masked_fill(~compute_mask(num_padding_B, 0, S, 6), -torch.inf)
     expected = attend_written_out(query, key, value, core.sinks, bias)
     core.cache = LayerCache(B, S)
@@ -87,31 +70,19 @@ def test_step_by_step() -> None:
         torch.testing.assert_close(output, expected[first:end], rtol=1e-12, atol=1e-12)
 
 
-def count_saved_bytes(core: SdpaAttention, mask: Mask, dtype: torch.dtype) -> int:
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        core(*draw(2, dtype), mask)
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_more_is_kept_than_without_sinks(dtype: torch.dtype) -> None:
     bias = compute_attention_bias(number_blocks(BLOCKS), dtype)
     for mask in (None, BLOCKS, bias):
-        core, without = build_core(dtype=dtype), build_core(SdpaAttention, dtype)
-        num_bytes = count_saved_bytes(core, mask, dtype)
-        assert num_bytes == count_saved_bytes(without, mask, dtype) + core.sinks.nbytes
+        core, without = (build_core(kind, dtype) for kind in (SinkAttention, SdpaAttention))
+        num_bytes, theirs = (count_saved_bytes(one, mask, draw((S, B), 2, dtype)) for one in (core, without))
+        assert num_bytes == theirs + core.sinks.nbytes
 
 
 def test_flops_are_those_of_the_kernel() -> None:
     def count(kind: type[SdpaAttention]) -> int:
         with count_flops() as counter:
-            build_core(kind)(*draw(2), None).sum().backward()
+            build_core(kind)(*draw((S, B), 2), None).sum().backward()
         return counter.get_total_flops()
 
     assert count(SinkAttention) == count(SdpaAttention) > 0
@@ -122,10 +93,10 @@ def test_flops_are_those_of_the_kernel() -> None:
 def test_what_planned_hardware_runs(kind: str, capability: float) -> None:
     """Its own kernel, forward and backward, with the logarithms in the layout that it has."""
     hardware = SimpleNamespace(kind=kind, compute_capability=capability)
-    core = build_core(dtype=torch.bfloat16).to("meta")
+    core = build_core(SinkAttention, torch.bfloat16).to("meta")
     bias = torch.empty(B, 1, S, 72, dtype=torch.bfloat16, device="meta")[..., :S]
     for mask in (None, bias):
-        inputs = [one.detach().to("meta").requires_grad_() for one in draw(2, torch.bfloat16)]
+        inputs = [one.detach().to("meta").requires_grad_() for one in draw((S, B), 2, torch.bfloat16)]
         with PlannedAttention(hardware), torch.profiler.profile() as profile:
             output = core(*inputs, mask)
         output.sum().backward()

@@ -1,0 +1,122 @@
+"""Attention by the fused kernels called directly, for what torch's own function does not do: with sinks, and tile by
+tile where a layer sees a sliding window.
+
+Kept for backward are queries, keys and values as they come, once each, the output and the scores' logarithms: heads
+written out for a kernel that shares none, features that fill up heads, and tiles are made again.
+
+Shapes: B rows, A heads of this rank, S positions of queries, K of keys, D features of a query and a key, V of a value.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lora_dist.mcore.kernels import AttentionKernel, Bias, choose_kernel, write_out_heads
+from lora_dist.mcore.sinks import compute_sink_grad, join_sinks
+from lora_dist.mcore.window import Tiles, Tiling
+
+_FEATURE_MULTIPLE = 8
+"""Of a head's features, which the memory-efficient kernel takes."""
+_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def attend_directly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks_A: torch.Tensor | None,
+    mask: Bias | Tiles,
+    scale: float | None,
+) -> torch.Tensor:
+    """[B, A, S, V] of [B, heads, S or K, D or V]: causal where there is no mask; `scale` None means D^-0.5."""
+    tiling = mask.describe(query) if isinstance(mask, Tiles) else None
+    bias = mask.bias if isinstance(mask, Tiles) else mask
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    output: torch.Tensor = _DirectAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, sinks_A, bias, _Call(choose_kernel(query, bias), tiling, scale)
+    )
+    return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Of a kernel: how, and what it is handed."""
+
+    kernel: AttentionKernel
+    tiling: Tiling | None
+    scale: float
+
+    def lay_out(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> _Inputs:
+        if not self.kernel.takes_shared_heads:
+            key, value = write_out_heads(key, query), write_out_heads(value, query)
+        num_features = query.shape[-1]
+        key, value = _fill_features(key, num_features), _fill_features(value, num_features)
+        if self.tiling is not None:
+            key, value = self.tiling.cut_keys(key), self.tiling.cut_keys(value)
+        return self.lay_out_queries(query, num_features), key, value
+
+    def lay_out_queries(self, x: torch.Tensor, num_features: int) -> torch.Tensor:
+        """Queries, or what has their positions."""
+        x = _fill_features(x, num_features)
+        return x if self.tiling is None else self.tiling.cut_queries(x)
+
+    def join_queries(self, x: torch.Tensor, num_features: int) -> torch.Tensor:
+        x = x if self.tiling is None else self.tiling.join_queries(x)
+        return x[..., :num_features]
+
+    def sum_keys(self, dx: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The gradient of keys or values."""
+        dx = dx if self.tiling is None else self.tiling.sum_keys(dx)
+        if dx.shape[1] > like.shape[1]:
+            dx = dx.unflatten(1, (like.shape[1], -1)).sum(2)
+        return dx[..., : like.shape[-1]]
+
+
+def _fill_features(x: torch.Tensor, num_features: int) -> torch.Tensor:
+    """With zeros, up to the multiple that the kernels take."""
+    missing = -(-num_features // _FEATURE_MULTIPLE) * _FEATURE_MULTIPLE - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x
+
+
+class _DirectAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks_A: torch.Tensor | None,
+        bias: Bias,
+        call: _Call,
+    ) -> torch.Tensor:
+        out, lse, *rest = call.kernel.attend(*call.lay_out(query, key, value), bias, bias is None, call.scale)
+        if sinks_A is not None:
+            lse = join_sinks(out, lse, _repeat_sinks(sinks_A, lse))
+        output = call.join_queries(out, value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, lse, sinks_A, bias, *rest)
+        ctx.call = call
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, doutput: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, output, lse, sinks_A, bias, *rest = ctx.saved_tensors
+        call: _Call = ctx.call
+        if doutput.stride(-1) != 1:  # which the kernels do not take
+            doutput = doutput.contiguous()
+        doutput, output = (call.lay_out_queries(x, query.shape[-1]) for x in (doutput, output))
+        dsinks_A = None
+        if ctx.needs_input_grad[3]:
+            dsinks = compute_sink_grad(doutput, output, lse, _repeat_sinks(sinks_A, lse))
+            dsinks_A = dsinks.view(-1, len(sinks_A)).sum(0)
+        inputs = call.lay_out(query, key, value)
+        results = output, lse
+        dquery, dkey, dvalue = call.kernel.differentiate(doutput, inputs, bias, bias is None, results, rest, call.scale)
+        dquery = call.join_queries(dquery, query.shape[-1])
+        return dquery, call.sum_keys(dkey, key), call.sum_keys(dvalue, value), dsinks_A, None, None
+
+
+def _repeat_sinks(sinks_A: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """For the rows that lie beside each other's heads."""
+    return sinks_A.expand(lse.shape[1] // len(sinks_A), -1).flatten()
