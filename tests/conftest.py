@@ -78,3 +78,9 @@ def _keep_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(kept)
+
+
+@pytest.fixture
+def tiles_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that rows of toys are cut where a layer sees a window, as long ones are: forked processes inherit it."""
+    monkeypatch.setattr("lora_dist.mcore.window._TILE_MULTIPLE", 1)

@@ -118,6 +118,9 @@ class StepShape:
     """That a head computes: the squares of the blocks that attend within themselves, T S where those are whole rows."""
     num_vocab_rows: int
     """Rows of the embedding with the padding that tensor parallelism adds."""
+    num_windowed_scores: int | None = None
+    """Where a layer sees a sliding window: T K where rows are cut into tiles whose queries see K keys; None is as
+    many."""
     chunk_size: int = 0
     """Positions of a chunk in gated DeltaNets, where there are some."""
     num_chunks: int = 0
@@ -221,7 +224,10 @@ def _build_core(model: ModelConfig, layer: int, shape: StepShape) -> _Part:
     if model.has_delta_net(layer):
         forward, solving = _count_delta_rule(model.delta_sizes, shape)
         return _Part(name="delta", forward=forward, input_grad=3 * forward + solving, other_grads=0)
-    score_flops = 2 * shape.num_scores * model.query_size  # of values too, which are padded where they have fewer
+    num_scores = shape.num_scores
+    if shape.num_windowed_scores is not None and model.sees_window(layer):
+        num_scores = shape.num_windowed_scores
+    score_flops = 2 * num_scores * model.query_size  # of values too, which are padded where they have fewer
     return _Part(name="attention", forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0)
 
 

@@ -19,6 +19,8 @@ from lora_dist.config import LoraConfig
 from lora_dist.mcore.graphs import MicrobatchGraphs
 from lora_dist.mcore.schedule import forward_backward
 
+pytestmark = pytest.mark.usefixtures("tiles_of_any_size")
+
 NUM_STEPS = 3
 TOY = replace(MODEL, num_layers=2)
 LLAMA = replace(TOY, name="llama", family="llama", num_kv_heads=2)

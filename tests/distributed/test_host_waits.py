@@ -15,6 +15,8 @@ from toy import MODEL, Case, build_batches, build_case
 from lora_dist.config import LoraConfig
 from lora_dist.mcore.schedule import forward_backward
 
+pytestmark = pytest.mark.usefixtures("tiles_of_any_size")
+
 DELTA = {
     "model": replace(
         MODEL, family="qwen3_5_text", full_attention_layers=[1], delta_key_heads=2, delta_value_heads=4,
@@ -22,6 +24,12 @@ DELTA = {
     ),
     "lora": LoraConfig(rank=2, target_modules=["all"]),
 }  # fmt: skip
+WINDOWS = {
+    "model": replace(
+        MODEL, family="gemma3_text", num_kv_heads=2, sliding_window=5, full_attention_layers=[1], local_rope_theta=100.0
+    ),
+    "lora": LoraConfig(rank=2, target_modules=["all"]),
+}
 
 
 class Waits(TorchDispatchMode):
@@ -47,8 +55,11 @@ def count_waits(case: Case) -> Counter[str]:
 
 @pytest.mark.parametrize(
     ("options", "num_rng_checks"),
-    [({}, 0), ({"tp_size": 2, "sequence_parallel": True}, 4), ({"pp_size": 2, "recompute": "full"}, 0), (DELTA, 0)],
-    ids=["one", "sequence parallel", "stages", "delta nets"],
+    [
+        *(({}, 0), ({"tp_size": 2, "sequence_parallel": True}, 4), ({"pp_size": 2, "recompute": "full"}, 0)),
+        *((DELTA, 0), (WINDOWS, 0)),
+    ],
+    ids=["one", "sequence parallel", "stages", "delta nets", "windows"],
 )
 def test_a_step_waits_for_its_loss_alone(options: dict, num_rng_checks: int) -> None:
     """Megatron's checks of the host's own generator, with sequence parallelism, are no wait either."""
@@ -81,10 +92,14 @@ def count_crossings(case: Case) -> tuple[Counter[str], int]:
         Case(model=replace(MODEL, family="llama", num_kv_heads=2), lora=LoraConfig(rank=2, use_dora=True)),
         Case(method="prefix_layer"),
         Case(**DELTA),
+        Case(**WINDOWS),
     ],
     ids=str,
 )
 def test_what_a_step_copies_to_the_device_are_its_microbatches(case: Case) -> None:
     """From the host's plain memory a copy would wait for all that runs."""
     for crossings, num_given in run_distributed(count_crossings, case.world_size, case):
-        assert crossings == {"to": num_given + 2 * 2}, "and of each microbatch its targets' places and rows' keys"
+        num_made = 2 + (case.model is not None and case.model.sliding_window is not None)
+        assert crossings == {"to": num_given + 2 * num_made}, (
+            "and of each microbatch its targets' places and rows' keys, and the blocks of examples longer than a window"
+        )

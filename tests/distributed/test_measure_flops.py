@@ -171,6 +171,23 @@ def test_a_delta_net_computes_its_heads_again(recompute: str, monkeypatch: pytes
     assert_all_is_counted(DELTA, IN_DELTA_NETS, recompute)
 
 
+WINDOWS = replace(
+    LLAMA, family="gemma3_text", head_size=16, tied_output=True, sliding_window=5, full_attention_layers=[1],
+    local_rope_theta=100.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", few_of(["none", "full"], "full"))
+@pytest.mark.usefixtures("tiles_of_any_size")
+def test_layers_with_a_window_compute_tile_by_tile(recompute: str) -> None:
+    """Six tiles of three positions, which see six more before them; the others attend block by block."""
+    lora = LoraConfig(rank=2, target_modules=["q_proj", "down_proj"])
+    case = Case(model=WINDOWS, lora=lora, recompute=recompute, dtype=torch.float32)
+    [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case)
+    shape = replace(build_shape(num_loss_tokens, recompute), num_windowed_scores=NUM_ROWS * 6 * 3 * 9)
+    assert counted == compute_lora_flops(WINDOWS, build_adapter_specs(lora, WINDOWS), shape)
+
+
 def test_what_transformers_computes_for_its_experts_counts() -> None:
     """Stacked, in one call for all of them, which torch's own counter does not know."""
     x_TH, weights_EHF = torch.ones(6, 4, requires_grad=True), torch.ones(3, 4, 8, requires_grad=True)
