@@ -49,6 +49,7 @@ def fill(page: str) -> str:
         "open_models": build_open_models_table,
         "latency": build_latency_tables,
         "packing": build_packing_table,
+        "window": build_window_table,
         "adapter_cost": lambda: format_adapter_cost(_read("adapter_cost/cpu_gpt2_medium"), "cpu_gpt2_medium.json"),
     }
 
@@ -149,6 +150,29 @@ def build_packing_table() -> str:
             lines.append(_join([what, name, f"{rate:,.0f}", faster, f"{way['saved_bytes'] / 1e6:,.0f}"]))
             what = ""
     return "\n".join(lines)
+
+
+def build_window_table() -> str:
+    """Of every record of window_record.py."""
+    titles = ["a layer's heads", "window", "mask, s", "tiles, s", "mask : tiles (quartiles)"]
+    titles += ["kept, MB: mask, tiles", "the mask itself, MB", "of tiles"]
+    lines = [_join(titles), "|:--|--:|--:|--:|--:|--:|--:|--:|"]
+    for path in sorted((RECORDS / "window").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        what = f"{record['dtype']}, {record['clock']}, {record['seq_len']:,} positions"
+        lines += [_join(_describe_window(row, what)) for row in record["rows"]]
+    return "\n".join(lines)
+
+
+def _describe_window(row: dict[str, Any], what: str) -> list[str]:
+    heads = f"{row['num_heads']} query heads of {row['head_size']}, {row['num_kv_heads']} of keys"
+    rank = f" on tp {row['tp_size']}" if row["tp_size"] > 1 else ""
+    seconds = [f"{row['seconds'][way]['median']:.2f}" for way in ("mask", "tiles")]
+    kept, masks = ([row[key][way] / 1e6 for way in ("mask", "tiles")] for key in ("kept_bytes", "mask_bytes"))
+    return [
+        *(f"{row['model']}{rank} ({what}): {heads}", f"{row['window']:,}", *seconds, _format_ratio(row["mask/tiles"])),
+        *(f"{kept[0]:.1f}, {kept[1]:.1f}", f"{masks[0]:.1f}", f"{masks[1]:.1f}"),
+    ]
 
 
 def _format_ratio(ratio: dict[str, float]) -> str:
