@@ -99,9 +99,11 @@ def _differentiate_efficient(
     scale: float | None,
 ) -> Any:
     wanted = [True, True, True, False]
-    bias_BASK = _write_out_bias(bias, inputs[0])
+    bias_BASK, (output, lse) = _write_out_bias(bias, inputs[0]), results
+    # The kernel takes for given that the output's positions lie one behind the other, and reads no stride of theirs.
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)
     return _aten._scaled_dot_product_efficient_attention_backward(
-        doutput, *inputs, bias_BASK, *results, *rest, 0.0, wanted, causal, scale=scale
+        doutput, *inputs, bias_BASK, output, lse, *rest, 0.0, wanted, causal, scale=scale
     )[:3]
 
 

@@ -52,13 +52,12 @@ class Tiling:
 
     def cut_queries(self, x_BASD: torch.Tensor) -> torch.Tensor:
         """[N, heads, T, D]: [n, B A, T, D] or [n B, A, T, D]; filled up with zeros."""
-        x_nTBAD = self._fill_up(x_BASD, num_before=0).unflatten(0, (-1, self.size))
-        return self._merge_rows(x_nTBAD.permute(0, 2, 3, 1, 4))
+        return self._merge_rows(self._fill_up(x_BASD, num_before=0).unflatten(0, (-1, self.size)))
 
     def cut_keys(self, x_BASD: torch.Tensor) -> torch.Tensor:
         """[N, heads, K, D]; zeros before the first tile."""
         x_nBADK = self._fill_up(x_BASD, num_before=self.num_keys - self.size).unfold(0, self.num_keys, self.size)
-        return self._merge_rows(x_nBADK.transpose(-1, -2))
+        return self._merge_rows(x_nBADK.permute(0, 4, 1, 2, 3))
 
     def join_queries(self, x: torch.Tensor) -> torch.Tensor:
         """[B, A, S, D] of [N, heads, T, D]; in memory the positions come first."""
@@ -86,8 +85,10 @@ class Tiling:
             x_SBAD = x_SBAD[: self.seq_len].clone(memory_format=torch.contiguous_format)
         return x_SBAD.permute(1, 2, 0, 3)
 
-    def _merge_rows(self, x_nBATD: torch.Tensor) -> torch.Tensor:
-        return x_nBATD.flatten(1, 2) if self.rows_are_alike else x_nBATD.flatten(0, 1)
+    def _merge_rows(self, x_nTBAD: torch.Tensor) -> torch.Tensor:
+        """In memory a position's heads stay together, as the kernels have them."""
+        merged = x_nTBAD.flatten(2, 3) if self.rows_are_alike else x_nTBAD.transpose(1, 2).flatten(0, 1)
+        return merged.transpose(1, 2)
 
     def _split_rows(self, x: torch.Tensor) -> torch.Tensor:
         """[n, B, A, T, D]."""

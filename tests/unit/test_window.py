@@ -4,6 +4,7 @@ shared heads, sinks; what is computed and what is kept.
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,21 @@ def test_a_kernel_without_shared_heads(kind: type[SdpaAttention], monkeypatch: p
     for mask, (expected, num_bytes) in zip(masks, shared, strict=True):
         torch.testing.assert_close(run(core, mask, inputs), expected, rtol=1e-12, atol=1e-12)
         assert count_saved_bytes(core, mask, inputs) == num_bytes
+
+
+@pytest.mark.parametrize("blocks", [None, PACKED], ids=str)
+def test_the_output_goes_back_as_kernels_lay_it_out(blocks: RowBlocks | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Position by position, all heads of each: the memory-efficient kernel's backward reads no other strides."""
+    seen = []
+
+    def differentiate(*args: Any) -> Any:
+        seen.append(args[4][0])
+        return ON_CPU.differentiate(*args)
+
+    monkeypatch.setattr(direct_attention, "choose_kernel", lambda *_: replace(ON_CPU, differentiate=differentiate))
+    run(build_core(), build_masks(blocks, 9)[0], draw((S, 2), 2))
+    [output] = seen
+    assert output.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
