@@ -33,10 +33,10 @@ def attend_directly(
     """[B, A, S, V] of [B, heads, S or K, D or V]: causal where there is no mask; `scale` None means D^-0.5."""
     tiling = mask.describe(query) if isinstance(mask, Tiles) else None
     bias = mask.bias if isinstance(mask, Tiles) else mask
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    output: torch.Tensor = _DirectAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, sinks_A, bias, _Call(choose_kernel(query, bias), tiling, scale)
-    )
+    kernel = choose_kernel(query, bias)
+    num_copies = 1 if kernel.takes_shared_heads else query.shape[1] // key.shape[1]
+    call = _Call(kernel, tiling, num_copies, scale=query.shape[-1] ** -0.5 if scale is None else scale)
+    output: torch.Tensor = _DirectAttention.apply(query, key, value, sinks_A, bias, call)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -46,10 +46,12 @@ class _Call:
 
     kernel: AttentionKernel
     tiling: Tiling | None
+    num_copies: int
+    """Of each head of keys and values."""
     scale: float
 
     def lay_out(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> _Inputs:
-        if not self.kernel.takes_shared_heads:
+        if self.num_copies > 1:
             key, value = write_out_heads(key, query), write_out_heads(value, query)
         num_features = query.shape[-1]
         key, value = _fill_features(key, num_features), _fill_features(value, num_features)
@@ -67,11 +69,11 @@ class _Call:
         return x[..., :num_features]
 
     def sum_keys(self, dx: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The gradient of keys or values."""
+        """The gradient of keys or values, rounded once for all tiles and copies of a head."""
+        if self.num_copies > 1:
+            dx = dx.unflatten(1, (-1, self.num_copies)).sum(2, dtype=torch.promote_types(dx.dtype, torch.float32))
         dx = dx if self.tiling is None else self.tiling.sum_keys(dx)
-        if dx.shape[1] > like.shape[1]:
-            dx = dx.unflatten(1, (like.shape[1], -1)).sum(2)
-        return dx[..., : like.shape[-1]]
+        return dx[..., : like.shape[-1]].to(like.dtype)
 
 
 def _fill_features(x: torch.Tensor, num_features: int) -> torch.Tensor:
@@ -106,15 +108,20 @@ class _DirectAttention(torch.autograd.Function):
         if doutput.stride(-1) != 1:  # which the kernels do not take
             doutput = doutput.contiguous()
         doutput, output = (call.lay_out_queries(x, query.shape[-1]) for x in (doutput, output))
-        dsinks_A = None
-        if ctx.needs_input_grad[3]:
-            dsinks = compute_sink_grad(doutput, output, lse, _repeat_sinks(sinks_A, lse))
-            dsinks_A = dsinks.view(-1, len(sinks_A)).sum(0)
-        inputs = call.lay_out(query, key, value)
-        results = output, lse
+        dsinks_A = _sum_sink_grads(doutput, output, lse, sinks_A) if ctx.needs_input_grad[3] else None
+        inputs, results = call.lay_out(query, key, value), (output, lse)
         dquery, dkey, dvalue = call.kernel.differentiate(doutput, inputs, bias, bias is None, results, rest, call.scale)
         dquery = call.join_queries(dquery, query.shape[-1])
-        return dquery, call.sum_keys(dkey, key), call.sum_keys(dvalue, value), dsinks_A, None, None
+        dkey = call.sum_keys(dkey, key)
+        dvalue = call.sum_keys(dvalue, value)
+        return dquery, dkey, dvalue, dsinks_A, None, None
+
+
+def _sum_sink_grads(
+    doutput: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, sinks_A: torch.Tensor
+) -> torch.Tensor:
+    dsinks = compute_sink_grad(doutput, output, lse, _repeat_sinks(sinks_A, lse).to(lse.dtype))
+    return dsinks.view(-1, len(sinks_A)).sum(0).to(sinks_A.dtype)
 
 
 def _repeat_sinks(sinks_A: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

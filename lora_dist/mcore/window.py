@@ -64,10 +64,11 @@ class Tiling:
         return self._cut_off(self._split_rows(x).permute(0, 3, 1, 2, 4))
 
     def sum_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, A, S, D] of [N, heads, K, D]: each position's sum over the tiles that see it."""
+        """[B, A, S, D] of [N, heads, K, D]: each position's sum over the tiles that see it, in fp32 at least."""
         x_nBAmTD = self._split_rows(x).unflatten(3, (-1, self.size))
         *before, own = x_nBAmTD.permute(3, 0, 4, 1, 2, 5)
-        sum_nTBAD = own.contiguous()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        sum_nTBAD = own.to(dtype, memory_format=torch.contiguous_format)
         for distance, x_nTBAD in enumerate(reversed(before), 1):
             sum_nTBAD[:-distance] += x_nTBAD[distance:]
         return self._cut_off(sum_nTBAD)
