@@ -81,6 +81,7 @@ def _keep_environment() -> Iterator[None]:
 
 
 @pytest.fixture
-def tiles_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that rows of toys are cut where a layer sees a window, as long ones are: forked processes inherit it."""
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that rows of toys, and their blocks, are cut where a layer sees a window: forked processes inherit it."""
     monkeypatch.setattr("lora_dist.mcore.window._TILE_MULTIPLE", 1)
+    monkeypatch.setattr("lora_dist.mcore.window._TILES_A_WINDOW", 3)

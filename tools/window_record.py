@@ -116,7 +116,7 @@ def measure(case: Case, *, seq_len: int, num_rounds: int, device: torch.device, 
     layer, row = build_layer(case, seq_len, device, dtype), torch.zeros(1, seq_len, dtype=torch.int64, device=device)
     masks = {
         MASK: compute_attention_bias(row, dtype, case.window),
-        TILES: compute_window_mask(row, dtype, case.window, drops=False),
+        TILES: compute_window_mask(row, dtype, case.window),
     }
     samples: dict[str, list[float]] = {name: [] for name in masks}
     for round_ in range(num_rounds + 1):  # the first is not counted

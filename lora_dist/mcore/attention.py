@@ -4,7 +4,7 @@ Shapes: S sequence, B rows, A attention heads of this rank, D features of a head
 fewer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,19 @@ from lora_dist.mcore.kernels import as_bias, write_out_heads
 from lora_dist.mcore.layers import allocate
 from lora_dist.mcore.window import Tiles, compute_tiles, find_tile_size
 
-Mask = torch.Tensor | RowBlocks | Tiles | None
-"""Who looks at whom: [1 or B, 1, S, S], True where a query may look, or added to its scores; blocks that are causal
-within themselves; tiles of a window; None for causal rows."""
+
+@dataclass(frozen=True, slots=True)
+class WindowedBlocks:
+    """Of which some are longer than the window."""
+
+    row_blocks: RowBlocks
+    masks: Mapping[int, torch.Tensor | Tiles]
+    """By those blocks' lengths."""
+
+
+Mask = torch.Tensor | Tiles | RowBlocks | WindowedBlocks | None
+"""Who looks at whom: [1 or B, 1, S, S], True where a query may look, or added to its scores; tiles of a window; blocks
+that are causal within themselves; None for causal rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +91,8 @@ class SdpaAttention(nn.Module):
     ) -> torch.Tensor:
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBAD, key_SBAD, value_SBAV))
         if isinstance(mask, tuple):
+            mask = WindowedBlocks(mask, {})
+        if isinstance(mask, WindowedBlocks):
             return _attend_in_blocks(query, key, value, mask, self._attend, dropout).flatten(2)
         if self.cache is not None:
             key, value = self.cache.append(key, value)
@@ -128,18 +140,22 @@ def _attend_in_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    row_blocks: RowBlocks,
+    blocks: WindowedBlocks,
     attend: Callable[..., torch.Tensor],
     dropout: float,
 ) -> torch.Tensor:
     """[S, B, A, V] of [B, heads, S, D] and [B, heads, S, V]; scores of two positions in different blocks are never
     computed.
     """
+
+    def attend_block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return attend(query, key, value, blocks.masks.get(query.shape[2]), dropout).permute(2, 0, 1, 3)
+
     rows = []
     # Split, not indexed: its backward joins the parts' gradients, where that of an index fills up a tensor for each.
-    for lengths, q, k, v in zip(row_blocks, query.split(1), key.split(1), value.split(1), strict=True):
-        blocks = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
-        rows.append(torch.cat([attend(*block, None, dropout).permute(2, 0, 1, 3) for block in blocks]))
+    for lengths, q, k, v in zip(blocks.row_blocks, query.split(1), key.split(1), value.split(1), strict=True):
+        parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
+        rows.append(torch.cat([attend_block(*part) for part in parts]))
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
@@ -193,7 +209,7 @@ def compute_attention_bias(
 
 
 def compute_window_mask(
-    block_ids_BS: torch.Tensor, dtype: torch.dtype, sliding_window: int, *, drops: bool
+    block_ids_BS: torch.Tensor, dtype: torch.dtype, sliding_window: int, *, drops: bool = False
 ) -> torch.Tensor | Tiles:
     """For layers that see a window shorter than the rows: tiles where they are less work than a bias [B, 1, S, S].
 
@@ -203,3 +219,13 @@ def compute_window_mask(
     if size is None:
         return compute_attention_bias(block_ids_BS, dtype, sliding_window)
     return compute_tiles(block_ids_BS, dtype, sliding_window, size)
+
+
+def compute_windowed_blocks(
+    row_blocks: RowBlocks, dtype: torch.dtype, sliding_window: int, device: torch.device
+) -> RowBlocks | WindowedBlocks:
+    """For layers that see a window; blocks no longer than that see all of themselves."""
+    lengths = {length for lengths in row_blocks for length in lengths if length > sliding_window}
+    blocks = {length: torch.zeros(1, length, dtype=torch.int64, device=device) for length in lengths}
+    masks = {length: compute_window_mask(block_ids, dtype, sliding_window) for length, block_ids in blocks.items()}
+    return WindowedBlocks(row_blocks, masks) if masks else row_blocks

@@ -11,7 +11,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from lora_dist.batch import Batch, RowBlocks, move, number_blocks
 from lora_dist.lora.dropout import compute_row_keys
-from lora_dist.mcore.attention import LayerMasks, Mask, compute_attention_bias, compute_window_mask
+from lora_dist.mcore.attention import (
+    LayerMasks,
+    Mask,
+    compute_attention_bias,
+    compute_window_mask,
+    compute_windowed_blocks,
+)
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.stopping import is_stop_requested
 
@@ -114,25 +120,30 @@ def prepare_inputs(gpt: ShardedGpt, batch: Batch, *, seed: int, step: int, targe
 
 
 def _needs_bias(gpt: ShardedGpt, row_blocks: RowBlocks) -> bool:
-    """Whether packed rows cannot attend block by block: they are not to, or a block is longer than the window."""
-    window = gpt.model.sliding_window
-    return not gpt.attends_in_blocks or (window is not None and max(map(max, row_blocks)) > window)
+    """Whether packed rows cannot attend block by block: they are not to, or whole rows draw the dropout of layers whose
+    window is shorter than a block.
+    """
+    window, drops = gpt.model.sliding_window, gpt.config.attention_dropout > 0
+    return not gpt.attends_in_blocks or (drops and window is not None and max(map(max, row_blocks)) > window)
 
 
 def _build_mask(gpt: ShardedGpt, inputs: Inputs) -> Mask | LayerMasks:
     """Whatever the blocks are: a recording is repeated with others."""
-    row_blocks, window = inputs.batch.row_blocks, gpt.model.sliding_window
+    row_blocks, window, dtype = inputs.batch.row_blocks, gpt.model.sliding_window, gpt.config.params_dtype
     if inputs.block_ids_BS is None:
-        return row_blocks
-    build_bias = partial(compute_attention_bias, inputs.block_ids_BS, gpt.config.params_dtype)
+        if row_blocks is None or window is None:
+            return row_blocks
+        return LayerMasks(
+            full=row_blocks, windowed=compute_windowed_blocks(row_blocks, dtype, window, gpt.topology.device)
+        )
+    build_bias = partial(compute_attention_bias, inputs.block_ids_BS, dtype)
     if gpt.model.architecture.delta_layers:
         return LayerMasks(full=build_bias(), windowed=None, recurrent=row_blocks)
     if window is None or window >= inputs.batch.seq_len:
         return build_bias()
     full = row_blocks if gpt.attends_in_blocks or not gpt.model.full_attention_layers else build_bias()
     drops = gpt.config.attention_dropout > 0
-    windowed = compute_window_mask(inputs.block_ids_BS, gpt.config.params_dtype, window, drops=drops)
-    return LayerMasks(full=full, windowed=windowed)
+    return LayerMasks(full=full, windowed=compute_window_mask(inputs.block_ids_BS, dtype, window, drops=drops))
 
 
 def run_forward(gpt: ShardedGpt, inputs: Inputs, *, drops: bool) -> torch.Tensor:

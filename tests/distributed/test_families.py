@@ -19,7 +19,7 @@ from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
 from lora_dist.needed_bytes import compute_state_bytes
 from lora_dist.plan.search import compute_weight_bytes
 
-pytestmark = pytest.mark.usefixtures("tiles_of_any_size")
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 EVERY_SPLIT = {"tp_size": 2, "pp_size": 2, "sequence_parallel": True}
 TOPOLOGIES = [

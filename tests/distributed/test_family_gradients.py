@@ -21,7 +21,7 @@ from lora_dist.mcore.base_parameters import describe_base_parameters
 from lora_dist.mcore.hf_weights import load_hf_checkpoint
 from lora_dist.mcore.schedule import forward_backward
 
-pytestmark = pytest.mark.usefixtures("tiles_of_any_size")
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 TOLERANCE = 1e-9
 TOPOLOGIES = [

@@ -15,7 +15,7 @@ from toy import MODEL, Case, build_batches, build_case
 from lora_dist.config import LoraConfig
 from lora_dist.mcore.schedule import forward_backward
 
-pytestmark = pytest.mark.usefixtures("tiles_of_any_size")
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 DELTA = {
     "model": replace(
@@ -99,7 +99,4 @@ def count_crossings(case: Case) -> tuple[Counter[str], int]:
 def test_what_a_step_copies_to_the_device_are_its_microbatches(case: Case) -> None:
     """From the host's plain memory a copy would wait for all that runs."""
     for crossings, num_given in run_distributed(count_crossings, case.world_size, case):
-        num_made = 2 + (case.model is not None and case.model.sliding_window is not None)
-        assert crossings == {"to": num_given + 2 * num_made}, (
-            "and of each microbatch its targets' places and rows' keys, and the blocks of examples longer than a window"
-        )
+        assert crossings == {"to": num_given + 2 * 2}, "and of each microbatch its targets' places and rows' keys"

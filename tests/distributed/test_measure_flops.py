@@ -19,9 +19,10 @@ CHUNK_SIZE = 4
 """In gated DeltaNets, so that the toy's blocks have several chunks."""
 
 
-def count_step(case: Case) -> tuple[int, int]:
+def count_step(case: Case, in_blocks: bool = True) -> tuple[int, int]:
     """FLOPs of this process and the step's target tokens."""
     gpt, _, topology = build_case(case)
+    gpt.attends_in_blocks = in_blocks
     batches = build_batches(topology)
     with count_flops() as counter:
         forward_backward(gpt, batches, seed=0, step=0, scale_loss=None)
@@ -177,14 +178,16 @@ WINDOWS = replace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("recompute", few_of(["none", "full"], "full"))
-@pytest.mark.usefixtures("tiles_of_any_size")
-def test_layers_with_a_window_compute_tile_by_tile(recompute: str) -> None:
-    """Six tiles of three positions, which see six more before them; the others attend block by block."""
+@pytest.mark.parametrize(("in_blocks", "num_tiles"), [(True, (9 + 1 + 7 + 1) // 2), (False, SEQ_LEN // 2)])
+@pytest.mark.usefixtures("small_tiles")
+def test_layers_with_a_window_compute_tile_by_tile(in_blocks: bool, num_tiles: int) -> None:
+    """Tiles of two positions, which see four more before them, of blocks or of whole rows; the other layers see all."""
     lora = LoraConfig(rank=2, target_modules=["q_proj", "down_proj"])
-    case = Case(model=WINDOWS, lora=lora, recompute=recompute, dtype=torch.float32)
-    [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case)
-    shape = replace(build_shape(num_loss_tokens, recompute), num_windowed_scores=NUM_ROWS * 6 * 3 * 9)
+    case = Case(model=WINDOWS, lora=lora, recompute="full", dtype=torch.float32)
+    [(counted, num_loss_tokens)] = run_distributed(count_step, 1, case, in_blocks)
+    shape = replace(build_shape(num_loss_tokens, "full"), num_windowed_scores=NUM_ROWS * num_tiles * 2 * 6)
+    if not in_blocks:
+        shape = replace(shape, num_scores=NUM_ROWS * SEQ_LEN**2)
     assert counted == compute_lora_flops(WINDOWS, build_adapter_specs(lora, WINDOWS), shape)
 
 

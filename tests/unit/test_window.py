@@ -12,7 +12,14 @@ from attention_toy import A, D, build_core, count_saved_bytes, draw, run
 
 from lora_dist.batch import RowBlocks, number_blocks
 from lora_dist.mcore import direct_attention
-from lora_dist.mcore.attention import SdpaAttention, SinkAttention, compute_attention_bias, compute_window_mask
+from lora_dist.mcore.attention import (
+    SdpaAttention,
+    SinkAttention,
+    WindowedBlocks,
+    compute_attention_bias,
+    compute_window_mask,
+    compute_windowed_blocks,
+)
 from lora_dist.mcore.kernels import ON_CPU
 from lora_dist.mcore.window import Tiles, find_tile_size
 from lora_dist.measure.flops import count_flops
@@ -33,7 +40,7 @@ def build_masks(
 ) -> tuple[Tiles, torch.Tensor]:
     """Of rows that are alike where there are no blocks."""
     block_ids = torch.zeros(1, seq_len, dtype=torch.int64) if blocks is None else number_blocks(blocks)
-    tiles = compute_window_mask(block_ids, dtype, window, drops=False)
+    tiles = compute_window_mask(block_ids, dtype, window)
     assert isinstance(tiles, Tiles)
     return tiles, compute_attention_bias(block_ids, dtype, window)
 
@@ -54,6 +61,19 @@ def test_output_and_gradients(
 ) -> None:
     inputs = draw((S, len(blocks or PACKED)), num_kv_heads)
     assert_tiles_are_what_the_mask_leaves(build_core(kind), build_masks(blocks, window), inputs)
+
+
+@pytest.mark.parametrize("kind", [SdpaAttention, SinkAttention])
+def test_blocks_longer_than_the_window(kind: type[SdpaAttention]) -> None:
+    """Each by itself: causal, under a mask, or tile by tile."""
+    inputs, core, row_blocks = draw((S, 2), 2), build_core(kind), ((5, 65), (30, 1, 30, 9))
+    blocks = compute_windowed_blocks(row_blocks, torch.float64, 8, torch.device("cpu"))
+    assert isinstance(blocks, WindowedBlocks)
+    assert {length: isinstance(mask, Tiles) for length, mask in blocks.masks.items()} == {65: True, 30: True, 9: False}
+    bias = compute_attention_bias(number_blocks(row_blocks), torch.float64, 8)
+    for mine, masked in zip(*(run(core, mask, inputs) for mask in (blocks, bias)), strict=True):
+        torch.testing.assert_close(mine, masked, rtol=1e-12, atol=1e-12)
+    assert compute_windowed_blocks(row_blocks, torch.float64, 65, torch.device("cpu")) == row_blocks
 
 
 def test_rows_of_whole_tiles() -> None:
