@@ -104,6 +104,14 @@ def test_sinks_keep_no_scores(window: int | None) -> None:
     assert 1 + 2 + 1 + 1 + 2 * 8 <= units < 1 + 2 + 1 + 1 + 2 * 8 + 0.5
 
 
+@pytest.mark.parametrize("packed", [{}, {"packed": True}, {"packed": True, "blocks": False}], ids=str)
+def test_a_window_keeps_nothing_more_in_a_layer(packed: dict[str, bool]) -> None:
+    """Tile by tile, under one bias for all layers; keys and values once, whatever tiles see them."""
+    kind = {"family": "mistral", "num_kv_heads": 1, **packed}
+    units, plain = (measure_units_a_layer(["q_proj", "v_proj"], sliding_window=w, **kind) for w in (8, None))
+    assert units == pytest.approx(plain, abs=1e-6)
+
+
 def test_multipliers_keep_nothing() -> None:
     targets = ["q_proj", "v_proj"]
     scales = {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_scale": 0.1, "logits_divisor": 4.0}
