@@ -1,4 +1,5 @@
-"""The attention core: torch's fused kernels over whole rows, or example by example where a row holds several.
+"""The attention core: torch's fused kernels over whole rows, tile by tile where a layer sees a window, or example by
+example where a row holds several.
 
 Shapes: S sequence, B rows, A attention heads of this rank, D features of a head's query and key, V of its value: D, or
 fewer.

@@ -5,7 +5,7 @@ A kernel gives the output o and the logarithm of the sum of the scores' exponent
 (arXiv:2508.10925) that becomes L' = log(exp(L) + exp(s)), and the output y = o exp(L - L'). The kernels' backward takes
 from forward nothing but o and L: handed y and L' it gives the gradients with the sink.
 
-Shapes: B rows, A heads of this rank, S positions of queries, K of keys, D features of a head.
+Shapes: B rows, A heads of this rank, S positions, D features of a head.
 """
 
 import torch
