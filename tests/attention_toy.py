@@ -38,7 +38,7 @@ def draw(
 def run(core: SdpaAttention, mask: Mask, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """The core's output and the gradients, of inputs and sinks, of a sum that weighs every feature differently."""
     output = core(*inputs, mask)
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
     return [output, *torch.autograd.grad((output * weights).sum(), [*inputs, *core.parameters()])]
 
 

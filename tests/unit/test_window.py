@@ -177,3 +177,19 @@ def test_what_planned_hardware_runs(core: type[SdpaAttention], kind: str) -> Non
     called = [event.key for event in profile.key_averages() if "_scaled_dot_product" in event.key]
     wanted = {"cpu": "flash_attention_for_cpu", "gpu": "efficient_attention"}[kind]
     assert called == [f"aten::_scaled_dot_product_{wanted}"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("core", [SdpaAttention, SinkAttention])
+@pytest.mark.parametrize("blocks", [None, PACKED], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2)], ids=str)
+def test_on_a_gpu(dtype: torch.dtype, tolerance: float, blocks: RowBlocks | None, core: type[SdpaAttention]) -> None:
+    """The memory-efficient kernel, as far from the mask in fp64 as its dtype lets it be."""
+    inputs, attention = draw((S, 2), 2), build_core(core)
+    expected = run(attention, build_masks(blocks, 9)[1], inputs)
+    there = [one.detach().to("cuda", dtype).requires_grad_() for one in inputs]
+    tiles = Tiles(build_masks(blocks, 9, dtype)[0].bias.to("cuda"))
+    for mine, wanted in zip(run(attention.to("cuda", dtype), tiles, there), expected, strict=True):
+        error = (mine.cpu().double() - wanted).abs().max() / wanted.abs().max()
+        assert error < tolerance
