@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from lora_dist.base_format import check_blocks
 from lora_dist.config import ModelConfig, TopologyConfig
+from lora_dist.context_checks import refuse_context_parallel
 from lora_dist.refusals import require_one_of
 
 EXPORT_FORMATS = ("peft", "peft_split", "loralib", "bridge", "hf_merged")
@@ -47,6 +48,7 @@ class LiveConfig(BaseConfig):
         require_one_of("dtype", self.dtype, (None, "fp32", "bf16", "fp16"))
         model = self.model
         check_blocks(model.base_format, *model.split_sizes, tp_size=self.topology.tp_size)
+        refuse_context_parallel(self.topology, "nothing is trained here")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,8 +76,7 @@ class ExportConfig(LiveConfig):
     def __post_init__(self) -> None:
         LiveConfig.__post_init__(self)
         require_one_of("format", self.format, EXPORT_FORMATS)
-        num_processes = self.topology.tp_size * self.topology.pp_size * (self.topology.dp_size or 1)
-        if self.format != "hf_merged" and num_processes > 1:
+        if self.format != "hf_merged" and self.topology.num_processes > 1:
             raise ValueError(f"topology: format={self.format} reads and writes files alone; use topology=single")
 
 

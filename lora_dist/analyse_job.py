@@ -178,7 +178,7 @@ def compare_pairs(adapters: dict[str, Adapter], layers: set[int]) -> list[Simila
 def _gather(gpt: ShardedGpt, rows: list[Amplification]) -> list[Amplification]:
     """Those of all stages, on every process; each weight once."""
     topology = gpt.topology
-    mine = rows if topology.tp_rank == 0 and topology.dp_rank == 0 else []
+    mine = rows if topology.tp_rank == 0 and topology.zero_rank == 0 else []
     gathered: list[Any] = [None] * topology.world_size
     dist.all_gather_object(gathered, mine)
     return [row for part in gathered for row in part]

@@ -6,13 +6,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lora_dist.row_shard import RowShard
+
 RowBlocks = tuple[tuple[int, ...], ...]
 """For each row the lengths of the parts that attend within themselves, one behind the other up to its end."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
-    """Token rows with next-token labels; equal on every TP and PP rank of a replica."""
+    """Token rows with next-token labels; equal on every process of a replica until they are cut for each."""
 
     input_ids_BS: torch.Tensor
     """int64; 0 at slots."""
@@ -34,6 +36,12 @@ class Batch:
     """Where several adapters are attached: each row's, None for the base alone."""
     slots_BS: torch.Tensor | None = None
     """int64; at the positions of trained vectors their number, from 1, and 0 elsewhere. None where there are none."""
+
+    def cut(self, shard: RowShard) -> "Batch":
+        """What a process has of whole rows; their blocks stay whole."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name.endswith("_BS")}
+        parts: dict[str, Any] = {name: shard.cut(whole_BS) for name, whole_BS in values.items() if whole_BS is not None}
+        return replace(self, **parts)
 
     @property
     def seq_len(self) -> int:

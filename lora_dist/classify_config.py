@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from lora_dist.config import LoopConfig, LoraConfig, OptimConfig, TopologyConfig, TrackConfig, ZeroConfig
+from lora_dist.context_checks import refuse_context_parallel
 from lora_dist.data_config import require_split
 from lora_dist.refusals import require, require_one_of
 from lora_dist.task_config import TaskConfig
@@ -97,6 +98,7 @@ class ClassifyConfig:
 
     def _check_topology(self) -> None:
         tp_size, pp_size = self.topology.tp_size, self.topology.pp_size
+        refuse_context_parallel(self.topology, "an encoder's are whole")
         require(
             (tp_size, pp_size) == (1, 1),
             f"topology: an encoder is whole on every process, got tp {tp_size} pp {pp_size}; use topology.dp_size and"

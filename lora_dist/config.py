@@ -11,6 +11,7 @@ from lora_dist.bench_config import CONTENDERS as CONTENDERS
 from lora_dist.bench_config import OUR_CONTENDERS as OUR_CONTENDERS
 from lora_dist.bench_config import BenchConfig as BenchConfig
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS, BottleneckConfig
+from lora_dist.context_checks import check_context_parallel, check_row_length
 from lora_dist.data_config import FILE_FORMATS as FILE_FORMATS
 from lora_dist.data_config import DataConfig as DataConfig
 from lora_dist.loop_config import LoopConfig as LoopConfig
@@ -99,8 +100,8 @@ class RunConfig:
     hardware: HardwareConfig | None = None
     """What `lora-dist plan` predicts for."""
     shrink: bool = False
-    """No tp_size, pp_size or dp_size above two, and of experts four at most, two of them for a token; debug=shrink sets
-    it, with a model to match."""
+    """No tp_size, cp_size, pp_size or dp_size above two, and of experts four at most, two of them for a token;
+    debug=shrink sets it, with a model to match."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
@@ -158,6 +159,8 @@ class RunConfig:
 
     def attends_in_blocks(self, *, on_gpu: bool) -> bool:
         """What packed_attention means there."""
+        if self.topology.cp_size > 1:
+            return True
         if self.packed_attention == "auto":
             return not self.cuda_graphs and (not on_gpu or self.data.seq_len >= _SEQ_LEN_OF_BLOCKS)
         return self.packed_attention == "blocks"
@@ -175,11 +178,13 @@ def _validate_data(config: RunConfig) -> None:
         f"data.seq_len={config.data.seq_len} exceeds {config.model.row_limit}; set data.seq_len to"
         f" {config.model.longest_row} or less",
     )
-    if config.topology.sequence_parallel:
-        require(
-            config.data.seq_len % config.topology.tp_size == 0,
-            f"topology.sequence_parallel needs tp_size {config.topology.tp_size}"
-            f" to divide data.seq_len {config.data.seq_len}",
+    check_row_length(config.topology, config.data.seq_len)
+    if config.topology.cp_size > 1:
+        check_context_parallel(
+            config.model,
+            config.topology,
+            packed_attention=config.packed_attention,
+            cuda_graphs=config.cuda_graphs,
         )
     require(
         not config.loop.keep_best or config.loop.validates_between,

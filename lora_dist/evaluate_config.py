@@ -44,9 +44,8 @@ class EvaluateConfig(LiveConfig):
             f"{sum(given)} of predictions, adapter and base_alone are set; give predictions=FILE to score a file,"
             " adapter=RUN to score what a run answers, or base_alone=true",
         )
-        num_processes = self.topology.tp_size * self.topology.pp_size * (self.topology.dp_size or 1)
         require(
-            self.predictions is None or num_processes == 1,
+            self.predictions is None or self.topology.num_processes == 1,
             f"topology: predictions={self.predictions} is a file, which one process scores; use topology=single",
         )
         require(

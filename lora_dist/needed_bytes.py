@@ -17,7 +17,8 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 def compute_needed_bytes(config: RunConfig, global_rank: int, world_size: int) -> int:
     """Of the device, CUDA's and NCCL's own left out. ValueError where `plan.file` plans another job."""
     dp_size = compute_dp_size(config.topology, world_size)
-    place = compute_coordinates(global_rank, tp_size=config.topology.tp_size, dp_size=dp_size)
+    topology = config.topology
+    place = compute_coordinates(global_rank, tp_size=topology.tp_size, cp_size=topology.cp_size, dp_size=dp_size)
     if config.plan.file is not None:
         return _read_planned_bytes(config, config.plan.file, place.pp_rank, dp_size)
     return compute_state_bytes(config, place.pp_rank, dp_size)
@@ -28,14 +29,14 @@ def compute_state_bytes(config: RunConfig, pp_rank: int, dp_size: int) -> int:
     layers = list_stage_layers(config.model, pp_rank, config.topology.pp_size)
     num_whole = _count_whole(config.model, layers)
     num_parameters = num_whole + (_count_stage(config.model, layers) - num_whole) // config.topology.tp_size
-    stage, element = config.zero.stage, _BYTES[config.dtype]
-    needed = num_parameters * element // (dp_size if stage == 3 else 1)
+    stage, element, num_partitions = config.zero.stage, _BYTES[config.dtype], dp_size * config.topology.cp_size
+    needed = num_parameters * element // (num_partitions if stage == 3 else 1)
     needed -= compute_format_savings(config.model, element, config.topology.tp_size, layers)
     if config.method == "full":
-        needed += num_parameters * element // (dp_size if stage >= 2 else 1)
+        needed += num_parameters * element // (num_partitions if stage >= 2 else 1)
         if not config.zero.offload_optimizer:
             masters_and_moments = 8 if config.dtype == "fp32" else 12
-            needed += num_parameters * masters_and_moments // (dp_size if stage >= 1 else 1)
+            needed += num_parameters * masters_and_moments // (num_partitions if stage >= 1 else 1)
     return needed
 
 
@@ -78,7 +79,7 @@ def _read_planned_bytes(config: RunConfig, file: str, pp_rank: int, dp_size: int
     topology = config.topology
     wanted: dict[str, Any] = {
         **{"method": config.method, "dp_size": dp_size},
-        **{"tp_size": topology.tp_size, "pp_size": topology.pp_size},
+        **{"tp_size": topology.tp_size, "cp_size": topology.cp_size, "pp_size": topology.pp_size},
     }
     if config.loop.recompute != "auto":
         wanted["recompute"] = config.loop.recomputation
@@ -95,4 +96,4 @@ def _read_jobs(file: Path) -> list[dict[str, Any]]:
         jobs: list[dict[str, Any]] = json.loads(file.read_bytes())["jobs"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"plan.file={file} cannot be read as a plan.json ({error})") from None
-    return jobs
+    return [{"cp_size": 1, **job} for job in jobs]  # which plans of earlier versions do not name

@@ -60,7 +60,7 @@ class PlanConfig:
     search: bool = False
     """Look for the topologies that fit instead of planning the one of `topology`."""
     num_gpus: int | None = None
-    """GPUs to plan for; null takes tp_size x pp_size x dp_size."""
+    """GPUs to plan for; null takes tp_size x cp_size x pp_size x dp_size."""
     recompute: list[str] = field(default_factory=lambda: ["none", "full"])
     """Values of loop.recompute to show side by side, beside the job's own where that is selective or full."""
     target_fraction: float = 1.0

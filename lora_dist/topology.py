@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from lora_dist.row_shard import RowShard
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By their names in configurations."""
 _Result = TypeVar("_Result")
@@ -18,15 +20,17 @@ class Coordinates:
     """One process's place in the grid; TP varies fastest so that a TP group stays within a node."""
 
     tp_rank: int
+    cp_rank: int
     dp_rank: int
     pp_rank: int
 
 
-def compute_coordinates(global_rank: int, *, tp_size: int, dp_size: int) -> Coordinates:
-    """Place of `global_rank` in the order TP, DP, PP (innermost first), Megatron's own."""
-    tp_rank = global_rank % tp_size
-    dp_rank = global_rank // tp_size % dp_size
-    return Coordinates(tp_rank=tp_rank, dp_rank=dp_rank, pp_rank=global_rank // (tp_size * dp_size))
+def compute_coordinates(global_rank: int, *, tp_size: int, cp_size: int, dp_size: int) -> Coordinates:
+    """Place of `global_rank` in the order TP, CP, DP, PP (innermost first), Megatron's own."""
+    rest, tp_rank = divmod(global_rank, tp_size)
+    rest, cp_rank = divmod(rest, cp_size)
+    pp_rank, dp_rank = divmod(rest, dp_size)
+    return Coordinates(tp_rank=tp_rank, cp_rank=cp_rank, dp_rank=dp_rank, pp_rank=pp_rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +44,36 @@ class Topology:
     tp_rank: int
     pp_size: int
     pp_rank: int
+    cp_size: int
+    cp_rank: int
     dp_size: int
     dp_rank: int
+    """Which rows of a batch are this process's, with the others of its replica."""
     sequence_parallel: bool
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    zero_group: dist.ProcessGroup
+    """The DP x CP processes that have these very parameters, each gradients of its own tokens: what ZeRO partitions
+    over."""
     model_parallel_group: dist.ProcessGroup
-    """The TP x PP processes that hold one replica."""
+    """The TP x PP processes that hold the model once."""
     embedding_group: dist.ProcessGroup | None
     """First and last pipeline stage with this tp_rank; None on the others and where pp_size is 1."""
+
+    @property
+    def zero_size(self) -> int:
+        return self.dp_size * self.cp_size
+
+    @property
+    def zero_rank(self) -> int:
+        return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
+    def row_shard(self) -> RowShard:
+        """What this process has of each row of its replica."""
+        return RowShard(cp_size=self.cp_size, cp_rank=self.cp_rank)
 
     @property
     def is_first_stage(self) -> bool:
@@ -62,7 +85,8 @@ class Topology:
 
     def __str__(self) -> str:
         return (
-            f"tp {self.tp_rank}/{self.tp_size} pp {self.pp_rank}/{self.pp_size} dp {self.dp_rank}/{self.dp_size}"
+            f"tp {self.tp_rank}/{self.tp_size} cp {self.cp_rank}/{self.cp_size} pp {self.pp_rank}/{self.pp_size}"
+            f" dp {self.dp_rank}/{self.dp_size}"
             f" sp {'on' if self.sequence_parallel else 'off'}"
             f" global_rank {self.global_rank}/{self.world_size} {self.device}"
         )

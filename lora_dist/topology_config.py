@@ -13,6 +13,8 @@ class TopologyConfig:
     """Tensor-parallel processes: each weight matrix is split over them."""
     pp_size: int = 1
     """Pipeline stages. Where they cannot all have as many layers, some between the first and the last have one more."""
+    cp_size: int = 1
+    """Context-parallel processes: each has a part of every row, and no adapter communicates for it."""
     dp_size: int | None = None
     """Data-parallel replicas; null takes what the number of processes leaves (1 when started bare)."""
     sequence_parallel: bool = False
@@ -21,11 +23,27 @@ class TopologyConfig:
     """A collective that waits longer than this is an error."""
 
     def __post_init__(self) -> None:
-        for key in ("tp_size", "pp_size", "dp_size"):
+        for key in ("tp_size", "pp_size", "cp_size", "dp_size"):
             size = getattr(self, key)
             require(size is None or size >= 1, f"topology.{key}={size} must be at least 1")
         timeout_s = self.timeout_s
         require(0 < timeout_s < float("inf"), f"topology.timeout_s={timeout_s} must be positive and finite")
+
+    @property
+    def replica_size(self) -> int:
+        """Processes of one replica."""
+        return self.tp_size * self.cp_size * self.pp_size
+
+    @property
+    def num_processes(self) -> int:
+        """Of a job that nothing else says the number of."""
+        return self.replica_size * (self.dp_size or 1)
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows have a multiple of so many positions, so that they can be cut: `row_shard.RowShard`, then over TP."""
+        parts = 2 * self.cp_size if self.cp_size > 1 else 1
+        return parts * (self.tp_size if self.sequence_parallel else 1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,12 +65,12 @@ class ZeroConfig:
 
 def compute_dp_size(topology: TopologyConfig, world_size: int, source: str = "the launcher started") -> int:
     """Data-parallel replicas on `world_size` processes; ValueError when the sizes do not multiply out."""
-    model_parallel_size = topology.tp_size * topology.pp_size
-    dp_size = topology.dp_size or max(1, world_size // model_parallel_size)
-    needed = model_parallel_size * dp_size
+    dp_size = topology.dp_size or max(1, world_size // topology.replica_size)
+    needed = topology.replica_size * dp_size
+    context = f" x cp {topology.cp_size}" if topology.cp_size > 1 else ""
     require(
         needed == world_size,
-        f"tp {topology.tp_size} x pp {topology.pp_size} x dp {dp_size} = {needed} processes,"
+        f"tp {topology.tp_size}{context} x pp {topology.pp_size} x dp {dp_size} = {needed} processes,"
         f" but {source} {world_size}; start {needed} or change the topology",
     )
     return dp_size

@@ -73,7 +73,7 @@ def iterate_stage(
         if one.owned:
             state = read(one)
             gathered = {}
-            if topology.dp_rank == 0:
+            if topology.zero_rank == 0:
                 kept = one.kept_dtype or dtype
                 gathered = {key: _gather_over_tp(local.to(kept), one, topology) for key, local in state.items()}
             yield one, {key: whole.cpu() for key, whole in gathered.items() if whole is not None}
@@ -166,7 +166,7 @@ def _bring_to_first_stage(
     whole: torch.Tensor | None, entry: WholeName, topology: Topology, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """Send from the holding stage's first process to global rank 0, which is in the same pipeline group."""
-    on_path = topology.dp_rank == 0 and topology.tp_rank == 0 and entry.pp_rank != 0
+    on_path = topology.zero_rank == 0 and topology.tp_rank == 0 and entry.pp_rank != 0
     if on_path and topology.pp_rank == entry.pp_rank:
         assert whole is not None
         dist.send(whole.to(topology.device).contiguous(), group=topology.pp_group, group_dst=0)

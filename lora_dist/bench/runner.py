@@ -60,10 +60,10 @@ def bench(config: RunConfig) -> Path:
 def check_bench(config: RunConfig) -> None:
     """ValueError for a configuration that this bench does not measure."""
     topology = config.topology
-    if (topology.tp_size, topology.pp_size, topology.dp_size or 1) != (1, 1, 1):
+    if topology.num_processes != 1:
         raise ValueError(
-            f"bench compares with peers on one process, got tp {topology.tp_size} pp {topology.pp_size}"
-            f" dp {topology.dp_size}; use topology=single"
+            f"bench compares with peers on one process, got tp {topology.tp_size} cp {topology.cp_size}"
+            f" pp {topology.pp_size} dp {topology.dp_size}; use topology=single"
         )
     loop, ours_alone = config.loop, set(OUR_CONTENDERS) >= set(config.bench.contenders)
     if config.model.base_format != "native" and not ours_alone:

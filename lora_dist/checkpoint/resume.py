@@ -121,7 +121,7 @@ def _write_stages(
                     writer.write(f"{key}/{one.name}", whole[key])
             hashes[name] = writer.close()
 
-    is_writer = topology.tp_rank == 0 and topology.dp_rank == 0 and any(one.owned for one in trainable)
+    is_writer = topology.tp_rank == 0 and topology.zero_rank == 0 and any(one.owned for one in trainable)
     write_together(write if is_writer else None, stream)
     parts: list[dict[str, str]] = [{} for _ in range(topology.world_size)]
     dist.all_gather_object(parts, hashes)

@@ -54,7 +54,7 @@ def run_adapter_verb(verb: str, overrides: Sequence[str]) -> int:
             module.run(config)
         return 0
     topology = config.topology
-    world_size = given_world_size or topology.tp_size * topology.pp_size * (topology.dp_size or 1)
+    world_size = given_world_size or topology.num_processes
     compute_dp_size(topology, world_size)
     if given_world_size is None and world_size > 1:
         return launch_local(verb, overrides, world_size)

@@ -60,7 +60,7 @@ def _shrink(composed: DictConfig) -> None:
     if not composed.get("shrink"):
         return
     for node, keys, most in (
-        (composed.topology, ("tp_size", "pp_size", "dp_size"), 2),
+        (composed.topology, ("tp_size", "pp_size", "cp_size", "dp_size"), 2),
         (composed.model, ("num_experts",), 4),
         (composed.model, ("experts_per_token", "num_expert_groups"), 2),
         (composed.model, ("groups_per_token", "num_dense_layers"), 1),

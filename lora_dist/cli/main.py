@@ -132,7 +132,7 @@ def _run(verb: str, overrides: list[str]) -> int:
         config = replace(config, run_dir=run_dir)
         overrides = [*overrides, f"run_dir={json.dumps(run_dir, ensure_ascii=False)}"]
     topology = config.topology
-    world_size = given_world_size or topology.tp_size * topology.pp_size * (topology.dp_size or 1)
+    world_size = given_world_size or topology.num_processes
     check_inputs(config, world_size)
     if given_world_size is None or os.environ["RANK"] == "0":
         check_run_dir(Path(config.run_dir), config.resume)

@@ -31,7 +31,7 @@ class BatchShape:
     """Positions of a packed row, the most of a padded one."""
     packed: bool
     seq_len_multiple: int
-    """Padded rows are a multiple of this, so that sequence parallelism can split them."""
+    """Padded rows are a multiple of this, so that they can be cut over processes."""
 
     @property
     def rows_per_pass(self) -> int:
@@ -143,7 +143,6 @@ def build_loaders(config: RunConfig, *, dp_size: int, dp_rank: int, share: Share
 
 
 def _compute_batch_shape(config: RunConfig, dp_size: int, dp_rank: int) -> BatchShape:
-    topology = config.topology
     return BatchShape(
         micro_batch_size=config.loop.micro_batch_size,
         num_microbatches=compute_num_microbatches(config.loop, dp_size),
@@ -151,7 +150,7 @@ def _compute_batch_shape(config: RunConfig, dp_size: int, dp_rank: int) -> Batch
         dp_rank=dp_rank,
         seq_len=config.data.seq_len,
         packed=config.data.collate == "pack",
-        seq_len_multiple=topology.tp_size if topology.sequence_parallel else 1,
+        seq_len_multiple=config.topology.row_multiple,
     )
 
 

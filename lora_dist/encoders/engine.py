@@ -72,7 +72,7 @@ class EncoderEngine:
         for batches in global_batches:
             mine = [self._compute_logits(batch).float().cpu() for batch in batches]
             parts: list[list[torch.Tensor]] = [[] for _ in range(self.topology.dp_size)]
-            dist.all_gather_object(parts, mine, group=self.topology.dp_group)
+            dist.all_gather_object(parts, mine, group=self.topology.zero_group)
             passes = [torch.cat(one_pass) for one_pass in zip(*parts, strict=True)]
             outputs.extend(torch.cat(passes)[: batches[0].num_rows])
         return outputs

@@ -10,6 +10,7 @@ import torch
 
 from lora_dist.fusion import Chain
 from lora_dist.lora.factors import derive_seed
+from lora_dist.row_shard import WHOLE_ROW, RowShard
 
 
 def compute_row_keys(row_ids_B: torch.Tensor, *, seed: int, step: int) -> torch.Tensor:
@@ -37,8 +38,12 @@ class DropoutMask:
     row_keys_B: torch.Tensor
     adapter_name: str
     probability: float
+    row_shard: RowShard = WHOLE_ROW
+    """What the ranks of this tensor-parallel group have of each row."""
+    num_positions: int = 0
+    """So many of it; tells something where that is not the whole row."""
     position_offset: int = 0
-    """First position of this rank's sequence shard."""
+    """First of them that is this rank's, under sequence parallelism."""
     feature_offset: int = 0
     """First feature of this rank's input shard."""
 
@@ -50,7 +55,7 @@ class DropoutMask:
         """int32, of each token [S, B] and of each feature [H]."""
         S, _, H = shape
         seed = derive_seed("dropout", self.adapter_name)
-        position_S = torch.arange(self.position_offset, self.position_offset + S, device=device)
+        position_S = self.row_shard.find_positions(self.position_offset, S, self.num_positions, device)
         feature_H = torch.arange(self.feature_offset, self.feature_offset + H, device=device)
         token_SB = _mix64(_mix64(self.row_keys_B + seed % 2**40)[None, :] + position_S[:, None])
         feature_H = _mix64(feature_H + seed // 2**40)

@@ -18,6 +18,7 @@ from lora_dist.lora.dropout import DropoutClock, DropoutMask
 from lora_dist.lora.factors import draw_lora_A, slice_shard
 from lora_dist.lora.function import BaseWeight, ShardCommunication, lora_linear, read_weight
 from lora_dist.lora.spec import AdapterSpec
+from lora_dist.row_shard import WHOLE_ROW, RowShard
 
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
 
@@ -31,6 +32,8 @@ class ShardPlace:
     tp_size: int
     tp_rank: int
     sequence_parallel: bool = False
+    row_shard: RowShard = WHOLE_ROW
+    """What enters of each row, before sequence parallelism cuts it."""
     tp_ranges: Mapping[str, Ranges] = field(default_factory=dict)
     """Of targets whose rows several ranks have, where each rank's lie."""
     is_whole: bool = False
@@ -155,12 +158,14 @@ class LoraShard(nn.Module):
         probability = self.specs[0].dropout
         if probability == 0.0 or not self.training or self.clock.row_keys_B is None:
             return None
-        place = self.place
+        place, num_positions = self.place, x_SBH.shape[0]
         return DropoutMask(
             row_keys_B=self.clock.row_keys_B,
             adapter_name="+".join(spec.name for spec in self.specs),
             probability=probability,
-            position_offset=place.tp_rank * x_SBH.shape[0] if place.sequence_parallel else 0,
+            row_shard=place.row_shard,
+            num_positions=num_positions * (place.tp_size if place.sequence_parallel else 1),
+            position_offset=place.tp_rank * num_positions if place.sequence_parallel else 0,
             feature_offset=0 if place.column_parallel else place.tp_rank * x_SBH.shape[2],
         )
 

@@ -85,6 +85,7 @@ def _build_shard(
         tp_size=topology.tp_size,
         tp_rank=topology.tp_rank,
         sequence_parallel=linear.column_parallel and topology.sequence_parallel and not has_whole_input,
+        row_shard=topology.row_shard,
         is_whole=is_whole,
         row_group=None if linear.column_parallel or topology.tp_size == 1 else topology.tp_group,
         tp_ranges=find_shared_ranges(gpt.model, topology.tp_size),

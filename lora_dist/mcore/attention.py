@@ -17,9 +17,11 @@ from torch import nn
 
 from lora_dist.batch import RowBlocks
 from lora_dist.generation.cache import LayerCache
+from lora_dist.mcore.context_attention import attend_over_processes
 from lora_dist.mcore.direct_attention import attend_directly
 from lora_dist.mcore.kernels import as_bias, write_out_heads
 from lora_dist.mcore.layers import allocate
+from lora_dist.mcore.row_group import RowGroup
 from lora_dist.mcore.window import Tiles, compute_tiles, find_tile_size
 
 
@@ -58,8 +60,13 @@ class SdpaAttention(nn.Module):
         self.dropout = config.attention_dropout
         self.scale = config.softmax_scale
         self.sees_window = False
+        self.sinks: nn.Parameter | None = None
         self.cache: LayerCache | None = None
         """Where the model runs step by step: what it has seen of each row."""
+        self.row_group: RowGroup | None = None
+        """Where rows are split over processes: those, and what this one has."""
+        self.window: int | None = None
+        """Of positions that one sees there, itself counted; None means all before it."""
 
     def forward(
         self,
@@ -77,6 +84,12 @@ class SdpaAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if isinstance(attention_mask, LayerMasks):
             attention_mask = attention_mask.windowed if self.sees_window else attention_mask.full
+        if self.row_group is not None:
+            assert dropout == 0.0, "the configuration refuses it"
+            assert attention_mask is None or isinstance(attention_mask, tuple), "the configuration refuses it"
+            return attend_over_processes(
+                query_SBAD, key_SBAD, value_SBAV, self.sinks, attention_mask, self.scale, self.window, self.row_group
+            ).flatten(2)
         if dropout:
             with get_cuda_rng_tracker().fork():
                 return self._compute(query_SBAD, key_SBAD, value_SBAV, attention_mask, dropout)

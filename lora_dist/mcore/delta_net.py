@@ -31,6 +31,7 @@ from lora_dist.mcore.delta_rule import (
     normalise,
 )
 from lora_dist.mcore.layers import LoraColumnParallelLinear, LoraRowParallelLinear, allocate
+from lora_dist.mcore.row_group import RowGroup
 
 _Parameters = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -70,6 +71,8 @@ class DeltaHeads(nn.Module):
         self.step_offsets = nn.Parameter(allocate(self.sizes.value_heads, config=config))
         self.norm_factors = nn.Parameter(allocate(self.sizes.value_size, config=config))
         self.sees_window = False
+        self.row_group: RowGroup | None = None
+        """Where rows are split over processes: those. Each then has whole rows of a share of the heads."""
         self.cache: StateCache | None = None
         """Where the model runs step by step: what is left of each row."""
 
@@ -77,11 +80,29 @@ class DeltaHeads(nn.Module):
         """[S, B, O]."""
         mask = attention_mask.recurrent if isinstance(attention_mask, LayerMasks) else attention_mask
         parameters = self.kernels, self.decay_logs, self.step_offsets, self.norm_factors
+        if self.row_group is not None:
+            assert not isinstance(mask, torch.Tensor), "the configuration refuses it"
+            return self._run_heads(mixed_SBM, mask, self.row_group, parameters)
         if self.cache is not None:
             assert isinstance(mask, torch.Tensor)
             return self._run_step(mixed_SBM, mask, self.cache, parameters)
         assert not isinstance(mask, torch.Tensor), "blocks say where examples begin, and a mask does not"
-        output_SBO: torch.Tensor = _RunAgain.apply(partial(self._run, row_blocks=mask), mixed_SBM, *parameters)  # type: ignore[no-untyped-call]
+        return self._run_again(mixed_SBM, mask, parameters)
+
+    def _run_heads(
+        self, mixed_PBM: torch.Tensor, row_blocks: RowBlocks | None, row_group: RowGroup, parameters: _Parameters
+    ) -> torch.Tensor:
+        """[P, B, O] of this process's positions: heads of whole rows, for which two exchanges bring the positions."""
+        mixed_SBM = row_group.exchange_for_heads(mixed_PBM.unflatten(-1, (self.sizes.key_heads, -1))).flatten(2)
+        *of_heads, norm_factors = parameters
+        mine = (*map(row_group.take_heads, of_heads), norm_factors)
+        output_SBO = self._run_again(mixed_SBM, row_blocks, mine)
+        return row_group.exchange_for_positions(output_SBO[:, :, None]).flatten(2)
+
+    def _run_again(
+        self, mixed_SBM: torch.Tensor, row_blocks: RowBlocks | None, parameters: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        output_SBO: torch.Tensor = _RunAgain.apply(partial(self._run, row_blocks=row_blocks), mixed_SBM, *parameters)  # type: ignore[no-untyped-call]
         return output_SBO
 
     def _run(self, mixed_SBM: torch.Tensor, *parameters: torch.Tensor, row_blocks: RowBlocks | None) -> torch.Tensor:
@@ -109,7 +130,7 @@ class DeltaHeads(nn.Module):
         """What is convolved [..., G, 2 K + R V], the output's gate [..., G, R V] and the two others [..., G, R]."""
         sizes = self.sizes
         parts = [sizes.convolved_per_key, sizes.values_per_key * sizes.value_size, *[sizes.values_per_key] * 2]
-        return list(mixed.unflatten(-1, (sizes.key_heads, -1)).split(parts, dim=-1))
+        return list(mixed.unflatten(-1, (-1, sum(sizes.projected_per_key.values()))).split(parts, dim=-1))
 
     def _run_chunks(
         self,
@@ -127,10 +148,12 @@ class DeltaHeads(nn.Module):
         kernels, decay_logs, step_offsets, norm_factors = (one.to(dtype) for one in parameters)
         convolved, output_gate, strength, step = (part.to(dtype) for part in self._split(chunks_NCM))
         tails = None if cache is None or cache.tails is None else cache.tails.to(dtype)
-        convolved = F.silu(convolve(convolved.flatten(2), kernels, active, tails)).unflatten(-1, (sizes.key_heads, -1))
+        convolved = F.silu(convolve(convolved.flatten(2), kernels, active, tails)).unflatten(
+            -1, (-1, sizes.convolved_per_key)
+        )
         query, key, value = convolved.split(list(sizes.convolved_parts.values()), dim=-1)
         log_decay = -decay_logs.exp() * F.softplus(step.flatten(2) + step_offsets)
-        strength, log_decay = strength.sigmoid(), log_decay.unflatten(-1, (sizes.key_heads, -1))
+        strength, log_decay = strength.sigmoid(), log_decay.unflatten(-1, (-1, sizes.values_per_key))
         if filled is not None:
             strength, log_decay = strength * filled[..., None], log_decay * filled[..., None]
         read_NGRCV, state = apply_delta_rule(

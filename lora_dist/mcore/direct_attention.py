@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from lora_dist.mcore.kernels import AttentionKernel, Bias, choose_kernel, write_out_heads
+from lora_dist.mcore.kernels import AttentionKernel, Bias, choose_kernel, fill_features, write_out_heads
 from lora_dist.mcore.sinks import compute_sink_grad, join_sinks
 from lora_dist.mcore.window import Tiles, Tiling
 
-_FEATURE_MULTIPLE = 8
-"""Of a head's features, which the memory-efficient kernel takes."""
 _Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -54,14 +51,14 @@ class _Call:
         if self.num_copies > 1:
             key, value = write_out_heads(key, query), write_out_heads(value, query)
         num_features = query.shape[-1]
-        key, value = _fill_features(key, num_features), _fill_features(value, num_features)
+        key, value = fill_features(key, num_features), fill_features(value, num_features)
         if self.tiling is not None:
             key, value = self.tiling.cut_keys(key), self.tiling.cut_keys(value)
         return self.lay_out_queries(query, num_features), key, value
 
     def lay_out_queries(self, x: torch.Tensor, num_features: int) -> torch.Tensor:
         """Queries, or what has their positions."""
-        x = _fill_features(x, num_features)
+        x = fill_features(x, num_features)
         return x if self.tiling is None else self.tiling.cut_queries(x)
 
     def join_queries(self, x: torch.Tensor, num_features: int) -> torch.Tensor:
@@ -74,12 +71,6 @@ class _Call:
             dx = dx.unflatten(1, (-1, self.num_copies)).sum(2, dtype=torch.promote_types(dx.dtype, torch.float32))
         dx = dx if self.tiling is None else self.tiling.sum_keys(dx)
         return dx[..., : like.shape[-1]].to(like.dtype)
-
-
-def _fill_features(x: torch.Tensor, num_features: int) -> torch.Tensor:
-    """With zeros, up to the multiple that the kernels take."""
-    missing = -(-num_features // _FEATURE_MULTIPLE) * _FEATURE_MULTIPLE - x.shape[-1]
-    return F.pad(x, (0, missing)) if missing else x
 
 
 class _DirectAttention(torch.autograd.Function):

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import wrap_torch_function
 
 _aten = torch.ops.aten
 _BIAS_ALIGNMENT = 8
 """Elements; the memory-efficient kernel takes rows that begin at multiples of so many, and copies others."""
+_FEATURE_MULTIPLE = 8
+"""Of a head's features, which the memory-efficient kernel takes."""
 Tensors = tuple[torch.Tensor, ...]
 Bias = torch.Tensor | None
 """[1 or B, 1, S, K] to add to the scores."""
@@ -128,6 +131,12 @@ def choose_kernel(query: torch.Tensor, bias: Bias) -> AttentionKernel:
 def write_out_heads(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Keys or values [B, heads, S, D] copied for each of the query's heads."""
     return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
+def fill_features(x: torch.Tensor, num_features: int) -> torch.Tensor:
+    """With zeros, up to the multiple that the kernels take."""
+    missing = -(-num_features // _FEATURE_MULTIPLE) * _FEATURE_MULTIPLE - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def as_bias(mask_B1SK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -39,6 +39,7 @@ from lora_dist.mcore.layers import (
 )
 from lora_dist.mcore.norm import find_norm
 from lora_dist.mcore.rotary import Rotary, RotarySelfAttention
+from lora_dist.mcore.row_group import RowGroup
 from lora_dist.mcore.whole_norm import WholeNormedSelfAttention
 from lora_dist.topology import Topology
 
@@ -92,7 +93,7 @@ class ShardedGpt(GPTModel):
         **options: Any,
     ) -> torch.Tensor:
         """`attention_mask` as `SdpaAttention` takes it; None means that rows are causal, within the model's window."""
-        window = self.model.sliding_window
+        window = self.model.sliding_window if self.topology.cp_size == 1 else None
         if attention_mask is None and window is not None and input_ids.shape[1] > window:
             whole_rows, dtype = torch.zeros_like(input_ids[:1]), self.config.params_dtype
             windowed = compute_window_mask(whole_rows, dtype, window, drops=self.config.attention_dropout > 0)
@@ -182,7 +183,11 @@ def build_model(
     )
     for number, layer in enumerate(gpt.decoder.layers, gpt.first_layer):
         layer.clock = clock
-        layer.self_attention.core_attention.sees_window = model.sees_window(number)
+        core = layer.self_attention.core_attention
+        core.sees_window = model.sees_window(number)
+        if topology.cp_size > 1:
+            core.row_group = RowGroup(group=topology.cp_group, shard=topology.row_shard)
+            core.window = model.sliding_window if model.sees_window(number) else None
         if number in model.unturned_layers:
             layer.self_attention.turns = False
         if model.residual_multiplier != 1.0:

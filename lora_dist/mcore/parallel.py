@@ -51,7 +51,7 @@ def seed_base_dropout(topology: Topology, *, seed: int, step: int) -> None:
 
     Regions that TP splits get a generator of their own on each TP rank, the others one that TP ranks share.
     """
-    parts = derive_seed(seed, "base dropout", step, topology.dp_rank, topology.pp_rank)
+    parts = derive_seed(seed, "base dropout", step, topology.zero_rank, topology.pp_rank)
     model_parallel_cuda_manual_seed(parts % 2**31)
 
 
@@ -72,11 +72,14 @@ def build_topology(config: TopologyConfig, *, device: torch.device, local_rank: 
         use_cpu_stand_ins(device)
     world_size = dist.get_world_size()
     dp_size = compute_dp_size(config, world_size)
-    ps.initialize_model_parallel(config.tp_size, config.pp_size, create_gloo_process_groups=False)
+    ps.initialize_model_parallel(
+        config.tp_size, config.pp_size, context_parallel_size=config.cp_size, create_gloo_process_groups=False
+    )
     model_parallel_cuda_manual_seed(seed)
     global_rank = dist.get_rank()
-    place = compute_coordinates(global_rank, tp_size=config.tp_size, dp_size=dp_size)
+    place = compute_coordinates(global_rank, tp_size=config.tp_size, cp_size=config.cp_size, dp_size=dp_size)
     assert place.tp_rank == ps.get_tensor_model_parallel_rank()
+    assert place.cp_rank == ps.get_context_parallel_rank()
     assert place.pp_rank == ps.get_pipeline_model_parallel_rank()
     assert place.dp_rank == ps.get_data_parallel_rank()
     on_edge = config.pp_size > 1 and place.pp_rank in (0, config.pp_size - 1)
@@ -88,13 +91,16 @@ def build_topology(config: TopologyConfig, *, device: torch.device, local_rank: 
         tp_rank=place.tp_rank,
         pp_size=config.pp_size,
         pp_rank=place.pp_rank,
+        cp_size=config.cp_size,
+        cp_rank=place.cp_rank,
         dp_size=dp_size,
         dp_rank=place.dp_rank,
         sequence_parallel=config.sequence_parallel and config.tp_size > 1,
         device=device,
         tp_group=ps.get_tensor_model_parallel_group(),
         pp_group=ps.get_pipeline_model_parallel_group(),
-        dp_group=ps.get_data_parallel_group(),
+        cp_group=ps.get_context_parallel_group(),
+        zero_group=ps.get_data_parallel_group(with_context_parallel=True),
         model_parallel_group=ps.get_model_parallel_group(),
         embedding_group=ps.get_embedding_group() if on_edge else None,
     )

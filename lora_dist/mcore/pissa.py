@@ -50,7 +50,7 @@ def split_base(gpt: ShardedGpt) -> list[TrainableParameter]:
     linears = [module for module in gpt.modules() if isinstance(getattr(module, "lora", None), LoraShard)]
     sites = [site for linear in linears for site in _list_sites(linear.weight, linear.lora)]
     topology = gpt.topology
-    at_once = topology.tp_size * topology.dp_size
+    at_once = topology.tp_size * topology.zero_size
     for first in range(0, len(sites), at_once):
         round_sites = sites[first : first + at_once]
         for site, factors in zip(round_sites, _decompose(round_sites, topology), strict=True):
@@ -69,7 +69,7 @@ def _list_sites(weight: nn.Parameter, shard: LoraShard) -> list[_Site]:
 def _decompose(sites: Sequence[_Site], topology: Topology) -> list[_Factors]:
     """Whole factors of at most TP x DP matrices: replica d, TP rank t decomposes number d * tp_size + t."""
     tp_size = topology.tp_size
-    of_replica = range(topology.dp_rank * tp_size, min(len(sites), (topology.dp_rank + 1) * tp_size))
+    of_replica = range(topology.zero_rank * tp_size, min(len(sites), (topology.zero_rank + 1) * tp_size))
     factors = [_allocate(site) for site in sites]
     mine = None
     for number in of_replica:
@@ -87,7 +87,7 @@ def _decompose(sites: Sequence[_Site], topology: Topology) -> list[_Factors]:
             dist.broadcast(factor, group=topology.tp_group, group_src=number % tp_size)
     for number, pair in enumerate(factors):
         for factor in pair:
-            dist.broadcast(factor, group=topology.dp_group, group_src=number // tp_size)
+            dist.broadcast(factor, group=topology.zero_group, group_src=number // tp_size)
     return factors
 
 

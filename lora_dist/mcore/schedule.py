@@ -69,8 +69,8 @@ def _run_schedule(
     weight = compute_loss_weight(gpt, batches)
 
     def loss_function(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # The schedule divides by the number of microbatches and ZeRO by dp_size.
-        return loss_sum * weight, loss_sum.detach()
+        # The schedule divides by the number of microbatches, and multiplies by cp_size.
+        return loss_sum * (weight / gpt.topology.cp_size), loss_sum.detach()
 
     def forward_step(iterator: "object", _stage: ShardedGpt) -> tuple[torch.Tensor, Callable]:
         batch: Batch = next(iterator)  # type: ignore[call-overload]
@@ -82,15 +82,17 @@ def _run_schedule(
         data_iterator=iter(batches),
         model=[gpt],
         num_microbatches=len(batches),
-        seq_length=batches[0].seq_len,
+        seq_length=batches[0].seq_len,  # of whole rows: the schedule divides by cp_size
         micro_batch_size=batches[0].input_ids_BS.shape[0],
         forward_only=forward_only,
     )
 
 
 def compute_loss_weight(gpt: ShardedGpt, batches: Sequence[Batch]) -> float:
-    """Makes a microbatch's loss sum what a mean over microbatches and replicas turns into the global batch's mean."""
-    return len(batches) * gpt.topology.dp_size / max(1, batches[0].num_loss_tokens)
+    """Makes a microbatch's loss sum what a mean over microbatches and ZeRO's processes turns into the global batch's
+    mean.
+    """
+    return len(batches) * gpt.topology.zero_size / max(1, batches[0].num_loss_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,8 +109,11 @@ class Inputs:
 
 
 def prepare_inputs(gpt: ShardedGpt, batch: Batch, *, seed: int, step: int, target_multiple: int = 1) -> Inputs:
-    """What depends on values is worked out on the host, which need not wait for the device then."""
+    """This process's part of the rows. What depends on values is worked out on the host, which need not wait for the
+    device then.
+    """
     device, block_ids_BS = gpt.topology.device, None
+    batch = batch.cut(gpt.topology.row_shard)
     if batch.row_blocks is not None and _needs_bias(gpt, batch.row_blocks):
         block_ids_BS = move(number_blocks(batch.row_blocks), device)
     return Inputs(
@@ -131,7 +136,7 @@ def _build_mask(gpt: ShardedGpt, inputs: Inputs) -> Mask | LayerMasks:
     """Whatever the blocks are: a recording is repeated with others."""
     row_blocks, window, dtype = inputs.batch.row_blocks, gpt.model.sliding_window, gpt.config.params_dtype
     if inputs.block_ids_BS is None:
-        if row_blocks is None or window is None:
+        if row_blocks is None or window is None or gpt.topology.cp_size > 1:  # attention over processes knows it itself
             return row_blocks
         return LayerMasks(
             full=row_blocks, windowed=compute_windowed_blocks(row_blocks, dtype, window, gpt.topology.device)
@@ -163,7 +168,9 @@ def run_forward(gpt: ShardedGpt, inputs: Inputs, *, drops: bool) -> torch.Tensor
 
 
 def _sum_over_processes(gpt: ShardedGpt, losses: list[torch.Tensor]) -> tuple[float, bool]:
-    """Sum over microbatches and replicas, each counted once, told to every process; whether any was asked to stop."""
+    """Sum over microbatches, replicas and parts of rows, each counted once, told to every process; whether any was
+    asked to stop.
+    """
     total = torch.zeros(2, dtype=torch.float64, device=gpt.topology.device)
     if gpt.topology.tp_rank == 0 and losses:
         total[0] = torch.stack(losses).double().sum()

@@ -160,7 +160,8 @@ def _name_groups(topology: Topology) -> dict[str, str]:
     named = [
         ("tp", topology.tp_group),
         ("pp", topology.pp_group),
-        ("dp", topology.dp_group),
+        ("cp", topology.cp_group),
+        ("dp", topology.zero_group),
         ("tp_x_pp", topology.model_parallel_group),
         ("embedding", topology.embedding_group),
         ("world", dist.group.WORLD),

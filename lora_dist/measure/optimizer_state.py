@@ -61,27 +61,27 @@ def check_optimizer_state(
     wanted = [*(one.parameter for one in trainable), *zero.placeholders]
     _check_frozen(zero.adam, gpt, wanted)
     group_sizes = _read_group_sizes(zero, wanted)
-    expected = compute_num_state_elements(group_sizes, stage=zero.stage, dp_size=topology.dp_size)
+    expected = compute_num_state_elements(group_sizes, stage=zero.stage, num_partitions=topology.zero_size)
     state_bytes = _measure_state_bytes(zero.adam)
     num_trainable = sum(_count_elements(one.parameter) for one in trainable)
     if state_bytes != BYTES_PER_ELEMENT * expected:
         raise RuntimeError(
             f"Adam's state takes {state_bytes} bytes on global_rank {topology.global_rank}, not {BYTES_PER_ELEMENT} x"
             f" {expected} = {BYTES_PER_ELEMENT * expected}: {num_trainable} trainable parameters at zero.stage="
-            f"{zero.stage} over dp {topology.dp_size}"
+            f"{zero.stage} over {topology.zero_size} processes"
         )
-    num_partitions = 1 if zero.stage == 0 else topology.dp_size
+    num_partitions = 1 if zero.stage == 0 else topology.zero_size
     share = BYTES_PER_ELEMENT * num_trainable // num_partitions
     return OptimizerState(state_bytes=state_bytes, padding_bytes=state_bytes - share, num_elements=expected)
 
 
-def compute_num_state_elements(group_sizes: Sequence[Sequence[int]], *, stage: int, dp_size: int) -> int:
+def compute_num_state_elements(group_sizes: Sequence[Sequence[int]], *, stage: int, num_partitions: int) -> int:
     """Elements of state on one process, by the table above; `group_sizes[g]` lists group g's parameters' elements."""
     if stage == 0:
         return sum(sum(sizes) for sizes in group_sizes)
     if stage == 3:
-        return sum(-(-size // dp_size) for sizes in group_sizes for size in sizes)
-    return sum(-(-sum(sizes) // (_ALIGNMENT * dp_size)) * _ALIGNMENT for sizes in group_sizes)
+        return sum(-(-size // num_partitions) for sizes in group_sizes for size in sizes)
+    return sum(-(-sum(sizes) // (_ALIGNMENT * num_partitions)) * _ALIGNMENT for sizes in group_sizes)
 
 
 def _read_group_sizes(zero: PartitionedOptimizer, parameters: Sequence[torch.nn.Parameter]) -> list[list[int]]:

@@ -122,10 +122,11 @@ def _ratio_column(summaries: Sequence[Summary]) -> list[str]:
 def _list_notes(summaries: Sequence[Summary]) -> list[str]:
     """What a reader must know to read the numbers."""
     setup, timed = summaries[0].setup, [summary.throughput for summary in summaries]
-    sequence = " with sequence parallelism" if setup.sequence_parallel else ""
+    split = " with sequence parallelism" if setup.sequence_parallel else ""
+    split += f", cp {setup.cp_size}" if setup.cp_size > 1 else ""
     recompute = " / ".join(dict.fromkeys(summary.setup.recompute for summary in summaries))
     notes = [
-        f"{summaries[0].model} on {setup.world_size} {setup.device} processes: tp {setup.tp_size}{sequence}, pp"
+        f"{summaries[0].model} on {setup.world_size} {setup.device} processes: tp {setup.tp_size}{split}, pp"
         f" {setup.pp_size}, dp {setup.dp_size}, ZeRO {setup.zero_stage}, {setup.dtype}, recompute {recompute},"
         f" {setup.num_microbatches} x {setup.micro_batch_size} rows of {setup.seq_len} a replica and step."
     ]

@@ -35,6 +35,7 @@ class Setup:
 
     world_size: int
     tp_size: int
+    cp_size: int = 1
     pp_size: int
     dp_size: int
     sequence_parallel: bool
@@ -254,6 +255,7 @@ def describe_setup(config: RunConfig, topology: Topology) -> Setup:
     return Setup(
         world_size=topology.world_size,
         tp_size=topology.tp_size,
+        cp_size=topology.cp_size,
         pp_size=topology.pp_size,
         dp_size=topology.dp_size,
         sequence_parallel=topology.sequence_parallel,

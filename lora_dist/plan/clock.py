@@ -35,12 +35,18 @@ class ComputeClock:
             return
         tensors = find_tensors((args, kwargs, out))
         nbytes = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
-        computing = flops / self._rate(tensors[0].dtype) if flops else 0.0
+        computing = flops * _find_computed_share(func, args, kwargs) / self._rate(tensors[0].dtype) if flops else 0.0
         self.seconds += max(computing, nbytes / self._bytes_per_s, self._launch_s)
 
     def _rate(self, dtype: torch.dtype) -> float:
         name = DTYPE_NAMES.get(dtype, "fp32")
         return self._flops_per_s.get(name, self._flops_per_s["fp32"])
+
+
+def _find_computed_share(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Of the FLOPs that torch counts: half of causal attention's, whose scores above the diagonal are counted."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    return 0.5 if given.get("is_causal") else 1.0
 
 
 def compute_message_seconds(one: Collective, group_size: int, *, within_node: bool, hardware: HardwareConfig) -> float:

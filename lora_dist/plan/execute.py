@@ -108,7 +108,7 @@ class _FakeRun:
         num_vocab_rows = compute_padded_vocab_size(config.model.vocab_size, self.topology.tp_size)
         with ExitStack() as stack:
             stack.enter_context(MetaTensors())
-            answers = stack.enter_context(Answers(compute_num_targets(config)))
+            answers = stack.enter_context(Answers(-(-compute_num_targets(config) // config.topology.cp_size)))
             stack.enter_context(Observer(live, clock, num_vocab_rows // self.topology.tp_size))
             counter = stack.enter_context(count_collectives(self.topology))
             stack.enter_context(PlannedAttention(self.hardware))
@@ -164,7 +164,7 @@ class _FakeRun:
     def _list_neighbours(self) -> list[int]:
         """This process and the one that it sends activations to, or has them from."""
         topology = self.topology
-        distance = topology.tp_size * topology.dp_size
+        distance = topology.tp_size * topology.zero_size
         return [topology.global_rank, topology.global_rank + (-distance if topology.is_last_stage else distance)]
 
 
@@ -174,7 +174,8 @@ def list_group_members(topology: Topology) -> Mapping[str, list[int]]:
         "world": dist.group.WORLD,
         "embedding": topology.embedding_group,
         "tp_x_pp": topology.model_parallel_group,
-        "dp": topology.dp_group,
+        "dp": topology.zero_group,
+        "cp": topology.cp_group,
         "pp": topology.pp_group,
         "tp": topology.tp_group,
     }
@@ -216,7 +217,7 @@ def _list_optimizer_tensors(zero: ZeroEngine) -> list[torch.Tensor]:
 
 
 def compute_num_targets(config: RunConfig) -> int:
-    """Target tokens of one microbatch."""
+    """Target tokens of one microbatch, on all the processes that its rows are split over."""
     return max(1, round(config.plan.target_fraction * config.loop.micro_batch_size * config.data.seq_len))
 
 
@@ -249,7 +250,6 @@ def build_batches(config: RunConfig, topology: Topology, num_batches: int) -> li
 def compute_world_size(config: RunConfig) -> int:
     """Processes of the planned job. ValueError where plan.num_gpus does not match the topology."""
     topology = config.topology
-    replica = topology.tp_size * topology.pp_size
-    world_size = config.plan.num_gpus or replica * (topology.dp_size or 1)
+    world_size = config.plan.num_gpus or topology.num_processes
     compute_dp_size(topology, world_size, source="plan.num_gpus is")
     return world_size

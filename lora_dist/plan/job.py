@@ -33,6 +33,7 @@ class JobPlan:
     recompute: str
     """As `LoopConfig.recomputation` tells it."""
     tp_size: int
+    cp_size: int
     pp_size: int
     dp_size: int
     sequence_parallel: bool
@@ -51,7 +52,7 @@ class JobPlan:
 
     @property
     def world_size(self) -> int:
-        return self.tp_size * self.pp_size * self.dp_size
+        return self.tp_size * self.cp_size * self.pp_size * self.dp_size
 
     @property
     def heaviest(self) -> ProcessPlan:
@@ -84,7 +85,8 @@ class JobPlan:
     def sum_over_job(self, values: Sequence[int]) -> int:
         """`values[i]` is one process's of kind i."""
         kinds = zip(self.processes, values, strict=True)
-        return self.tp_size * self.dp_size * sum(len(process.pp_ranks) * value for process, value in kinds)
+        per_stage = self.world_size // self.pp_size
+        return per_stage * sum(len(process.pp_ranks) * value for process, value in kinds)
 
     def describe(self) -> dict[str, Any]:
         """For plan.json."""
@@ -117,13 +119,14 @@ def _execute(task: tuple[RunConfig, int, int]) -> ProcessPlan:
 
 def build_job_plan(config: RunConfig, processes: list[ProcessPlan]) -> JobPlan:
     hardware, topology, model = require_hardware(config), config.topology, config.model
-    dp_size = compute_world_size(config) // (topology.tp_size * topology.pp_size)
+    dp_size = compute_world_size(config) // topology.replica_size
     rows = config.loop.micro_batch_size * compute_num_microbatches(config.loop, dp_size) * dp_size
     specs = build_adapter_specs(config.lora, model) if config.method == "lora" else []
     return JobPlan(
         method=config.method,
         recompute=config.loop.recomputation,
         tp_size=topology.tp_size,
+        cp_size=topology.cp_size,
         pp_size=topology.pp_size,
         dp_size=dp_size,
         sequence_parallel=topology.sequence_parallel and topology.tp_size > 1,

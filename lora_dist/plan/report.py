@@ -54,9 +54,10 @@ def render_plan(config: RunConfig, jobs: Sequence[JobPlan], paper: Sequence[Pape
 
 def _describe_job(config: RunConfig, job: JobPlan) -> str:
     loop, sequence = config.loop, ", sequence parallel" if job.sequence_parallel else ""
+    context = f" x cp {job.cp_size}" if job.cp_size > 1 else ""
     return (
         f"{config.model.name} on {job.world_size} x {require_hardware(config).name}:"
-        f" tp {job.tp_size} x pp {job.pp_size} x dp {job.dp_size}{sequence},"
+        f" tp {job.tp_size}{context} x pp {job.pp_size} x dp {job.dp_size}{sequence},"
         f" {_describe_precision(config)}, ZeRO {config.zero.stage}\n"
         f"a step: {job.tokens_per_step:,} tokens in {job.processes[0].num_microbatches} microbatches of"
         f" {loop.micro_batch_size} x {config.data.seq_len} on each replica;"

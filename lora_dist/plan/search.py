@@ -22,21 +22,23 @@ class Candidate:
     """One topology; `job` where it was executed, `reason` where it does not do."""
 
     tp_size: int
+    cp_size: int = 1
     pp_size: int
     dp_size: int
-    num_idle: int
+    num_idle: int = 0
     """GPUs of the given ones that it leaves out."""
-    recompute: str
+    recompute: str = ""
     job: JobPlan | None = None
     reason: str | None = None
 
     @property
     def name(self) -> str:
-        return f"tp{self.tp_size} pp{self.pp_size} dp{self.dp_size}"
+        context = f" cp{self.cp_size}" if self.cp_size > 1 else ""
+        return f"tp{self.tp_size}{context} pp{self.pp_size} dp{self.dp_size}"
 
     @property
     def num_gpus(self) -> int:
-        return self.tp_size * self.pp_size * self.dp_size
+        return self.tp_size * self.cp_size * self.pp_size * self.dp_size
 
 
 def search_topologies(config: RunConfig) -> list[Candidate]:
@@ -74,10 +76,10 @@ def list_candidates(config: RunConfig) -> list[Candidate]:
     for tp_size in _list_divisors(split, num_gpus):
         if num_groups % tp_size and tp_size % num_groups:
             continue
-        for pp_size in _list_pipelines(model.num_layers, num_gpus // tp_size):
-            dp_size = _choose_dp_size(config, num_gpus // (tp_size * pp_size))
-            idle = num_gpus - tp_size * pp_size * dp_size
-            found.append(Candidate(tp_size=tp_size, pp_size=pp_size, dp_size=dp_size, num_idle=idle, recompute=""))
+        for pp_size in _list_pipelines(model.num_layers, num_gpus // (tp_size * config.topology.cp_size)):
+            one = Candidate(tp_size=tp_size, cp_size=config.topology.cp_size, pp_size=pp_size, dp_size=1)
+            one = replace(one, dp_size=_choose_dp_size(config, num_gpus // one.num_gpus))
+            found.append(replace(one, num_idle=num_gpus - one.num_gpus))
     return found
 
 
@@ -178,8 +180,10 @@ def _configure(config: RunConfig, one: Candidate, recompute: str) -> RunConfig:
         tp_size=one.tp_size,
         pp_size=one.pp_size,
         dp_size=one.dp_size,
-        sequence_parallel=one.tp_size > 1 and config.data.seq_len % one.tp_size == 0,
+        sequence_parallel=one.tp_size > 1,
     )
+    if config.data.seq_len % topology.row_multiple:
+        topology = replace(topology, sequence_parallel=False)
     plan = replace(config.plan, num_gpus=one.num_gpus)
     return replace(config, topology=topology, plan=plan, loop=set_recompute(config.loop, recompute))
 

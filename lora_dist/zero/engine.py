@@ -275,10 +275,10 @@ class _Groups:
         return self._topology.model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        return self._topology.dp_rank
+        return self._topology.zero_rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self._topology.dp_size
+        return self._topology.zero_size
 
     def get_data_parallel_group(self) -> torch.distributed.ProcessGroup:
-        return self._topology.dp_group
+        return self._topology.zero_group
