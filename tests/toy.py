@@ -57,6 +57,7 @@ class Case:
 
     tp_size: int = 1
     pp_size: int = 1
+    cp_size: int = 1
     dp_size: int = 1
     sequence_parallel: bool = False
     method: str = "lora"
@@ -70,20 +71,25 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        return self.tp_size * self.pp_size * self.dp_size
+        return self.tp_size * self.cp_size * self.pp_size * self.dp_size
 
     def __str__(self) -> str:
         sequence = "-sp" if self.sequence_parallel else ""
         layers = "" if self.recompute_layers is None else str(self.recompute_layers)
         family = "" if self.model is None else f"{self.model.family}-"
-        sizes = f"tp{self.tp_size}-pp{self.pp_size}-dp{self.dp_size}"
+        context = f"cp{self.cp_size}-" if self.cp_size > 1 else ""
+        sizes = f"tp{self.tp_size}-{context}pp{self.pp_size}-dp{self.dp_size}"
         return f"{family}{self.method}-{sizes}{sequence}-{self.recompute}{layers}"
 
 
 def build_case(case: Case, device: torch.device = CPU) -> tuple[ShardedGpt, list[TrainableParameter], Topology]:
     """The toy model under the case's method, with B (and every bias) drawn so that nothing is zero."""
     config = TopologyConfig(
-        tp_size=case.tp_size, pp_size=case.pp_size, dp_size=case.dp_size, sequence_parallel=case.sequence_parallel
+        tp_size=case.tp_size,
+        cp_size=case.cp_size,
+        pp_size=case.pp_size,
+        dp_size=case.dp_size,
+        sequence_parallel=case.sequence_parallel,
     )
     topology = build_topology(config, device=device, local_rank=dist.get_rank(), seed=1)
     clock, model = DropoutClock(), case.model or MODEL
@@ -171,8 +177,8 @@ def reduce_gradients(trainable: Sequence[TrainableParameter], topology: Topology
     for described in trainable:
         gradient = described.parameter.grad
         assert gradient is not None, described.name
-        dist.all_reduce(gradient, group=topology.dp_group)
-        whole[described.name] = gather_whole(gradient / topology.dp_size, described, topology)
+        dist.all_reduce(gradient, group=topology.zero_group)
+        whole[described.name] = gather_whole(gradient / topology.zero_size, described, topology)
     return whole
 
 

@@ -76,6 +76,7 @@ SAME_TOPOLOGY = [
         ({"tp_size": 2, "dp_size": 2}, 0),
         ({"tp_size": 2, "dp_size": 2}, 1),
         ({"tp_size": 2, "dp_size": 2, "sequence_parallel": True}, 2),
+        ({"cp_size": 2, "dp_size": 2}, 1),
     ),
 ]
 
@@ -105,6 +106,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[T
 RESHARDED = [
     (None, 0, {"pp_size": 2, "dp_size": 2}, 2),
     ({"dp_size": 2}, 3, {"tp_size": 4}, 0),
+    ({"cp_size": 2, "pp_size": 2}, 1, {"cp_size": 2, "dp_size": 2}, 3),
     *exhaustive(
         ({"tp_size": 2, "pp_size": 2}, 1, {"dp_size": 2}, 1),
         (None, 0, {"tp_size": 2}, 1),

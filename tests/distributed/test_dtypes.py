@@ -47,7 +47,8 @@ def train(case: Case, stage: int) -> Curve:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("options", "stage"), [({}, 0), ({"dp_size": 2}, 1), ({"tp_size": 2, "pp_size": 2}, 1), ({"dp_size": 2}, 3)]
+    ("options", "stage"),
+    [({}, 0), ({"dp_size": 2}, 1), ({"tp_size": 2, "pp_size": 2}, 1), ({"cp_size": 2}, 1), ({"dp_size": 2}, 3)],
 )
 def test_lora_over_a_low_precision_base(dtype: torch.dtype, options: dict, stage: int) -> None:
     exact = run_alone(train, replace(LORA, dtype=torch.float32), 0)[0]

@@ -88,6 +88,7 @@ def count_crossings(case: Case) -> tuple[Counter[str], int]:
         Case(),
         Case(tp_size=2, sequence_parallel=True, lora=LoraConfig(rank=2, dropout=0.1)),
         Case(pp_size=2, recompute="full"),
+        Case(cp_size=2),
         Case(method="full", label_smoothing=0.1),
         Case(model=replace(MODEL, family="llama", num_kv_heads=2), lora=LoraConfig(rank=2, use_dora=True)),
         Case(method="prefix_layer"),

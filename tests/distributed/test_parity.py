@@ -33,9 +33,21 @@ TOPOLOGIES = [
     {"recompute": "full", "recompute_layers": 1},
     {"pp_size": 2, "recompute": "selective", "recompute_layers": 1},
     {"tp_size": 2, "recompute": "selective", "sequence_parallel": True},
+    {"cp_size": 2},
+    {"cp_size": 4},
+    {"cp_size": 2, "recompute": "full"},
+    {"cp_size": 2, "dp_size": 2},
+    {"cp_size": 2, "pp_size": 2, "recompute": "selective"},
+    {"tp_size": 2, "cp_size": 2, "sequence_parallel": True},
     {"tp_size": 2, "pp_size": 2, "recompute": "full", "sequence_parallel": True},
 ]
-FEW = ({"tp_size": 4, "sequence_parallel": True}, {"tp_size": 2, "dp_size": 2}, TOPOLOGIES[-3], TOPOLOGIES[-1])
+FEW = (
+    TOPOLOGIES[-2],
+    {"tp_size": 4, "sequence_parallel": True},
+    {"tp_size": 2, "dp_size": 2},
+    TOPOLOGIES[15],
+    TOPOLOGIES[-1],
+)
 """Which have every kind of split and of recomputation between them."""
 
 

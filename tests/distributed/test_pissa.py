@@ -38,6 +38,7 @@ TOPOLOGIES = [
     {"dp_size": 2},
     {"tp_size": 2, "dp_size": 2},
     {"tp_size": 2, "pp_size": 2},
+    {"tp_size": 2, "cp_size": 2},
 ]
 
 

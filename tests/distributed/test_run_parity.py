@@ -59,6 +59,24 @@ def test_recomputing_drops_what_was_dropped(method: str, recompute: str, tmp_pat
     check_same(learn(tmp_path / "again", 2, [*words, f"loop.recompute={recompute}"]), kept)
 
 
+@pytest.mark.parametrize("method", ["lora", *exhaustive("full")])
+@pytest.mark.parametrize("collate", few_of(["pad", "pack"], "pack"))
+def test_rows_over_processes(method: str, collate: str, tmp_path: Path) -> None:
+    """Validations, LoRA's dropout and what is written too; and it goes on where rows are cut otherwise."""
+    words = [f"method={method}", "lora.dropout=0.1", "loop.eval_every=1", f"data.collate={collate}"]
+    words += ["optim.schedule=constant", "optim.num_warmup_steps=0"]
+    alone = learn(tmp_path / "alone", 1, words)
+    cut = tmp_path / "cut"
+    stopped = [*TINY, *words, "loop.num_steps=2", "topology=tp2_cp2_sp", "loop.save_every=1", f"run_dir={cut}"]
+    assert run_distributed(call, 4, stopped) == [0] * 4
+    check_same(learn(cut, 2, [*words, "topology=cp2", "resume=must"]), alone)
+    name = Path("model", "model.safetensors") if method == "full" else Path("adapter", "adapter_model.safetensors")
+    written, expected = (load_file(run_dir / name) for run_dir in (cut, tmp_path / "alone"))
+    assert written.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(written[key], value, atol=1e-4, rtol=0, msg=lambda m, k=key: f"{k}: {m}")
+
+
 @pytest.mark.parametrize("collate", ["pad", "pack"])
 def test_attention_drops_in_a_microbatch_of_one_row(collate: str, tmp_path: Path) -> None:
     words = ["model.attention_dropout=0.1", "loop.micro_batch_size=1", f"data.collate={collate}", "optim.lr=1e-9"]

@@ -20,7 +20,14 @@ B, S, H = 2, 64, 128
 
 
 def measure_units(
-    targets: list[str], num_layers: int, recompute: str, *, packed: bool = False, blocks: bool = True, **family: object
+    targets: list[str],
+    num_layers: int,
+    recompute: str,
+    *,
+    packed: bool = False,
+    blocks: bool = True,
+    cp_size: int = 1,
+    **family: object,
 ) -> float:
     """Peak saved bytes over B S H fp32 values."""
     model = ModelConfig(
@@ -33,7 +40,8 @@ def measure_units(
         vocab_size=64,
         max_position_embeddings=S,
     )
-    topology = build_topology(TopologyConfig(), device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
+    sizes = TopologyConfig(cp_size=cp_size)
+    topology = build_topology(sizes, device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
     gpt = build_model(model, topology, dtype=torch.float32, recompute=recompute, clock=DropoutClock())
     gpt.attends_in_blocks = blocks
     initialize_base(gpt, model, seed=0)
@@ -54,13 +62,13 @@ def measure_units(
     return ledger.peak_bytes / (B * S * H * 4)
 
 
-def measure_units_a_layer(targets: list[str], recompute: str = "none", **options: object) -> float:
+def measure_units_a_layer(targets: list[str], recompute: str = "none", *, cp_size: int = 1, **options: object) -> float:
     """Of one more layer: the embedding, the last norm and the loss drop out of the difference."""
 
     def measure(num_layers: int) -> float:
-        return measure_units(targets, num_layers, recompute, **options)
+        return measure_units(targets, num_layers, recompute, cp_size=cp_size, **options)
 
-    few, many = (run_distributed(measure, 1, n)[0] for n in (2, 6))
+    few, many = (run_distributed(measure, cp_size, n)[0] for n in (2, 6))
     return (many - few) / 4
 
 
@@ -167,3 +175,11 @@ def test_packing_keeps_nothing_more_in_a_layer(blocks: bool) -> None:
 
 def test_full_recompute_keeps_a_layers_input() -> None:
     assert 1 <= measure_units_a_layer(["q_proj", "v_proj"], "full") < 1.1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_of_rows_over_processes_each_keeps_its_part(packed: bool) -> None:
+    """Keys and values of whole rows are not kept, but gathered again."""
+    targets, kind = ["q_proj", "v_proj"], {"family": "llama", "num_kv_heads": 1}
+    units, whole = (measure_units_a_layer(targets, cp_size=n, packed=packed, **kind) for n in (4, 1))
+    assert units <= whole / 4 + 0.1  # the factors are whole everywhere

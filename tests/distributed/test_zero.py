@@ -136,8 +136,12 @@ GRID = [
     ({"tp_size": 2, "pp_size": 2}, 1),
     ({"pp_size": 2, "dp_size": 2, "recompute": "full"}, 2),
     ({"dp_size": 2, "recompute": "full"}, 3),
+    ({"cp_size": 2}, 0),
+    ({"cp_size": 2, "dp_size": 2}, 1),
+    ({"tp_size": 2, "cp_size": 2, "sequence_parallel": True}, 2),
+    ({"cp_size": 2, "dp_size": 2}, 3),
 ]
-FEW = (GRID[1], GRID[3], *GRID[6:11:2])
+FEW = (GRID[1], GRID[3], *GRID[6:11:2], GRID[13])
 """Every stage, and every way to split."""
 
 

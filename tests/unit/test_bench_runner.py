@@ -132,7 +132,7 @@ def test_peft_gets_the_same_adapters() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"topology": TopologyConfig(tp_size=2)}, "got tp 2 pp 1"),
+        ({"topology": TopologyConfig(tp_size=2)}, "got tp 2 cp 1 pp 1"),
         ({"loop": LoopConfig(recompute="selective")}, "no like in transformers"),
         ({"lora": LoraConfig(bias="all")}, "bench compares LoRA's factors alone; leave lora.bias"),
         ({"model": replace(MODEL, hidden_size=64, base_format="fp8")}, "base_format=fp8 is not set up for PEFT"),

@@ -157,13 +157,13 @@ def test_static_ledger_by_storage() -> None:
 
 def test_state_elements_of_each_stage() -> None:
     sizes = [[7, 10], [5]]
-    assert compute_num_state_elements(sizes, stage=0, dp_size=4) == 22
-    assert compute_num_state_elements(sizes, stage=1, dp_size=4) == (24 + 8) // 4
-    assert compute_num_state_elements(sizes, stage=2, dp_size=2) == (20 + 8) // 2
-    assert compute_num_state_elements(sizes, stage=3, dp_size=4) == 2 + 3 + 2
+    assert compute_num_state_elements(sizes, stage=0, num_partitions=4) == 22
+    assert compute_num_state_elements(sizes, stage=1, num_partitions=4) == (24 + 8) // 4
+    assert compute_num_state_elements(sizes, stage=2, num_partitions=2) == (20 + 8) // 2
+    assert compute_num_state_elements(sizes, stage=3, num_partitions=4) == 2 + 3 + 2
 
 
-TOPOLOGY = SimpleNamespace(dp_size=1, global_rank=0)
+TOPOLOGY = SimpleNamespace(zero_size=1, global_rank=0)
 
 
 def test_invariant_holds_for_plain_adam() -> None:
