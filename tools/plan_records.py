@@ -23,6 +23,10 @@ OPEN = (
     *("lora.target_modules=[all]", "lora.rank=16", "plan.recompute=[none]"),
 )
 QUANTIZED = (*OPEN, "compare.methods=[lora]")
+LONG = (
+    *("dtype=bf16", "data=fake", "data.seq_len=131072", "loop.micro_batch_size=1", "compare.methods=[lora]"),
+    *("lora.target_modules=[all]", "lora.rank=16", "plan.recompute=[full]"),
+)
 CASES: dict[str, tuple[str, ...]] = {
     "gpt3_175b_v100": ("experiment=gpt3_175b_v100",),
     "gpt3_175b_v100_full": ("experiment=gpt3_175b_v100_full",),
@@ -57,6 +61,18 @@ CASES: dict[str, tuple[str, ...]] = {
     "open_minimax_m2": ("model=minimax_m2", "topology=tp8_sp", "hardware=h100", *OPEN),
     "open_glm5": ("model=glm5", "model.base_format=nf4", "topology=tp8_sp", "hardware=h100", *QUANTIZED),
     "open_kimi_k2": ("model=kimi_k2", "model.base_format=nf4", "topology=tp8_sp", "hardware=h200", *QUANTIZED),
+    **{
+        f"long_llama3_1_70b_{topology}": (
+            *("model=llama3_1_70b", "model.base_format=nf4", *words, "hardware=h100", *LONG),
+        )
+        for topology, words in {
+            "tp8": ("topology=tp8_sp",),
+            "tp4_cp2": ("topology=tp4_sp", "topology.cp_size=2"),
+            "tp2_cp4": ("topology=tp2_sp", "topology.cp_size=4"),
+        }.items()
+    },
+    "long_llama3_1_70b_32": ("model=llama3_1_70b", "topology=tp8_cp4_sp", "hardware=h100", *LONG),
+    "long_qwen3_8b": ("model=qwen3_8b", "model.max_position_embeddings=131072", "topology=cp8", "hardware=h100", *LONG),
     "search_h200_4": ("experiment=gpt3_175b_h200", *SEARCH, "plan.num_gpus=4"),
 }
 KEPT_OF_A_JOB = ("needed_bytes", "memory_bytes", "step_seconds", "tokens_per_sec_per_gpu", "num_trainable", "flops")

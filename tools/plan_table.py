@@ -59,7 +59,9 @@ def format_base_formats(records: Mapping[str, Mapping[str, Any]]) -> str:
 def format_models(records: Sequence[Mapping[str, Any]]) -> str:
     """LoRA of each model, and what full fine-tuning of the same shards would take where the base can train."""
     columns = ["model", "base", "shards", "GPUs", "trainable", "fullest GPU, GiB", "step, s", "tokens/s/GPU"]
-    lines = [_join([*columns, "full fine-tuning, GiB"]), _join([":--", ":--", ":--", ":--", *["--:"] * 5])]
+    if any(len(record["plan"]["jobs"]) > 1 for record in records):
+        columns.append("full fine-tuning, GiB")
+    lines = [_join(columns), _join([":--", ":--", ":--", ":--", *["--:"] * (len(columns) - 4)])]
     for record in records:
         hardware, (lora, *full) = record["plan"]["hardware"], record["plan"]["jobs"]
         assert lora["fits"], record["command"]
@@ -69,17 +71,23 @@ def format_models(records: Sequence[Mapping[str, Any]]) -> str:
                 [
                     options["model"],
                     options.get("model.base_format", options["dtype"]),
-                    f"tp {lora['tp_size']} x pp {lora['pp_size']}",
+                    _describe_shards(lora),
                     f"{lora['world_size']} {hardware['name']} of {hardware['memory_gib']:.1f} GiB",
                     f"{lora['num_trainable'] / 1e6:.1f}M",
                     f"{lora['needed_bytes'] / GIB:.1f}",
                     f"{lora['step_seconds']:.2f}",
                     f"{lora['tokens_per_sec_per_gpu']:.0f}",
                     "".join(f"{job['needed_bytes'] / GIB:.0f}" for job in full),
-                ]
+                ][: len(columns)]
             )
         )
     return "\n".join(lines)
+
+
+def _describe_shards(job: Mapping[str, Any]) -> str:
+    """Records of earlier versions name no cp_size."""
+    context = f" x cp {job['cp_size']}" if job.get("cp_size", 1) > 1 else ""
+    return f"tp {job['tp_size']}{context} x pp {job['pp_size']}"
 
 
 def compute_bits(base_format: str) -> float:

@@ -47,6 +47,7 @@ def fill(page: str) -> str:
         "kernels": build_kernel_table,
         "base_format": build_base_format_table,
         "open_models": build_open_models_table,
+        "long_rows": build_long_rows_table,
         "latency": build_latency_tables,
         "packing": build_packing_table,
         "window": build_window_table,
@@ -128,6 +129,11 @@ def build_open_models_table() -> str:
         "kimi_k2",
     )
     return format_models([_read(f"plan/open_{name}") for name in names])
+
+
+def build_long_rows_table() -> str:
+    names = ("llama3_1_70b_tp8", "llama3_1_70b_tp4_cp2", "llama3_1_70b_tp2_cp4", "llama3_1_70b_32", "qwen3_8b")
+    return format_models([_read(f"plan/long_{name}") for name in names])
 
 
 def build_base_format_table() -> str:
