@@ -28,6 +28,18 @@ def count_parameters(model: ModelConfig) -> int:
     return count_elements(compute_canonical_shapes(model))
 
 
+def compute_indexer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of one layer's indexer; none is a parameter, since nothing trains them."""
+    heads, size, latent = model.indexer_heads, model.indexer_head_size, model.query_latent_size
+    assert heads is not None
+    assert size is not None
+    assert latent is not None
+    return {
+        **{"query_weight": (heads * size, latent), "key_weight": (size, model.hidden_size)},
+        **{"norm_weight": (size,), "norm_bias": (size,), "head_weight": (heads, model.hidden_size)},
+    }
+
+
 def count_stage_layers(num_layers: int, pp_size: int) -> list[int]:
     """Layers of each pipeline stage. Where not all can have as many, some have one more: those between first, the last
     of them first, then the last stage, whose output layer is work too, and the first, which holds most microbatches.

@@ -13,6 +13,7 @@ from lora_dist.bench_config import BenchConfig as BenchConfig
 from lora_dist.bottleneck_config import BOTTLENECK_METHODS, BottleneckConfig
 from lora_dist.data_config import FILE_FORMATS as FILE_FORMATS
 from lora_dist.data_config import DataConfig as DataConfig
+from lora_dist.long_rows import check_long_rows
 from lora_dist.loop_config import LoopConfig as LoopConfig
 from lora_dist.loop_config import OptimConfig as OptimConfig
 from lora_dist.lora_config import LoraConfig as LoraConfig
@@ -171,10 +172,11 @@ class RunConfig:
 def _validate_data(config: RunConfig) -> None:
     """Rows that fit the model and its split sequence, and validations where a best one is kept."""
     require(
-        config.data.seq_len <= config.model.longest_row,
-        f"data.seq_len={config.data.seq_len} exceeds {config.model.row_limit}; set data.seq_len to"
-        f" {config.model.longest_row} or less",
+        config.data.seq_len <= config.model.max_position_embeddings,
+        f"data.seq_len={config.data.seq_len} exceeds model.max_position_embeddings="
+        f"{config.model.max_position_embeddings}; set data.seq_len to {config.model.max_position_embeddings} or less",
     )
+    check_long_rows(config.model, num_positions=config.data.seq_len, pp_size=config.topology.pp_size)
     if config.topology.sequence_parallel:
         require(
             config.data.seq_len % config.topology.tp_size == 0,

@@ -28,6 +28,7 @@ from lora_dist.mcore.delta_net import GatedDeltaNet
 from lora_dist.mcore.experts import ExpertMlp
 from lora_dist.mcore.gates import GeGlu, SwiGlu
 from lora_dist.mcore.head_loss import compute_target_loss
+from lora_dist.mcore.indexer import Selecting
 from lora_dist.mcore.latent_attention import LatentAttention
 from lora_dist.mcore.layers import (
     Layer,
@@ -57,6 +58,8 @@ class ShardedGpt(GPTModel):
         self.rotary: Rotary | None = None
         if model.architecture.rotary:
             self.rotary = Rotary(model, self.config.params_dtype, topology.device)
+        self.indexes = False
+        """Whether indexers are there, for rows that are longer than what they pick."""
         self.label_smoothing = 0.0
         self.only_last_position = False
         """Compute logits for the last position alone."""
@@ -97,6 +100,8 @@ class ShardedGpt(GPTModel):
             whole_rows = torch.zeros_like(input_ids)
             bias = compute_attention_bias(whole_rows, self.config.params_dtype, window)
             attention_mask = LayerMasks(full=None, windowed=bias)
+        if self.indexes:
+            attention_mask = Selecting(attention_mask, keeps_all=self.training)
         output: torch.Tensor = super().forward(input_ids, position_ids, attention_mask, **options)
         return output
 
