@@ -19,8 +19,7 @@ class GenerationConfig:
     """How tokens are chosen: greedily, drawn (temperature > 0), or by beam search (num_beams > 1)."""
 
     max_new_tokens: int = 64
-    """Most tokens after each context; context and new tokens must fit into model.max_position_embeddings and
-    model.attended_positions."""
+    """Most tokens after each context; context and new tokens must fit into model.max_position_embeddings."""
     batch_size: int = 8
     """Contexts in one forward pass of one replica; a beam search runs num_beams rows for each."""
     num_beams: int = 1
