@@ -6,7 +6,7 @@ The larger parts have files of their own beside this one, `NAME_config.py`; ever
 from dataclasses import dataclass, field
 
 from lora_dist.base_format import check_blocks, check_frozen
-from lora_dist.base_shapes import count_stage_layers
+from lora_dist.base_shapes import list_stages
 from lora_dist.bench_config import CONTENDERS as CONTENDERS
 from lora_dist.bench_config import OUR_CONTENDERS as OUR_CONTENDERS
 from lora_dist.bench_config import BenchConfig as BenchConfig
@@ -136,7 +136,7 @@ class RunConfig:
         if self.cuda_graphs:
             _validate_graphs(self)
         layers = self.loop.recompute_layers
-        stage_layers = max(count_stage_layers(self.model.num_layers, self.topology.pp_size))
+        stage_layers = max(map(len, list_stages(self.model, self.topology.pp_size)))
         require(
             layers is None or 1 <= layers <= stage_layers,
             f"loop.recompute_layers={layers} must lie between 1 and the {stage_layers} layers of a pipeline stage",

@@ -47,6 +47,9 @@ class ModelConfig:
     """Features of one head of an indexer."""
     layers_without_indexer: list[int] = field(default_factory=list)
     """Layers, from 0, that attend to what the last indexer before them has picked, of glm_moe_dsa."""
+    stages_begin_at_indexers: bool = False
+    """Pipeline stages begin with layers that have an indexer of their own, if they are of less equal size then: what
+    rows longer than attended_positions need, since no choice goes from stage to stage."""
     delta_key_heads: int | None = None
     """Heads of queries and keys in a gated DeltaNet, of qwen3_next, qwen3_5_text and qwen3_5_moe_text."""
     delta_value_heads: int | None = None

@@ -223,7 +223,7 @@ def test_a_stage_that_begins_with_a_borrowed_choice_is_refused(tmp_path: Path) -
     config = build_run_config(model, topology=topology)
     message = (
         rf"topology.pp_size=4: rows of {LONG} positions exceed model.attended_positions={ATTENDED}, and the stage that"
-        " begins with layer 1 .*; set topology.pp_size to 1 or 2, or shorten the rows to 32"
+        " begins with layer 1 .*; set model.stages_begin_at_indexers=true"
     )
     with pytest.raises(ValueError, match=message):
         replace(config, data=replace(config.data, seq_len=LONG))

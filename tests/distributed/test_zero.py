@@ -56,7 +56,7 @@ LATENT_LORA = replace(LORA, model=LATENT, lora=LoraConfig(rank=3, alpha=3, targe
 LATENT_FULL = replace(FULL, model=LATENT)
 SPARSE = replace(
     LATENT, family="glm_moe_dsa", num_layers=3, rope_interleaved=True, attended_positions=4, indexer_heads=4,
-    indexer_head_size=6, layers_without_indexer=[2],
+    indexer_head_size=6, layers_without_indexer=[1], stages_begin_at_indexers=True,
 )  # fmt: skip
 SPARSE_LORA = replace(LATENT_LORA, model=SPARSE)
 SCALED = replace(

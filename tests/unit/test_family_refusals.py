@@ -284,6 +284,10 @@ def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
             "topology.pp_size=2: rows of 2049 positions exceed model.attended_positions=2048, and the stage that begins"
             " with layer 39",
         ),
+        (
+            ["model=llama3_8b", "model.stages_begin_at_indexers=true"],
+            "model.stages_begin_at_indexers=True: llama has none of it; leave it False",
+        ),
         (["model=llama3_8b", "model.delta_key_size=8"], "model.delta_key_size=8: llama has none of it; leave it null"),
         (["model=qwen3_next_80b_a3b", "model.delta_key_size=null"], "qwen3_next needs model.delta_key_size"),
         (["model=qwen3_next_80b_a3b", "model.shared_ffn_size=null"], "qwen3_next needs model.shared_ffn_size"),
