@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from family_toy import StayDouble, build_family_model, read_family_config, write_family_checkpoint
+from fp8_files import write_fp8_checkpoint
 from generation_judge import choose_end_tokens, generate_with_transformers
 from hf_toy import (
     VOCAB_SIZE,
@@ -26,6 +27,7 @@ from lora_dist.base_shapes import compute_indexer_shapes
 from lora_dist.batch import Batch
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
 from lora_dist.config import LoraConfig, TopologyConfig
+from lora_dist.files.hf_deepseek_v32 import name_indexer_tensor
 from lora_dist.generation.batches import pad_left
 from lora_dist.generation_config import GenerationConfig
 from lora_dist.gradients import sum_tp_partial_gradients
@@ -215,6 +217,27 @@ def test_indexers_are_there_where_rows_are_longer_than_what_they_pick(tmp_path: 
     config = build_run_config(model, topology=TopologyConfig(pp_size=2))
     short, long = (replace(config, data=replace(config.data, seq_len=ATTENDED + extra)) for extra in (0, 1))
     assert compute_state_bytes(long, 1, dp_size=1) == compute_state_bytes(short, 1, dp_size=1) + 4 * one
+
+
+def read_indexers(base: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    gpt = build_long({}, base, dtype)
+    assert compute_logits(gpt, draw_tokens(2, LONG)).isfinite().all()
+    return {key: buffer for key, buffer in gpt.named_buffers() if ".indexer." in key}
+
+
+def test_indexers_out_of_fp8_are_in_the_dtype_of_the_run(tmp_path: Path) -> None:
+    source, fp8, plain = (tmp_path / part for part in ("source", "fp8", "plain"))
+    write_family_checkpoint("deepseek_v32", source)
+    stored = write_fp8_checkpoint(source, fp8, plain, block_size=(5, 7), dtype=torch.bfloat16)
+    for dtype in (torch.float16, torch.bfloat16):
+        (buffers,) = run_distributed(read_indexers, 1, fp8, dtype)
+        assert len(buffers) == 5 * 4
+        for key, buffer in buffers.items():
+            layer, name = key.split(".")[2], key.rpartition(".")[2]
+            value = stored[name_indexer_tensor(int(layer), name)]
+            wide = name == "head_weight" and dtype == torch.float16
+            assert buffer.dtype == (torch.float32 if wide else dtype)
+            assert torch.equal(buffer, value.to(buffer.dtype))
 
 
 def test_a_stage_that_begins_with_a_borrowed_choice_is_refused(tmp_path: Path) -> None:

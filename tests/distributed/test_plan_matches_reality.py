@@ -256,8 +256,8 @@ CASES = {
         **{"model": SPARSE, "lora": EXPERT_LORA, "num_microbatches": 2, "recompute": "full"},
         "topology": {"tp_size": 2, "pp_size": 2, "sequence_parallel": True},
     },
-    "sparse-lora-tp2-bf16": {
-        **{"model": SPARSE, "lora": EXPERT_LORA, "topology": {"tp_size": 2}},
+    "sparse-lora-nf4-tp2-bf16": {
+        **{"model": replace(SPARSE, base_format="nf4"), "lora": EXPERT_LORA, "topology": {"tp_size": 2}},
         **{"dtype": "bf16", "recompute": "selective"},
     },
     "sparse-full-dp2-stage3": {**FULL, "model": SPARSE, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
