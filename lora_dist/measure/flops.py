@@ -19,6 +19,7 @@ tokens, attention 4 S Q a token forward and 10 S Q backward (the kernel computes
 products within chunks and with the states between them are one forward, and three backward, which begins with another
 forward; what solves its triangular systems does not count, the product in their gradient does. Below the lowest adapted
 linear there is no backward at all, and it needs no d(input) itself. Recomputed regions add their forward.
+The formula knows no rows in which indexers pick (`lora_dist.mcore.indexer`): these are counted alone.
 """
 
 from collections import Counter
