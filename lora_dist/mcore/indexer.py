@@ -93,12 +93,14 @@ class Indexer(nn.Module):
         sequence; `mask` as `SdpaAttention` takes it.
         """
         mask = mask.full if isinstance(mask, LayerMasks) else mask
+        lengths = [length for row in mask for length in row] if isinstance(mask, tuple) else [len(q_latent_SBL)]
+        if self.cache is None and not any(map(self.model.selects, lengths)):
+            return (None,) * len(lengths)
         keys_SBD, weights_SBI = self._make_keys(hidden_SBH, angles)
         if isinstance(mask, tuple):
-            parts = _list_parts(mask)
             return tuple(
                 self._pick(q_latent_SBL[part], weights_SBI[part], keys_SBD[part], _cut(angles, part), None)
-                for part in parts
+                for part in _list_parts(mask)
             )
         if self.cache is not None:
             keys_BAKD = keys_SBD.permute(1, 0, 2)[:, None]

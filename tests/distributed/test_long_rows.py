@@ -113,6 +113,28 @@ def compute_gradients(options: dict, base: Path, in_blocks: bool) -> tuple[float
     return loss, {one.name: gather_whole(one.parameter.grad, one, gpt.topology) for one in trainable}
 
 
+def compute_short(base: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of short rows with indexers and without."""
+    gpt = build_long({}, base, torch.float32)
+    gpt.train()
+    tokens_BS, blocks = draw_tokens(2, LONG), ((ATTENDED, LONG - ATTENDED),) * 2
+    positions_BS = torch.cat([torch.arange(ATTENDED), torch.arange(LONG - ATTENDED)]).expand_as(tokens_BS)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("nothing is to be picked")
+
+    indexer.Indexer._make_keys = refuse  # type: ignore[assignment, method-assign]
+    with_indexers = gpt(tokens_BS, positions_BS, blocks)
+    gpt.indexes = False
+    return with_indexers.detach(), gpt(tokens_BS, positions_BS, blocks).detach()
+
+
+def test_rows_of_short_examples_need_no_indexer(tmp_path: Path) -> None:
+    write_family_checkpoint("deepseek_v32", tmp_path)
+    ((with_indexers, without),) = run_distributed(compute_short, 1, tmp_path)
+    assert torch.equal(with_indexers, without)
+
+
 def compute_theirs(name: str, base: Path, adapter: Path) -> tuple[float, dict[str, torch.Tensor]]:
     """Of PEFT on transformers, each example alone."""
     from peft import PeftModel
