@@ -124,9 +124,10 @@ class SwitchConfig(LiveConfig):
             raise ValueError(f"adapters={self.adapters}: name two or more, adapters=[DIR,DIR]")
         if self.topology.pp_size > 1:
             raise ValueError(f"topology.pp_size={self.topology.pp_size}: the forward pass is timed on one stage; use 1")
-        if self.seq_len > self.model.longest_row:
-            remedy = f"set seq_len to {self.model.longest_row} or less"
-            raise ValueError(f"seq_len={self.seq_len} exceeds {self.model.row_limit}; {remedy}")
+        most = self.model.max_position_embeddings
+        if self.seq_len > most:
+            remedy = f"set seq_len to {most} or less"
+            raise ValueError(f"seq_len={self.seq_len} exceeds model.max_position_embeddings={most}; {remedy}")
         for key in ("batch_size", "seq_len", "num_repeats"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")

@@ -23,6 +23,7 @@ from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.adapters import apply_lora
 from lora_dist.mcore.bottlenecks import apply_bottlenecks
 from lora_dist.mcore.hf_weights import fill_base, write_hf_checkpoint
+from lora_dist.mcore.indexer_weights import open_indexers
 from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, attach_alone, load_shards
 from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import open_topology
@@ -84,6 +85,7 @@ def measure_switch(config: SwitchConfig) -> None:
     """Merge every adapter in turn, unmerge, compare with the base, and print what it took."""
     with open_base(config) as gpt:
         adapters = [load(gpt, open_on_base(gpt, config, find_adapter(directory))) for directory in config.adapters]
+        open_indexers(gpt, config.seq_len)
         before, live = _hash_parameters(gpt), LiveMerge(gpt)
         forward_ms = _time(gpt, lambda: _run_forward(gpt, config), config.num_repeats)
         tell(gpt, f"one forward pass of {config.batch_size} x {config.seq_len} tokens: {forward_ms:.1f} ms")

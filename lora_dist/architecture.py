@@ -46,6 +46,8 @@ class Architecture:
     sparse_attention: bool = False
     """Of the positions before it a position attends to some, which an indexer beside the attention picks
     (arXiv:2512.02556, section 2.1)."""
+    interleaved_indexer: bool = False
+    """Positions turn neighbouring features of an indexer as a pair; else those that are half apart."""
     gated_attention: bool = False
     """What a head gives is multiplied by the sigmoid of a gate, which comes out of the same linear as its query
     (arXiv:2505.06708)."""
@@ -129,7 +131,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "minimax_m2": replace(_LLAMA, whole_qk_norm=True, partial_rotary=True, experts=True, sigmoid_router=True),
     "deepseek_v3": _DEEPSEEK_V3,
     "deepseek_v32": replace(_DEEPSEEK_V3, sparse_attention=True),
-    "glm_moe_dsa": replace(_DEEPSEEK_V3, sparse_attention=True),
+    "glm_moe_dsa": replace(_DEEPSEEK_V3, sparse_attention=True, interleaved_indexer=True),
     "gpt_oss": replace(_LLAMA, linear_biases=True, windows=True, experts=True, bounded_gate=True, attention_sinks=True),
     "qwen3_next": replace(_QWEN3_NEXT, **_GATED_EXPERTS),
     "qwen3_5_text": replace(_QWEN3_NEXT, **_APART),

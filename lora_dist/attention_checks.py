@@ -21,6 +21,7 @@ _KERNEL_MULTIPLE = 8
 """Of a head's features, in torch's fused attention on GPUs."""
 _ONLY_WITH_SPARSE_ATTENTION: dict[str, object] = {
     **{"attended_positions": None, "indexer_heads": None, "indexer_head_size": None, "layers_without_indexer": []},
+    "stages_begin_at_indexers": False,
 }
 DELTA_SIZES = ("delta_key_heads", "delta_value_heads", "delta_key_size", "delta_value_size", "delta_kernel_size")
 

@@ -1,9 +1,11 @@
 """Every parameter of a base model by canonical name, with its whole shape; pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from math import prod
 
 from lora_dist.model_config import ModelConfig
+from lora_dist.refusals import require
 
 CHOICE_OFFSETS = "mlp.router.choice_offsets"
 """Of a layer, by canonical name: a tensor that is kept with the parameters and is none, since nothing trains it."""
@@ -28,6 +30,18 @@ def count_parameters(model: ModelConfig) -> int:
     return count_elements(compute_canonical_shapes(model))
 
 
+def compute_indexer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of one layer's indexer; none is a parameter, since nothing trains them."""
+    heads, size, latent = model.indexer_heads, model.indexer_head_size, model.query_latent_size
+    assert heads is not None
+    assert size is not None
+    assert latent is not None
+    return {
+        **{"query_weight": (heads * size, latent), "key_weight": (size, model.hidden_size)},
+        **{"norm_weight": (size,), "norm_bias": (size,), "head_weight": (heads, model.hidden_size)},
+    }
+
+
 def count_stage_layers(num_layers: int, pp_size: int) -> list[int]:
     """Layers of each pipeline stage. Where not all can have as many, some have one more: those between first, the last
     of them first, then the last stage, whose output layer is work too, and the first, which holds most microbatches.
@@ -38,11 +52,34 @@ def count_stage_layers(num_layers: int, pp_size: int) -> list[int]:
     return [least + (pp_rank in larger) for pp_rank in range(pp_size)]
 
 
+def list_stages(model: ModelConfig, pp_size: int) -> list[range]:
+    """Layers of each pipeline stage, zero-based over the whole model: `count_stage_layers`, or with
+    model.stages_begin_at_indexers as nearly so as can be. ValueError where too few layers have an indexer.
+    """
+    sizes = count_stage_layers(model.num_layers, pp_size)
+    starts = [sum(sizes[:pp_rank]) for pp_rank in range(pp_size)]
+    if model.stages_begin_at_indexers:
+        starts = _move_starts(starts, list(filter(model.has_indexer, range(model.num_layers))))
+    return [range(start, stop) for start, stop in pairwise([*starts, model.num_layers])]
+
+
+def _move_starts(starts: Sequence[int], allowed: Sequence[int]) -> list[int]:
+    """Each to the nearest layer that is allowed, and leaves as many for the others as these need."""
+    require(
+        len(starts) <= len(allowed),
+        f"topology.pp_size={len(starts)} exceeds the {len(allowed)} layers with an indexer of their own, at which"
+        f" model.stages_begin_at_indexers has stages begin; set topology.pp_size to {len(allowed)} or less",
+    )
+    places: list[int] = []
+    for number, start in enumerate(starts):
+        free = range(places[-1] + 1 if places else 0, len(allowed) - len(starts) + number + 1)
+        places.append(min(free, key=lambda place: abs(allowed[place] - start)))
+    return [allowed[place] for place in places]
+
+
 def list_stage_layers(model: ModelConfig, pp_rank: int, pp_size: int) -> range:
     """Of a pipeline stage, zero-based over the whole model."""
-    sizes = count_stage_layers(model.num_layers, pp_size)
-    first = sum(sizes[:pp_rank])
-    return range(first, first + sizes[pp_rank])
+    return list_stages(model, pp_size)[pp_rank]
 
 
 def count_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -6,7 +6,7 @@ The larger parts have files of their own beside this one, `NAME_config.py`; ever
 from dataclasses import dataclass, field
 
 from lora_dist.base_format import check_blocks, check_frozen
-from lora_dist.base_shapes import count_stage_layers
+from lora_dist.base_shapes import list_stages
 from lora_dist.bench_config import CONTENDERS as CONTENDERS
 from lora_dist.bench_config import OUR_CONTENDERS as OUR_CONTENDERS
 from lora_dist.bench_config import BenchConfig as BenchConfig
@@ -14,6 +14,7 @@ from lora_dist.bottleneck_config import BOTTLENECK_METHODS, BottleneckConfig
 from lora_dist.context_checks import check_context_parallel, check_row_length
 from lora_dist.data_config import FILE_FORMATS as FILE_FORMATS
 from lora_dist.data_config import DataConfig as DataConfig
+from lora_dist.long_rows import check_long_rows
 from lora_dist.loop_config import LoopConfig as LoopConfig
 from lora_dist.loop_config import OptimConfig as OptimConfig
 from lora_dist.lora_config import LoraConfig as LoraConfig
@@ -136,7 +137,7 @@ class RunConfig:
         if self.cuda_graphs:
             _validate_graphs(self)
         layers = self.loop.recompute_layers
-        stage_layers = max(count_stage_layers(self.model.num_layers, self.topology.pp_size))
+        stage_layers = max(map(len, list_stages(self.model, self.topology.pp_size)))
         require(
             layers is None or 1 <= layers <= stage_layers,
             f"loop.recompute_layers={layers} must lie between 1 and the {stage_layers} layers of a pipeline stage",
@@ -174,15 +175,17 @@ class RunConfig:
 def _validate_data(config: RunConfig) -> None:
     """Rows that fit the model and its split sequence, and validations where a best one is kept."""
     require(
-        config.data.seq_len <= config.model.longest_row,
-        f"data.seq_len={config.data.seq_len} exceeds {config.model.row_limit}; set data.seq_len to"
-        f" {config.model.longest_row} or less",
+        config.data.seq_len <= config.model.max_position_embeddings,
+        f"data.seq_len={config.data.seq_len} exceeds model.max_position_embeddings="
+        f"{config.model.max_position_embeddings}; set data.seq_len to {config.model.max_position_embeddings} or less",
     )
+    check_long_rows(config.model, num_positions=config.data.seq_len, pp_size=config.topology.pp_size)
     check_row_length(config.topology, config.data.seq_len)
     if config.topology.cp_size > 1:
         check_context_parallel(
             config.model,
             config.topology,
+            seq_len=config.data.seq_len,
             packed_attention=config.packed_attention,
             cuda_graphs=config.cuda_graphs,
         )

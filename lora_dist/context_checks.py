@@ -18,7 +18,7 @@ def check_row_length(topology: TopologyConfig, seq_len: int) -> None:
 
 
 def check_context_parallel(
-    model: ModelConfig, topology: TopologyConfig, *, packed_attention: str, cuda_graphs: bool
+    model: ModelConfig, topology: TopologyConfig, *, seq_len: int, packed_attention: str, cuda_graphs: bool
 ) -> None:
     """ValueError for a run that needs of the row what cp_size > 1 does not bring to its processes."""
     prefix = "topology.cp_size>1 splits rows over processes"
@@ -28,6 +28,11 @@ def check_context_parallel(
         heads % topology.cp_size == 0,
         f"{prefix}, which share out the heads of a gated DeltaNet; topology.cp_size={topology.cp_size} does not divide"
         f" its {heads} key heads on a rank of tp {topology.tp_size}",
+    )
+    require(
+        not model.selects(seq_len),
+        f"{prefix}, and the indexers of model.family={model.family} pick among whole ones in rows of data.seq_len="
+        f"{seq_len}; {remedy}, or a seq_len of at most {model.attended_positions}",
     )
     require(
         model.attention_dropout == 0.0,

@@ -19,8 +19,7 @@ class GenerationConfig:
     """How tokens are chosen: greedily, drawn (temperature > 0), or by beam search (num_beams > 1)."""
 
     max_new_tokens: int = 64
-    """Most tokens after each context; context and new tokens must fit into model.max_position_embeddings and
-    model.attended_positions."""
+    """Most tokens after each context; context and new tokens must fit into model.max_position_embeddings."""
     batch_size: int = 8
     """Contexts in one forward pass of one replica; a beam search runs num_beams rows for each."""
     num_beams: int = 1
@@ -145,9 +144,10 @@ class GenerateConfig(LiveConfig):
             "topology.sequence_parallel=true: generation runs one position at a time, which cannot be split; set false",
         )
         require(
-            options.max_new_tokens < self.model.longest_row,
-            f"generate.max_new_tokens={options.max_new_tokens} leaves no room for a context in {self.model.row_limit};"
-            f" shorten it to {self.model.longest_row - 1} or less",
+            options.max_new_tokens < self.model.max_position_embeddings,
+            f"generate.max_new_tokens={options.max_new_tokens} leaves no room for a context in"
+            f" model.max_position_embeddings={self.model.max_position_embeddings};"
+            f" shorten it to {self.model.max_position_embeddings - 1} or less",
         )
 
     @property
@@ -159,11 +159,12 @@ class GenerateConfig(LiveConfig):
 def check_room(lengths: Sequence[int], max_new_tokens: int, model: ModelConfig) -> None:
     """ValueError, naming both, where a context of `lengths` and its new tokens exceed the model's positions."""
     for number, length in enumerate(lengths, 1):
-        most = model.longest_row - length
+        most = model.max_position_embeddings - length
         remedy = f", or set generate.max_new_tokens to {most} or less" if most >= 1 else ""
         require(length > 0, f"context {number} has no token; generation needs at least one to start from")
         require(
             max_new_tokens <= most,
             f"context {number} has {length} tokens, with generate.max_new_tokens={max_new_tokens}"
-            f" {length + max_new_tokens}, but {model.row_limit}; shorten the context{remedy}",
+            f" {length + max_new_tokens}, but model.max_position_embeddings={model.max_position_embeddings};"
+            f" shorten the context{remedy}",
         )

@@ -20,8 +20,8 @@ from lora_dist.topology import Topology, run_on_first
 from lora_dist.validation import Best, Validation
 
 _STALE = (
-    "{}: full fine-tuning trains no indexer; those in it are the base's, and choose as before what is attended to in"
-    " contexts longer than model.attended_positions"
+    "{}: full fine-tuning trains no indexer; those in it are the base's, and pick what is attended to in contexts"
+    " longer than model.attended_positions"
 )
 
 

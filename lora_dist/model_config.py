@@ -40,13 +40,16 @@ class ModelConfig:
     apart."""
     attended_positions: int | None = None
     """Positions that a position attends to at most, picked by the indexer beside the attention, of deepseek_v32 and
-    glm_moe_dsa. It is the longest row: up to there all are picked, and an indexer has nothing to compute."""
+    glm_moe_dsa. Rows up to there attend to all, and an indexer has nothing to compute."""
     indexer_heads: int | None = None
     """Heads of an indexer, of deepseek_v32 and glm_moe_dsa."""
     indexer_head_size: int | None = None
     """Features of one head of an indexer."""
     layers_without_indexer: list[int] = field(default_factory=list)
     """Layers, from 0, that attend to what the last indexer before them has picked, of glm_moe_dsa."""
+    stages_begin_at_indexers: bool = False
+    """Pipeline stages begin with layers that have an indexer of their own, if they are of less equal size then: what
+    rows longer than attended_positions need, since no choice goes from stage to stage."""
     delta_key_heads: int | None = None
     """Heads of queries and keys in a gated DeltaNet, of qwen3_next, qwen3_5_text and qwen3_5_moe_text."""
     delta_value_heads: int | None = None
@@ -163,20 +166,13 @@ class ModelConfig:
     def num_query_groups(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
-    @property
-    def longest_row(self) -> int:
-        """Positions of one row at most."""
-        return min(self.max_position_embeddings, self.attended_positions or self.max_position_embeddings)
+    def selects(self, num_positions: int) -> bool:
+        """Whether indexers have something to choose in rows of so many positions."""
+        return self.attended_positions is not None and num_positions > self.attended_positions
 
-    @property
-    def row_limit(self) -> str:
-        """What says so, for messages."""
-        if self.longest_row == self.max_position_embeddings:
-            return f"model.max_position_embeddings={self.max_position_embeddings}"
-        return (
-            f"model.attended_positions={self.attended_positions}, beyond which indexers of {self.family} choose what is"
-            " attended to, which is not computed here"
-        )
+    def has_indexer(self, layer: int) -> bool:
+        """Whether a layer picks itself what it attends to."""
+        return self.architecture.sparse_attention and layer not in self.layers_without_indexer
 
     def sees_window(self, layer: int) -> bool:
         """Whether `sliding_window` bounds what a layer's positions see."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.base_format import LinearShape, compute_weight_bytes, find_linear_format
-from lora_dist.base_shapes import compute_layer_shapes, count_elements, list_stage_layers
+from lora_dist.base_shapes import compute_indexer_shapes, compute_layer_shapes, count_elements, list_stage_layers
 from lora_dist.config import ModelConfig, RunConfig, compute_dp_size
 from lora_dist.lora.targets import WHOLE_TARGETS, compute_linear_shapes, find_num_experts
 from lora_dist.topology import compute_coordinates
@@ -32,6 +32,9 @@ def compute_state_bytes(config: RunConfig, pp_rank: int, dp_size: int) -> int:
     stage, element, num_partitions = config.zero.stage, _BYTES[config.dtype], dp_size * config.topology.cp_size
     needed = num_parameters * element // (num_partitions if stage == 3 else 1)
     needed -= compute_format_savings(config.model, element, config.topology.tp_size, layers)
+    if config.model.selects(config.data.seq_len):
+        num_indexers = sum(map(config.model.has_indexer, layers))
+        needed += num_indexers * sum(map(prod, compute_indexer_shapes(config.model).values())) * element
     if config.method == "full":
         needed += num_parameters * element // (num_partitions if stage >= 2 else 1)
         if not config.zero.offload_optimizer:

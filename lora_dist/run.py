@@ -24,6 +24,7 @@ from lora_dist.loop import TrainResult, train_loop
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.graphs import CudaRecorder, MicrobatchGraphs
 from lora_dist.mcore.hf_weights import fill_base
+from lora_dist.mcore.indexer_weights import open_indexers
 from lora_dist.mcore.model import build_model
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.measure.comparable import check_before_training
@@ -161,6 +162,7 @@ def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) ->
     gpt.attends_in_blocks = config.attends_in_blocks(on_gpu=topology.device.type == "cuda")
     if fill:
         fill_base(gpt, config.model, seed=config.loop.seed)
+    open_indexers(gpt, config.data.seq_len, fill=fill)
     method = apply_method(gpt, config)
     zero = build_zero_engine(
         gpt,

@@ -16,7 +16,8 @@ from transformers import (
 ATTENDED = 32
 """Positions that the indexers pick: half of those that a model has."""
 _LATENT = {"num_key_value_heads": 8, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
-_INDEXER = {"index_topk": ATTENDED, "index_n_heads": 4, "index_head_dim": 8}
+_INDEXER = {"index_topk": ATTENDED, "index_n_heads": 16, "index_head_dim": 8}
+"""So many heads that none has a score above zero for hardly any position: of equal scores any may be picked."""
 _PICKED = {
     **{"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2},
     **{"first_k_dense_replace": 1, "routed_scaling_factor": 1.7},

@@ -20,6 +20,7 @@ from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.adapters import apply_lora
 from lora_dist.mcore.base_parameters import describe_base_parameters, initialize_base
 from lora_dist.mcore.bottlenecks import apply_bottlenecks
+from lora_dist.mcore.indexer_weights import open_indexers
 from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import build_topology
 from lora_dist.mcore.prefixes import put_prefixes
@@ -103,6 +104,7 @@ def build_case(case: Case, device: torch.device = CPU) -> tuple[ShardedGpt, list
     )
     gpt.label_smoothing = case.label_smoothing
     initialize_base(gpt, model, seed=0)
+    open_indexers(gpt, SEQ_LEN)
     if case.method == "full":
         trainable = describe_base_parameters(gpt)
     elif case.method == "bitfit":

@@ -60,6 +60,11 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "open_minimax_m2": ("model=minimax_m2", "topology=tp8_sp", "hardware=h100", *OPEN),
     "open_glm5": ("model=glm5", "model.base_format=nf4", "topology=tp8_sp", "hardware=h100", *QUANTIZED),
+    "long_glm5": (
+        *("model=glm5", "model.base_format=nf4", "topology=tp8_sp", "hardware=h100", "dtype=bf16", "data=fake"),
+        *("data.seq_len=32768", "loop.micro_batch_size=1", "loop.global_batch_size=8", "lora.target_modules=[all]"),
+        *("lora.rank=16", "plan.recompute=[full]", "compare.methods=[lora]"),
+    ),
     "open_kimi_k2": ("model=kimi_k2", "model.base_format=nf4", "topology=tp8_sp", "hardware=h200", *QUANTIZED),
     **{
         f"long_llama3_1_70b_{topology}": (

@@ -1,4 +1,4 @@
-"""Tensors with which nothing is computed here, from a model's checkpoint into what is written of it: indexers, and
+"""Tensors that nothing trains and no shard holds, from a model's checkpoint into what is written of it: indexers, and
 what sees pictures.
 """
 
@@ -16,8 +16,8 @@ from lora_dist.lora.factors import derive_seed
 
 
 class CarriedTensors:
-    """Each read when its turn comes; drawn where the model has no checkpoint, from its name alone, since no run's
-    result depends on it.
+    """Each read when its turn comes; drawn where the model has no checkpoint, from its name alone: a run that computes
+    with it and the file that is written have the same.
     """
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype) -> None:
@@ -46,8 +46,12 @@ class CarriedTensors:
         return f"{self._prefix}{name}" if self._wrapper is None else self._wrapper.find_stored_name(name)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, shape in self.shapes.items():
-            yield name, self._draw(name, shape) if self._reader is None else self._reader.read(name)
+        for name in self.shapes:
+            yield name, self.read(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One of them."""
+        return self._draw(name, self.shapes[name]) if self._reader is None else self._reader.read(name)
 
     def _draw(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """As weights are drawn: norms at one, biases zero, the others Gaussian."""

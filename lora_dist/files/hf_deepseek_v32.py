@@ -1,8 +1,8 @@
 """Hugging Face's DeepSeek-V3.2 and GLM-5: DeepSeek-V3 with an indexer beside a layer's attention; pure.
 
 An indexer picks the positions that its layer, and those after it without one, attend to: index_topk of them (DeepSeek
-Sparse Attention, arXiv:2512.02556, section 2.1; layers that share a choice, arXiv:2603.12201). Rows here are no longer
-than that, so every position is picked and attention is DeepSeek-V3's.
+Sparse Attention, arXiv:2512.02556, section 2.1; layers that share a choice, arXiv:2603.12201). In rows no longer than
+that every position is picked and attention is DeepSeek-V3's.
 """
 
 import re
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lora_dist.base_shapes import compute_indexer_shapes
 from lora_dist.files.hf_deepseek_v3 import (
     DEEPSEEK_V3_ABSENT,
     DEEPSEEK_V3_FAMILY,
@@ -23,6 +24,10 @@ from lora_dist.files.hf_layout import HfFamily, get_number, get_size
 from lora_dist.files.hf_shared_experts import EXTRA_LAYERS, WIDER, WITHOUT_EXTRA
 from lora_dist.model_config import ModelConfig
 
+_STORED = {
+    **{"query_weight": "wq_b.weight", "key_weight": "wk.weight"},
+    **{"norm_weight": "k_norm.weight", "norm_bias": "k_norm.bias", "head_weight": "weights_proj.weight"},
+}
 _FULL, _SHARED = "full", "shared"
 _DENSE, _SPARSE = "dense", "sparse"
 _LAYER_TYPES = {"indexed_attention", "deepseek_sparse_attention"}
@@ -98,22 +103,18 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
     return described
 
 
-def compute_indexer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def compute_stored_indexers(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every stored tensor of the indexers."""
-    heads, size, latent = model.indexer_heads, model.indexer_head_size, model.query_latent_size
-    assert heads is not None
-    assert size is not None
-    assert latent is not None
-    tensors: dict[str, tuple[int, ...]] = {
-        **{"wq_b.weight": (heads * size, latent), "wk.weight": (size, model.hidden_size)},
-        **{"k_norm.weight": (size,), "k_norm.bias": (size,), "weights_proj.weight": (heads, model.hidden_size)},
-    }
     return {
-        f"{DEEPSEEK_V3_NAMES.layers.format(layer=layer)}self_attn.indexer.{name}": shape
-        for layer in range(model.num_layers)
-        if layer not in model.layers_without_indexer
-        for name, shape in tensors.items()
+        name_indexer_tensor(layer, name): shape
+        for layer in filter(model.has_indexer, range(model.num_layers))
+        for name, shape in compute_indexer_shapes(model).items()
     }
+
+
+def name_indexer_tensor(layer: int, name: str) -> str:
+    """In a checkpoint, of a tensor of `compute_indexer_shapes`."""
+    return f"{DEEPSEEK_V3_NAMES.layers.format(layer=layer)}self_attn.indexer.{_STORED[name]}"
 
 
 SPARSE_FAMILIES = {
@@ -124,7 +125,7 @@ SPARSE_FAMILIES = {
         describe=_describe,
         find_parts=DEEPSEEK_V3_NAMES.find_parts,
         compute_shapes=DEEPSEEK_V3_NAMES.compute_shapes,
-        compute_carried=compute_indexer_shapes,
+        compute_carried=compute_stored_indexers,
         ignored=DEEPSEEK_V3_FAMILY.ignored,
         embedding=DEEPSEEK_V3_FAMILY.embedding,
         wider=re.compile(rf"{WIDER.pattern}|model\.layers\.\d+\.self_attn\.indexer\.(k_norm\..+|weights_proj\.weight)"),

@@ -12,6 +12,7 @@ from lora_dist.generation.given_answers import GivenAnswers
 from lora_dist.generation.one_path import OnePath
 from lora_dist.generation_config import GenerationConfig, check_room
 from lora_dist.mcore.incremental import check_cache_fits, check_runs_in_steps, open_incremental
+from lora_dist.mcore.indexer_weights import open_indexers
 from lora_dist.mcore.model import ShardedGpt
 
 
@@ -68,10 +69,10 @@ def choose_answers(
     """
     longest = max(map(len, answers))
     for number, prompt in enumerate(prompts, 1):
-        if len(prompt) + longest > gpt.model.longest_row:
+        if len(prompt) + longest > gpt.model.max_position_embeddings:
             raise ValueError(
-                f"context {number} has {len(prompt)} tokens and the longest label {longest}, but {gpt.model.row_limit};"
-                " shorten the context"
+                f"context {number} has {len(prompt)} tokens and the longest label {longest}, but"
+                f" model.max_position_embeddings={gpt.model.max_position_embeddings}; shorten the context"
             )
     work = _Work(
         prompts=prompts,
@@ -108,11 +109,10 @@ class _Work:
 
 def _search(gpt: ShardedGpt, work: _Work) -> list[list[int]]:
     check_runs_in_steps(gpt)
-    check_cache_fits(
-        gpt,
-        num_rows=min(work.batch_size, len(work.prompts)) * work.rows_per_prompt,
-        num_columns=work.count_columns(max(work.lengths, default=0)),
-    )
+    num_columns = work.count_columns(max(work.lengths, default=0))
+    open_indexers(gpt, num_columns)
+    num_rows = min(work.batch_size, len(work.prompts)) * work.rows_per_prompt
+    check_cache_fits(gpt, num_rows=num_rows, num_columns=num_columns)
     assert not work.adapter_of_row or len(work.adapter_of_row) == len(work.prompts), "one adapter, or None, a prompt"
     mine = _search_mine(gpt, work)
     parts: list[dict[int, list[int]]] = [{}] * gpt.topology.world_size

@@ -18,6 +18,7 @@ from lora_dist.generation.cache import LayerCache, StateCache
 from lora_dist.generation.decode import Choice, Search
 from lora_dist.mcore.attention import LayerMasks, SdpaAttention
 from lora_dist.mcore.delta_net import DeltaHeads
+from lora_dist.mcore.indexer import Indexer
 from lora_dist.mcore.model import ShardedGpt
 from lora_dist.prefix.slots import split_slots
 
@@ -33,7 +34,7 @@ def open_incremental(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> Ite
     caches = {
         module: StateCache() if isinstance(module, DeltaHeads) else LayerCache(num_rows, num_columns)
         for module in gpt.modules()
-        if isinstance(module, SdpaAttention | DeltaHeads)
+        if isinstance(module, SdpaAttention | DeltaHeads | Indexer)
     }
     model = IncrementalGpt(gpt, list(caches.values()))
     gpt.eval()
@@ -69,13 +70,16 @@ def _read_free_bytes(device: torch.device) -> int:
 
 
 def compute_cache_bytes(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> int:
-    """Bytes that the keys and values, or the states, of this process's layers and heads take."""
+    """Bytes that the keys and values, or the states, of this process's layers and heads take, and indexers' keys."""
     config = gpt.config
     num_heads = max(1, config.num_query_groups // gpt.topology.tp_size)
     bytes_per_token = num_heads * (gpt.model.head_dim + gpt.model.value_dim) * config.params_dtype.itemsize
     num_recurrent = sum(map(gpt.model.has_delta_net, gpt.stage_layers))
     states = num_recurrent * num_rows * compute_state_bytes(gpt) if num_recurrent else 0
-    return (gpt.num_stage_layers - num_recurrent) * num_rows * num_columns * bytes_per_token + states
+    num_indexers = sum(map(gpt.model.has_indexer, gpt.stage_layers)) if gpt.indexes else 0
+    bytes_of_indexers = num_indexers * (gpt.model.indexer_head_size or 0) * config.params_dtype.itemsize
+    bytes_per_token = (gpt.num_stage_layers - num_recurrent) * bytes_per_token + bytes_of_indexers
+    return num_rows * num_columns * bytes_per_token + states
 
 
 def compute_state_bytes(gpt: ShardedGpt) -> int:

@@ -15,7 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from lora_dist.config import ModelConfig
-from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention
+from lora_dist.mcore.attention import LayerMasks, Mask
+from lora_dist.mcore.indexer import Indexer, Selected, Selecting
 from lora_dist.mcore.layers import (
     LoraColumnParallelLinear,
     LoraLocalLinear,
@@ -25,6 +26,7 @@ from lora_dist.mcore.layers import (
 )
 from lora_dist.mcore.norm import RmsNorm
 from lora_dist.mcore.rotary import Angles, LayerAngles, rotate
+from lora_dist.mcore.selected_attention import SelectedAttention
 
 _LATENT_EPSILON = 1e-6
 """Of the latents' norms, whatever the model's other norms have: transformers' DeepseekV3RMSNorm."""
@@ -55,7 +57,13 @@ class LatentAttention(nn.Module):
         self.linear_kv_up_proj = LoraLocalLinear(
             config, heads * (self.unturned_size + model.value_dim), model.kv_latent_size, column_parallel=True
         )
-        self.core_attention = SdpaAttention(config)
+        self.core_attention = SelectedAttention(config)
+        self.indexer: Indexer | None = None
+        """Where rows are long enough for one (`lora_dist.mcore.indexer_weights`)."""
+        self.indexer_layer = 0
+        """Global index of the layer whose indexer picks for this one."""
+        self.lends_selection = False
+        """Whether it picks for the next one too."""
         self.linear_proj = self._build_split_linear(
             LoraRowParallelLinear, model.context_size, model.hidden_size, input_is_parallel=True
         )
@@ -75,33 +83,48 @@ class LatentAttention(nn.Module):
     def forward(
         self,
         hidden_SBH: torch.Tensor,
-        attention_mask: Mask | LayerMasks,
+        attention_mask: Mask | LayerMasks | Selecting,
         *,
         rotary_pos_emb: tuple[LayerAngles, LayerAngles],
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """The output, under sequence parallelism this rank's share as the input is, and no bias."""
         angles = rotary_pos_emb[self.core_attention.sees_window]
-        queries, kv_latent_SBL, turned_key = self._enter(hidden_SBH)
+        queries, q_latent_SBL, kv_latent_SBL, turned_key = self._enter(hidden_SBH)
         query_SBAD = self._make_queries(queries, angles.of_queries)
         key_SBAD, value_SBAV = self._make_keys_and_values(kv_latent_SBL, turned_key, angles.of_keys)
+        if isinstance(attention_mask, Selecting):
+            assert q_latent_SBL is not None, "the model's configuration asks for it"
+            attention_mask = self._select(hidden_SBH, q_latent_SBL, angles.of_keys, attention_mask)
         context = self.core_attention(query_SBAD, key_SBAD, value_SBAV, attention_mask)
         return self.linear_proj(context)[0], None
 
-    def _enter(self, hidden_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the whole sequence: this rank's queries [S, B, A D], the latent of keys and values, and the key [S, B, R]
-        that is to be turned.
+    def _select(
+        self, hidden_SBH: torch.Tensor, q_latent_SBL: torch.Tensor, angles: Angles, selecting: Selecting
+    ) -> Selected:
+        """By this layer's own indexer, unless it has picked for this microbatch already, or by an earlier one's."""
+        selection = selecting.picked.get(self.indexer_layer)
+        if selection is None:
+            assert self.indexer is not None, "the stage with its indexer has this layer too"
+            selection = self.indexer.pick(hidden_SBH, q_latent_SBL, angles, selecting.mask)
+            if self.lends_selection:
+                selecting.keep(self.indexer_layer, selection)
+        return Selected(selecting.mask, selection)
+
+    def _enter(self, hidden_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Of the whole sequence: this rank's queries [S, B, A D], the latent of queries where they have one, that of
+        keys and values, and the key [S, B, R] that is to be turned.
         """
         kv_size, turned_size = self.model.kv_latent_size, self.model.rotary_size
         kv_latent_SBL, turned_key = self.linear_kv_down_proj(hidden_SBH).split([kv_size, turned_size], dim=-1)
         parts = [self.kv_latent_layernorm(kv_latent_SBL), turned_key]
         if self.model.query_latent_size is None:
             entered = bring_to_ranks(torch.cat(parts, dim=-1), self.config)
-            return self.linear_q_proj(hidden_SBH)[0], *entered.split([kv_size, turned_size], dim=-1)
+            return self.linear_q_proj(hidden_SBH)[0], None, *entered.split([kv_size, turned_size], dim=-1)
         q_latent_SBL = self.q_latent_layernorm(self.linear_q_down_proj(hidden_SBH))
         entered = bring_to_ranks(torch.cat([q_latent_SBL, *parts], dim=-1), self.config)
         q_latent_SBL, kv_latent_SBL, turned_key = entered.split([q_latent_SBL.shape[-1], kv_size, turned_size], dim=-1)
-        return self.linear_q_up_proj(q_latent_SBL), kv_latent_SBL, turned_key
+        return self.linear_q_up_proj(q_latent_SBL), q_latent_SBL, kv_latent_SBL, turned_key
 
     def _make_queries(self, queries: torch.Tensor, angles: Angles) -> torch.Tensor:
         """[S, B, A, D] of [S, B, A D], each head's last R features turned."""

@@ -3,12 +3,10 @@
 Shapes: S sequence, B rows, H hidden, V vocabulary rows of this rank, N target tokens.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import (
@@ -18,16 +16,16 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lora_dist.base_shapes import list_stage_layers
 from lora_dist.config import ModelConfig
 from lora_dist.lora.dropout import DropoutClock
 from lora_dist.mcore.attention import LayerMasks, Mask, SdpaAttention, SinkAttention, compute_window_mask
-from lora_dist.mcore.delta_net import GatedDeltaNet
+from lora_dist.mcore.delta_net import DeltaHeads, GatedDeltaNet
 from lora_dist.mcore.experts import ExpertMlp
 from lora_dist.mcore.gates import GeGlu, SwiGlu
 from lora_dist.mcore.head_loss import compute_target_loss
+from lora_dist.mcore.indexer import Selecting
 from lora_dist.mcore.latent_attention import LatentAttention
 from lora_dist.mcore.layers import (
     Layer,
@@ -40,6 +38,7 @@ from lora_dist.mcore.layers import (
 from lora_dist.mcore.norm import find_norm
 from lora_dist.mcore.rotary import Rotary, RotarySelfAttention
 from lora_dist.mcore.row_group import RowGroup
+from lora_dist.mcore.transformer_config import build_transformer_config
 from lora_dist.mcore.whole_norm import WholeNormedSelfAttention
 from lora_dist.topology import Topology
 
@@ -58,6 +57,8 @@ class ShardedGpt(GPTModel):
         self.rotary: Rotary | None = None
         if model.architecture.rotary:
             self.rotary = Rotary(model, self.config.params_dtype, topology.device)
+        self.indexes = False
+        """Whether indexers are there, for rows that are longer than what they pick."""
         self.label_smoothing = 0.0
         self.only_last_position = False
         """Compute logits for the last position alone."""
@@ -98,6 +99,8 @@ class ShardedGpt(GPTModel):
             whole_rows, dtype = torch.zeros_like(input_ids[:1]), self.config.params_dtype
             windowed = compute_window_mask(whole_rows, dtype, window, drops=self.config.attention_dropout > 0)
             attention_mask = LayerMasks(full=None, windowed=windowed)
+        if self.indexes:
+            attention_mask = Selecting(attention_mask, keeps_all=self.training)
         output: torch.Tensor = super().forward(input_ids, position_ids, attention_mask, **options)
         return output
 
@@ -166,8 +169,7 @@ def build_model(
     num_recomputed: int | None = None,
 ) -> ShardedGpt:
     """This process's shard, on its device, its weights not yet set; its first `num_recomputed` layers recompute."""
-    config = _build_transformer_config(model, topology, dtype)
-    config.model = model  # Megatron hands its configuration to each module it makes
+    config = build_transformer_config(model, topology, dtype)
     gpt = ShardedGpt(
         config=config,
         transformer_layer_spec=_build_block_spec(model, topology),
@@ -183,11 +185,7 @@ def build_model(
     )
     for number, layer in enumerate(gpt.decoder.layers, gpt.first_layer):
         layer.clock = clock
-        core = layer.self_attention.core_attention
-        core.sees_window = model.sees_window(number)
-        if topology.cp_size > 1:
-            core.row_group = RowGroup(group=topology.cp_group, shard=topology.row_shard)
-            core.window = model.sliding_window if model.sees_window(number) else None
+        _set_up_core(layer.self_attention.core_attention, number, model, topology)
         if number in model.unturned_layers:
             layer.self_attention.turns = False
         if model.residual_multiplier != 1.0:
@@ -202,6 +200,15 @@ def build_model(
     if topology.is_first_stage and topology.pp_size > 1:
         gpt.embedding.register_forward_hook(_require_grad)
     return gpt.to(device=topology.device, dtype=dtype)
+
+
+def _set_up_core(core: SdpaAttention | DeltaHeads, number: int, model: ModelConfig, topology: Topology) -> None:
+    """What the core of layer `number` has of its own."""
+    core.sees_window = model.sees_window(number)
+    if topology.cp_size > 1:
+        core.row_group = RowGroup(group=topology.cp_group, shard=topology.row_shard)
+        if isinstance(core, SdpaAttention) and core.sees_window:
+            core.window = model.sliding_window
 
 
 def _find_embedding_scale(model: ModelConfig, dtype: torch.dtype) -> float:
@@ -220,49 +227,6 @@ def _require_grad(_module: torch.nn.Module, _inputs: object, output: torch.Tenso
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()
     return output
-
-
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
-
-
-def _build_transformer_config(model: ModelConfig, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
-    architecture = model.architecture
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        num_query_groups=max(model.num_query_groups, topology.tp_size),  # each rank a head, if one that others have too
-        kv_channels=model.head_dim,
-        ffn_hidden_size=model.find_mlp_size(0),  # of Megatron's own MLP, which layers without experts have
-        layernorm_epsilon=model.layernorm_epsilon,
-        hidden_dropout=model.hidden_dropout,
-        attention_dropout=model.attention_dropout,
-        softmax_scale=model.attention_scale,
-        normalization="RMSNorm" if architecture.rms_norm else "LayerNorm",
-        qk_layernorm=model.has_qk_norm,
-        attention_output_gate=architecture.gated_attention,
-        add_bias_linear=architecture.linear_biases,
-        add_qkv_bias=architecture.qkv_biases,
-        gated_linear_unit=architecture.gated,
-        activation_func=F.silu if architecture.gated else _ACTIVATIONS[model.mlp_activation],
-        use_te_activation_func=architecture.gated,  # that is: a module, e.g. SwiGlu, in place of Megatron's own gate
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        tensor_model_parallel_size=topology.tp_size,
-        pipeline_model_parallel_size=topology.pp_size,
-        sequence_parallel=topology.sequence_parallel,
-        perform_initialization=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        batch_p2p_comm=topology.device.type == "cuda",
-        deallocate_pipeline_outputs=True,
-    )
 
 
 def _build_block_spec(model: ModelConfig, topology: Topology) -> TransformerBlockSubmodules:

@@ -18,7 +18,8 @@ but the latents enter the heads as one. The output layer is another over M
 tokens, attention 4 S Q a token forward and 10 S Q backward (the kernel computes the scores again). A gated delta rule's
 products within chunks and with the states between them are one forward, and three backward, which begins with another
 forward; what solves its triangular systems does not count, the product in their gradient does. Below the lowest adapted
-linear there is no backward at all, and it needs no d(input) itself. Recomputed regions add their forward.
+linear there is no backward at all, and it needs no d(input) itself. Recomputed regions add their forward. An
+indexer's linears and scores are forward alone, and run again in a recomputed layer unless others share its choice.
 """
 
 from collections import Counter
@@ -50,11 +51,13 @@ _LINEAR_OF_TARGET = {
     "shared_down_proj": "shared_fc2",
 }
 _MLP = ("router", "fc1", "fc2", "shared_gate", "shared_fc1", "shared_fc2")
+_LENDING = "lending indexer"
+"""Whose layer does not pick again when it is recomputed."""
 _Steps = tuple[tuple[tuple[str, ...], ...], ...]
 """A layer's parts, those that there are, in forward order: chains side by side start from the same, a step's from all
 that those of the one before end in."""
 _FUSED: _Steps = ((("qkv", "delta_in"),),)
-_FROM_LATENTS: _Steps = ((("q_down",), ("kv_down",)), (("q_up",), ("kv_up",)))
+_FROM_LATENTS: _Steps = ((("q_down",), ("kv_down",)), (("q_up",), ("kv_up",), ("indexer", _LENDING)))
 _QUERIES_BESIDE: _Steps = ((("qkv",), ("kv_down", "kv_up")),)
 _REST: _Steps = (
     (("attention", "proj", "delta", "delta_out"),),
@@ -121,6 +124,10 @@ class StepShape:
     num_windowed_scores: int | None = None
     """Where a layer sees a sliding window: T K where rows are cut into tiles whose queries see K keys; None is as
     many."""
+    num_picking: int = 0
+    """Positions for which indexers pick, where there are some: those of blocks longer than what they pick."""
+    num_picking_scores: int = 0
+    """That one head of an indexer computes for them."""
     chunk_size: int = 0
     """Positions of a chunk in gated DeltaNets, where there are some."""
     num_chunks: int = 0
@@ -206,7 +213,7 @@ def _build_layer(
 ) -> dict[str, _Part]:
     tokens, features = shape.num_tokens, _list_features(model, layer)
     mlp_tokens = tokens * (model.experts_per_token or 1) if model.has_experts(layer) else tokens
-    parts = {core.name: core for core in [_build_core(model, layer, shape)]}
+    parts = {core.name: core for core in [_build_core(model, layer, shape), *_build_indexer(model, layer, shape)]}
     for name, (i, o) in features.items():
         rows, r = mlp_tokens if name in ("fc1", "fc2") else tokens, ranks.get(name, 0)
         base, down, up = 2 * i * o * rows, 2 * r * i * rows, 2 * r * o * rows
@@ -229,6 +236,18 @@ def _build_core(model: ModelConfig, layer: int, shape: StepShape) -> _Part:
         num_scores = shape.num_windowed_scores
     score_flops = 2 * num_scores * model.query_size  # of values too, which are padded where they have fewer
     return _Part(name="attention", forward=2 * score_flops, input_grad=5 * score_flops, other_grads=0)
+
+
+def _build_indexer(model: ModelConfig, layer: int, shape: StepShape) -> list[_Part]:
+    """None where rows are too short or the layer shares an earlier one's."""
+    if not shape.num_picking or not model.has_indexer(layer):
+        return []
+    heads, size, latent = model.indexer_heads or 0, model.indexer_head_size or 0, model.query_latent_size or 0
+    keys_and_weights = shape.num_tokens * model.hidden_size * (size + heads)
+    queries = shape.num_picking * latent * heads * size
+    scores = shape.num_picking_scores * heads * (size + 1)
+    name = _LENDING if layer + 1 in model.layers_without_indexer else "indexer"
+    return [_Part(name=name, forward=2 * (keys_and_weights + queries + scores), input_grad=0, other_grads=0)]
 
 
 def _count_delta_rule(sizes: DeltaSizes, shape: StepShape) -> tuple[int, int]:
@@ -270,4 +289,4 @@ def _list_recomputed(layer: dict[str, _Part], recompute: str, input_requires_gra
     """Names of the layer's parts that run twice."""
     if recompute == "none" or not (input_requires_grad or any(part.trains for part in layer.values())):
         return set()
-    return set(layer) if recompute == "full" else set(_MLP)
+    return set(layer) - {_LENDING} if recompute == "full" else set(_MLP)

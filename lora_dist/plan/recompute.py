@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from lora_dist.base_shapes import count_stage_layers
+from lora_dist.base_shapes import list_stages
 from lora_dist.config import RunConfig
 from lora_dist.plan.job import GIB, JobPlan, plan_jobs
 
@@ -64,4 +64,4 @@ def _recompute(config: RunConfig, kind: str, num_layers: int | None) -> RunConfi
 
 def _count_most_layers(config: RunConfig) -> int:
     """Of a stage."""
-    return max(count_stage_layers(config.model.num_layers, config.topology.pp_size))
+    return max(map(len, list_stages(config.model, config.topology.pp_size)))

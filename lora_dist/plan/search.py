@@ -7,6 +7,7 @@ from math import gcd
 from lora_dist.base_format import check_blocks
 from lora_dist.base_shapes import compute_layer_shapes, count_elements, list_stage_layers
 from lora_dist.config import ModelConfig, RunConfig
+from lora_dist.long_rows import check_long_rows
 from lora_dist.lora.layer import find_shared_ranges
 from lora_dist.mcore.base_parameters import SHARED_ROWS, find_shard_dim
 from lora_dist.mcore.model import compute_padded_vocab_size
@@ -111,6 +112,7 @@ def _refuse_unexecuted(config: RunConfig, one: Candidate) -> Candidate:
     try:
         model = config.model
         check_blocks(model.base_format, *model.split_sizes, tp_size=one.tp_size)
+        check_long_rows(model, num_positions=config.data.seq_len, pp_size=one.pp_size)
     except ValueError as refusal:
         return replace(one, reason=str(refusal))
     weight_bytes = compute_weight_bytes(config.model, config.dtype, tp_size=one.tp_size, pp_size=one.pp_size)

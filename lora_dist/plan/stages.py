@@ -33,6 +33,7 @@ def _describe_layers(config: RunConfig) -> tuple[Hashable, ...]:
         (
             tuple(adapters[layer]),
             *(describe(layer) for describe in (model.sees_window, model.turns, model.has_delta_net, model.has_experts)),
+            model.selects(config.data.seq_len) and model.has_indexer(layer),
         )
         for layer in range(model.num_layers)
     )

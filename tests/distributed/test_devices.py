@@ -44,6 +44,13 @@ ADAPTED = {
         *("model.query_latent_size=16", "model.kv_latent_size=8", "model.rope_head_size=4", "model.value_head_size=8"),
         *("model.shared_ffn_size=16", "model.tied_output=false", "lora.target_modules=[all]"),
     ],
+    "long rows": [
+        *("topology=tp2_sp", "model.family=glm_moe_dsa", "model.num_experts=4", "model.experts_per_token=2"),
+        *("model.query_latent_size=16", "model.kv_latent_size=8", "model.rope_head_size=4", "model.value_head_size=8"),
+        *("model.rope_interleaved=true", "model.attended_positions=6", "model.indexer_heads=4"),
+        *("model.indexer_head_size=8", "model.layers_without_indexer=[1]", "model.tied_output=false"),
+        *("lora.target_modules=[all]", "packed_attention=mask"),
+    ],
     "whole norms": [
         *("topology=tp2_sp", "model.family=minimax_m2", "model.num_experts=4", "model.experts_per_token=2"),
         *("model.rotary_fraction=0.5", "model.tied_output=false", "lora.target_modules=[all,gate_proj]"),

@@ -140,6 +140,14 @@ MODELS = {
         **LATENT | {"value_head_size": 10},
         **PICKED,
     ),
+    "glm_moe_dsa_long": build_toy(
+        "glm_moe_dsa",
+        query_latent_size=20,
+        rope_interleaved=True,
+        **INDEXER | {"attended_positions": 5, "layers_without_indexer": [2]},
+        **LATENT,
+        **PICKED,
+    ),
     "deepseek_v3_direct": build_toy("deepseek_v3", **LATENT, **PICKED),
     "gpt_oss": build_toy(
         "gpt_oss",
@@ -181,7 +189,7 @@ _CASES = [
     *((name, method, TOPOLOGIES[1:4:2]) for name in ("mixtral", "qwen3_moe") for method in ("lora", "full")),
     *(
         (name, method, TOPOLOGIES)
-        for name in ("qwen3_next", "glm4_moe", "minimax_m2", "deepseek_v3", "gpt_oss")
+        for name in ("qwen3_next", "glm4_moe", "minimax_m2", "deepseek_v3", "glm_moe_dsa_long", "gpt_oss")
         for method in ("lora", "full")
     ),
     *(
@@ -208,6 +216,7 @@ ALWAYS = (
     "granite-full",
     "olmo3-full",
     "deepseek_v3-lora",
+    "glm_moe_dsa_long-lora",
     "gpt_oss-full",
     "gpt_neox-full",
 )

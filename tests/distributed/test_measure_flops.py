@@ -37,6 +37,8 @@ def build_shape(num_loss_tokens: int, recompute: str = "none", tp_size: int = 1)
         num_scores=NUM_ROWS * sum(length**2 for length in BLOCKS),
         num_vocab_rows=-(-MODEL.vocab_size // multiple) * multiple,
         recompute=recompute,
+        num_picking=NUM_ROWS * SEQ_LEN,
+        num_picking_scores=NUM_ROWS * sum(length**2 for length in BLOCKS),
         chunk_size=CHUNK_SIZE,
         num_chunks=NUM_ROWS * sum(count_chunks(length, CHUNK_SIZE) for length in BLOCKS),
         num_first_chunks=NUM_ROWS * len(BLOCKS),
@@ -153,6 +155,17 @@ QUERIES = (
 @pytest.mark.parametrize("recompute", few_of(["none", "full"], "full"))
 def test_queries_keys_and_values_come_from_latents(model: ModelConfig, all_targets: tuple, recompute: str) -> None:
     assert_all_is_counted(model, all_targets, recompute)
+
+
+SPARSE = replace(
+    LATENT, family="glm_moe_dsa", rope_interleaved=True, attended_positions=5, indexer_heads=3, indexer_head_size=6,
+    layers_without_indexer=[2],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", few_of(["none", "selective", "full"], "full"))
+def test_an_indexer_picks_once_for_those_that_share_it(recompute: str) -> None:
+    assert_all_is_counted(SPARSE, (["kv_b_proj"], [r"layers\.2\.q_a_proj"]), recompute)
 
 
 DELTA = replace(

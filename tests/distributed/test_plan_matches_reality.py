@@ -24,7 +24,7 @@ from lora_dist.config import (
     TopologyConfig,
     ZeroConfig,
 )
-from lora_dist.mcore import experts
+from lora_dist.mcore import experts, indexer, selected_attention
 from lora_dist.mcore.parallel import build_topology
 from lora_dist.measure.collectives import Collective, count_collectives
 from lora_dist.measure.flops import count_flops
@@ -59,6 +59,10 @@ SHARED = replace(
 LATENT = replace(
     SHARED, name="latent", family="deepseek_v3", num_kv_heads=None, rotary_fraction=1.0, head_size=48,
     query_latent_size=192, kv_latent_size=64, rope_head_size=16, value_head_size=32,
+)  # fmt: skip
+SPARSE = replace(
+    LATENT, name="sparse", family="glm_moe_dsa", rope_interleaved=True, attended_positions=48, indexer_heads=4,
+    indexer_head_size=32, layers_without_indexer=[1, 3],
 )  # fmt: skip
 SINKS = replace(
     EXPERTS, name="sinks", family="gpt_oss", sliding_window=48, full_attention_layers=[1, 3], swiglu_alpha=1.702,
@@ -260,6 +264,16 @@ CASES = {
         **{"model": replace(LATENT, base_format="nf4"), "topology": {"tp_size": 2}},
         "lora": LoraConfig(rank=4, target_modules=["q_a_proj", "kv_b_proj"]),
     },
+    "sparse-lora-packed": {"model": SPARSE, "lora": LoraConfig(rank=4, target_modules=["all"]), "collate": "pack"},
+    "sparse-lora-tp2-pp2-sp-recompute": {
+        **{"model": SPARSE, "lora": EXPERT_LORA, "num_microbatches": 2, "recompute": "full"},
+        "topology": {"tp_size": 2, "pp_size": 2, "sequence_parallel": True},
+    },
+    "sparse-lora-nf4-tp2-bf16": {
+        **{"model": replace(SPARSE, base_format="nf4"), "lora": EXPERT_LORA, "topology": {"tp_size": 2}},
+        **{"dtype": "bf16", "recompute": "selective"},
+    },
+    "sparse-full-dp2-stage3": {**FULL, "model": SPARSE, "topology": {"dp_size": 2}, "zero": ZeroConfig(stage=3)},
     "whole-lora-tp2-sp": {
         **{"model": WHOLE, "lora": replace(EXPERT_LORA, modules_to_save=["k_norm"])},
         **{"topology": {"tp_size": 2, "sequence_parallel": True}, "recompute": "full"},
@@ -375,6 +389,14 @@ def test_plan_is_what_happens_to_stacks_of_quantised_experts(monkeypatch: pytest
         monkeypatch.setattr(quant_weight, "_STACK_AT_ONCE", at_once * 512 * 128)
         largest.append(check_plan(config)[0].largest[TRANSIENT])
     assert largest[0] > largest[1] + 4 * 2 * 512 * 128
+
+
+def test_plan_is_what_happens_in_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40, over four heads of an indexer in turn."""
+    for module in (indexer, selected_attention):
+        monkeypatch.setattr(module, "QUERIES_AT_ONCE", 40)
+    monkeypatch.setattr(indexer, "_SCORES_AT_ONCE", 1)
+    check_plan(build_config(model=SPARSE, lora=EXPERT_LORA, topology={"tp_size": 2}))
 
 
 def check_plan(config: RunConfig) -> list[ProcessPlan]:

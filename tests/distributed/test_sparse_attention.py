@@ -1,4 +1,6 @@
-"""DeepSeek-V3.2 and GLM-5: exact up to the positions that indexers pick, which go whole into what is written."""
+"""DeepSeek-V3.2 and GLM-5: exact up to the positions that indexers pick, which go whole into what is written; longer
+rows are in `test_long_rows.py`.
+"""
 
 import json
 import shutil
@@ -26,8 +28,8 @@ from lora_dist.mcore.base_parameters import initialize_base
 from lora_dist.mcore.hf_weights import load_hf_checkpoint, write_hf_checkpoint
 
 NAMES = ["deepseek_v32", "glm_moe_dsa"]
-LONG = 48
-"""More positions than the indexers pick."""
+LONG, POSITIONS = 48, 64
+"""More positions than the indexers pick, and all that there are."""
 
 
 def draw_tokens(num_positions: int) -> torch.Tensor:
@@ -163,7 +165,7 @@ def test_full_fine_tuning_keeps_the_indexers_and_says_so(tmp_path: Path, capfd: 
             "data=fake",
             "data.num_fake_examples=8",
         ),
-        *(f"data.seq_len={ATTENDED}", "track=none", "loop.num_steps=2", "loop.micro_batch_size=2", "optim.lr=1e-2"),
+        *(f"data.seq_len={LONG}", "track=none", "loop.num_steps=2", "loop.micro_batch_size=2", "optim.lr=1e-2"),
         *(f"model.tokenizer={ASSETS / 'demo_base'}", f"run_dir={run}", "topology=tp2", "zero.stage=1"),
     ]
     assert run_distributed(call, 2, words) == [0, 0]
@@ -192,13 +194,13 @@ def test_a_checkpoint_without_its_indexers_is_refused(gone: str, tmp_path: Path)
         check_hf_checkpoint(model, tmp_path)
 
 
-def test_generated_texts_end_where_choosing_begins(tmp_path: Path) -> None:
+def test_generated_texts_end_where_positions_do(tmp_path: Path) -> None:
     model = write_family_checkpoint("deepseek_v32", tmp_path)
-    check_room([ATTENDED - 4], 4, model)
-    message = rf"with generate.max_new_tokens=5 {ATTENDED + 1}, but model.attended_positions={ATTENDED}, beyond which"
-    with pytest.raises(ValueError, match=rf"{message}.*; shorten the context, or set generate.max_new_tokens to 4 or"):
-        check_room([ATTENDED - 4], 5, model)
-    words = ["generate", "model=hf", f"model.checkpoint={tmp_path}", "generate.prompt=x", "generate.max_new_tokens=32"]
-    assert run_distributed(call, 1, words) == [2]
-    words = ["switch", "model=hf", f"model.checkpoint={tmp_path}", "adapters=[a,b]", "seq_len=33"]
+    check_room([POSITIONS - 4], 4, model)
+    message = rf"with generate.max_new_tokens=5 {POSITIONS + 1}, but model.max_position_embeddings={POSITIONS}"
+    with pytest.raises(ValueError, match=rf"{message}; shorten the context, or set generate.max_new_tokens to 4 or"):
+        check_room([POSITIONS - 4], 5, model)
+    words = ["generate", "model=hf", f"model.checkpoint={tmp_path}", "generate.prompt=x"]
+    assert run_distributed(call, 1, [*words, f"generate.max_new_tokens={POSITIONS}"]) == [2]
+    words = ["switch", "model=hf", f"model.checkpoint={tmp_path}", "adapters=[a,b]", f"seq_len={POSITIONS + 1}"]
     assert run_distributed(call, 1, words) == [2]

@@ -54,6 +54,11 @@ WHOLE_LORA = replace(
 WHOLE_FULL = replace(FULL, model=WHOLE)
 LATENT_LORA = replace(LORA, model=LATENT, lora=LoraConfig(rank=3, alpha=3, target_modules=["all"], dropout=0.2))
 LATENT_FULL = replace(FULL, model=LATENT)
+SPARSE = replace(
+    LATENT, family="glm_moe_dsa", num_layers=3, rope_interleaved=True, attended_positions=4, indexer_heads=4,
+    indexer_head_size=6, layers_without_indexer=[1], stages_begin_at_indexers=True,
+)  # fmt: skip
+SPARSE_LORA = replace(LATENT_LORA, model=SPARSE)
 SCALED = replace(
     TOY, family="granite", num_kv_heads=2, embedding_multiplier=3.0, residual_multiplier=0.5, attention_scale=0.3,
     logits_divisor=0.5,
@@ -171,6 +176,19 @@ def test_latents_train_like_plain_torch(case: Case) -> None:
     """What every TP rank has whole counts once in the norm, and its dropout is that of its part of the sequence."""
     oracle = run_distributed(train_oracle, 1, case)[0]
     for options, stage in GRID[5:9]:
+        distributed = replace(case, **options)
+        assert_trained_alike(
+            run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage)), oracle
+        )
+
+
+@pytest.mark.parametrize(
+    "case", [SPARSE_LORA, *exhaustive(replace(SPARSE_LORA, method="full"))], ids=lambda case: case.method
+)
+def test_long_rows_train_like_plain_torch(case: Case) -> None:
+    """Longer than what an indexer picks: it stays whole and as it is at every stage."""
+    oracle = run_distributed(train_oracle, 1, case)[0]
+    for options, stage in (*GRID[0:10:3], GRID[10]):
         distributed = replace(case, **options)
         assert_trained_alike(
             run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage)), oracle

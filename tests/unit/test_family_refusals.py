@@ -276,9 +276,17 @@ def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
         (["model=glm5", "model.attended_positions=null"], "model.family=glm_moe_dsa needs model.attended_positions"),
         (["model=glm5", "model.rope_interleaved=false"], "glm_moe_dsa turns neighbours; set it true"),
         (
-            ["model=deepseek_v3_2", "data.seq_len=2049"],
-            "data.seq_len=2049 exceeds model.attended_positions=2048, beyond which indexers of deepseek_v32 choose what"
-            " is attended to, which is not computed here; set data.seq_len to 2048 or less",
+            ["model=deepseek_v3_2", "data.seq_len=163841"],
+            "data.seq_len=163841 exceeds model.max_position_embeddings=163840; set data.seq_len to 163840 or less",
+        ),
+        (
+            ["model=glm5", "model.layers_without_indexer=[2,39]", "data.seq_len=2049", "topology.pp_size=2"],
+            "topology.pp_size=2: rows of 2049 positions exceed model.attended_positions=2048, and the stage that begins"
+            " with layer 39",
+        ),
+        (
+            ["model=llama3_8b", "model.stages_begin_at_indexers=true"],
+            "model.stages_begin_at_indexers=True: llama has none of it; leave it False",
         ),
         (["model=llama3_8b", "model.delta_key_size=8"], "model.delta_key_size=8: llama has none of it; leave it null"),
         (["model=qwen3_next_80b_a3b", "model.delta_key_size=null"], "qwen3_next needs model.delta_key_size"),

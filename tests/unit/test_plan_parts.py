@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hf_toy import build_run_config
 
-from lora_dist.base_shapes import count_parameters, count_stage_layers
+from lora_dist.base_shapes import count_parameters, count_stage_layers, list_stages
 from lora_dist.cli.compose import compose_config
 from lora_dist.cli.schema import list_groups
 from lora_dist.config import HardwareConfig, LoraConfig, ModelConfig, PlanConfig, RunConfig, ZeroConfig
@@ -60,6 +60,18 @@ def test_stages_with_and_without_experts_or_of_unequal_length_are_kinds_of_their
     assert [count_stage_layers(number, 5) for number in (10, 11, 14)] == [[2] * 5, [2, 2, 2, 3, 2], [2, 3, 3, 3, 3]]
     longer = replace(config, model=replace(model, num_layers=11, num_dense_layers=1))
     assert group_stages(longer) == [(0,), (1, 2), (3,), (4,)]
+
+
+def test_stages_may_begin_where_an_indexer_is() -> None:
+    """Of GLM-5.2, whose layers from the third on share one in four."""
+    borrowing = [layer for layer in range(3, 78) if (layer - 2) % 4]
+    overrides = ["model=glm5", "data=fake", f"model.layers_without_indexer={borrowing}"]
+    plain, moved = (compose_config([*overrides, f"model.stages_begin_at_indexers={on}"]).model for on in (False, True))
+    assert [layers.start for layers in list_stages(plain, 4)] == [0, 19, 39, 59]
+    assert [layers.start for layers in list_stages(moved, 4)] == [0, 18, 38, 58]
+    assert [len(layers) for layers in list_stages(moved, 21)] == [1, 1, *[4] * 19]
+    with pytest.raises(ValueError, match=r"topology.pp_size=22 exceeds the 21 layers with an indexer of their own"):
+        list_stages(moved, 22)
 
 
 def test_executes_the_warm_up_and_three_more() -> None:
