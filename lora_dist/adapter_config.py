@@ -46,7 +46,7 @@ class LiveConfig(BaseConfig):
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, (None, "fp32", "bf16", "fp16"))
         model = self.model
-        check_blocks(model.base_format, *model.split_sizes, tp_size=self.topology.tp_size)
+        check_blocks(model.base_format, model.split_sizes, tp_size=self.topology.tp_size)
 
 
 @dataclass(kw_only=True, slots=True)

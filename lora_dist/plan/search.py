@@ -108,7 +108,7 @@ def _refuse_unexecuted(config: RunConfig, one: Candidate) -> Candidate:
         return replace(one, reason=reason)
     try:
         model = config.model
-        check_blocks(model.base_format, *model.split_sizes, tp_size=one.tp_size)
+        check_blocks(model.base_format, model.split_sizes, tp_size=one.tp_size)
     except ValueError as refusal:
         return replace(one, reason=str(refusal))
     weight_bytes = compute_weight_bytes(config.model, config.dtype, tp_size=one.tp_size, pp_size=one.pp_size)

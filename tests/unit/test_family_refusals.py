@@ -270,7 +270,7 @@ def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
                 "model.kv_latent_size=96",
                 "model.base_format=nf4",
             ],
-            "and 96 inputs over tp 1 are no multiple of 64",
+            "and the 96 inputs of kv_b_proj over tp 1 are no multiple of 64",
         ),
         (["model=glm4_5", "model.indexer_heads=2"], "model.indexer_heads=2: glm4_moe has none of it; leave it null"),
         (["model=glm5", "model.attended_positions=null"], "model.family=glm_moe_dsa needs model.attended_positions"),
