@@ -72,6 +72,10 @@ def test_cfg_prints_and_runs_nothing(runs: list[tuple[str, RunConfig]], capsys: 
         (["train", "lora.rnk=8"], "unknown key lora.rnk"),
         (["train", *TINY, "loop.micro_batch_size=4", "loop.global_batch_size=6"], "6 is not a multiple of"),
         (["train", *TINY, "lora.target_modules=[nope]"], "nope"),
+        (
+            ["train", "model=hf", "model.checkpoint=no", "data=fake"],
+            "error: model.checkpoint=no is not a directory; give",
+        ),
         (["train", *TINY, "model.checkpoint=/nowhere"], "model.checkpoint=/nowhere is not a directory"),
         (["train", *TINY, "data=jsonl", "data.seq_len=64", "data.train=x"], "give model.tokenizer=DIR"),
         (
