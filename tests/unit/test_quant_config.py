@@ -26,8 +26,8 @@ from lora_dist.run import configure_method
         (["model.base_format=fp8", "zero=stage3"], r"is not partitioned by zero.stage=3; use zero.stage<=2"),
         (
             ["model.base_format=nf4", "topology=tp8"],
-            r"nf4 keeps one scale for 64 weights of a row, and the 256 inputs of o_proj over tp 8 are no multiple of 64;"
-            r" lower",
+            r"nf4 keeps one scale for 64 weights of a row, and the 256 inputs of o_proj over tp 8 are no multiple of"
+            r" 64; lower",
         ),
     ],
 )
