@@ -47,7 +47,7 @@ class LiveConfig(BaseConfig):
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         require_one_of("dtype", self.dtype, (None, "fp32", "bf16", "fp16"))
         model = self.model
-        check_blocks(model.base_format, *model.split_sizes, tp_size=self.topology.tp_size)
+        check_blocks(model.base_format, model.split_sizes, tp_size=self.topology.tp_size)
         refuse_context_parallel(self.topology, "nothing is trained here")
 
 

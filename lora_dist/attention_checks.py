@@ -121,7 +121,8 @@ def _check_latents(model: "ModelConfig") -> None:
     )
     require(
         model.value_dim <= model.head_dim,
-        f"model.value_head_size={model.value_head_size} exceeds model.head_size={model.head_size}",
+        f"model.value_head_size={model.value_head_size} exceeds model.head_size={model.head_size}, and the fused"
+        f" attention kernels want both alike, for which values alone are padded here; use at most {model.head_size}",
     )
     require(
         model.attention_scale is None or model.rope_scaling.get("factor", 1.0) > 1,

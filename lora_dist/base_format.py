@@ -4,6 +4,7 @@ nf4 and fp8 keep one scale for 64 neighbouring weights of a row, mxfp4 one for 3
 a shard of the quantised weight is a slice of the whole quantised weight on every topology.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -69,14 +70,17 @@ def check_frozen(base_format: str, *, method: str, zero_stage: int) -> None:
         require(zero_stage < 3, f"{key} is not partitioned by zero.stage=3; use zero.stage<=2")
 
 
-def check_blocks(base_format: str, *in_features: int, tp_size: int = 1) -> None:
-    """ValueError, with the numbers, where blocks would cross the ends of a row whose inputs TP splits."""
+def check_blocks(base_format: str, in_features: Mapping[str, int], tp_size: int = 1) -> None:
+    """ValueError, with the numbers, where blocks would cross the ends of a row whose inputs TP splits.
+
+    `in_features` are those of linears by name; 0 where a model has none of that name.
+    """
     lower, block = "lower topology.tp_size or " if tp_size > 1 else "", find_block(base_format)
-    for size in in_features:
+    for name, size in in_features.items():
         require(
             base_format == "native" or size % (block * tp_size) == 0,
-            f"model.base_format={base_format} keeps one scale for {block} weights of a row, and {size} inputs over"
-            f" tp {tp_size} are no multiple of {block}; {lower}use model.base_format=native",
+            f"model.base_format={base_format} keeps one scale for {block} weights of a row, and the {size} inputs of"
+            f" {name} over tp {tp_size} are no multiple of {block}; {lower}use model.base_format=native",
         )
 
 

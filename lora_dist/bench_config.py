@@ -35,3 +35,8 @@ class BenchConfig:
         for key in ("num_rounds", "num_warmup_rounds", "num_threads"):
             require(getattr(self, key) >= 1, f"bench.{key}={getattr(self, key)} must be at least 1")
         require(0.0 < self.target_fraction <= 1.0, f"bench.target_fraction={self.target_fraction} must lie in (0, 1]")
+
+    @property
+    def methods(self) -> list[str]:
+        """What the contenders train."""
+        return ["full" if "full" in contender else "lora" for contender in self.contenders]

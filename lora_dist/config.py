@@ -273,8 +273,8 @@ def _validate_model_shards(model: ModelConfig, topology: TopologyConfig) -> None
         pp_size <= model.num_layers,
         f"pp {pp_size} exceeds num_layers {model.num_layers}; give each stage a layer: lower topology.pp_size",
     )
-    check_blocks(model.base_format, *model.whole_sizes)
-    check_blocks(model.base_format, *model.split_sizes, tp_size=tp_size)
+    check_blocks(model.base_format, model.whole_sizes)
+    check_blocks(model.base_format, model.split_sizes, tp_size=tp_size)
 
 
 def compute_num_microbatches(loop: LoopConfig, dp_size: int) -> int:

@@ -242,18 +242,25 @@ class ModelConfig:
         return self.num_heads * self.value_dim
 
     @property
-    def split_sizes(self) -> tuple[int, ...]:
-        """Features into the linears that base_format is for and whose inputs TP splits."""
+    def split_sizes(self) -> dict[str, int]:
+        """Features into the linears that base_format is for and whose inputs TP splits, by what to call these."""
+        mlp = {"down_proj (model.ffn_hidden_size)": self.ffn_hidden_size}
         if self.base_format == "mxfp4":
-            return (self.ffn_hidden_size,)
-        delta_sizes = (self.delta_sizes.value_dim,) if self.architecture.delta_layers else ()
-        return (self.context_size, *delta_sizes, *self.mlp_sizes)
+            return mlp
+        others = {
+            "down_proj (model.dense_ffn_size)": self.dense_ffn_size or 0,
+            "shared_down_proj (model.shared_ffn_size)": self.shared_ffn_size or 0,
+        }
+        return {"o_proj": self.context_size, "out_proj": self.delta_sizes.value_dim, **mlp, **others}
 
     @property
-    def whole_sizes(self) -> tuple[int, ...]:
-        """Features into those whose inputs TP leaves whole."""
-        latents = () if self.base_format == "mxfp4" else (self.query_latent_size, self.kv_latent_size)
-        return tuple(filter(None, (self.hidden_size, *latents)))
+    def whole_sizes(self) -> dict[str, int]:
+        """Features into those whose inputs TP leaves whole, by what to call these."""
+        hidden = {"the linears on model.hidden_size": self.hidden_size}
+        if self.base_format == "mxfp4":
+            return hidden
+        latents = {"q_b_proj": self.query_latent_size or 0, "kv_b_proj": self.kv_latent_size or 0}
+        return hidden | latents
 
     @property
     def delta_sizes(self) -> DeltaSizes:

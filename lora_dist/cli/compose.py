@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lora_dist.cli.explain import explain_composition_error
+from lora_dist.cli.explain import NOT_SET, explain_composition_error
 from lora_dist.cli.overrides import write_override
 from lora_dist.cli.schema import ASSETS_DIR, CONF_DIR, list_groups
 from lora_dist.config import ModelConfig, RunConfig
@@ -113,7 +113,7 @@ def _read_hf_field(name: str, *, _parent_: DictConfig) -> object:
 
 def _ask(what: str) -> str:
     """The user has to give it. OmegaConf's own `???` gives way to a field's default in silence."""
-    raise ValueError(f"not set; give {what}")
+    raise ValueError(f"{NOT_SET}; give {what}")
 
 
 def _leave_open(what: str) -> str:

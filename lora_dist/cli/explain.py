@@ -8,6 +8,8 @@ from pathlib import Path
 from lora_dist.cli.overrides import find_written
 from lora_dist.cli.schema import list_groups, list_keys
 
+NOT_SET = "not set"
+"""How the refusal of a value that the user has to give begins."""
 _TYPES = {"Integer": "int", "Float": "float"}
 _REWORDED = {
     r"Ambiguous value for argument": "several values; a list is written [a,b], a comma inside a text needs quotes",
@@ -16,7 +18,6 @@ _REWORDED = {
     r"is not a valid bool": "neither true nor false",
     r"Cannot assign \w+ to Dict\[": "entries by name, not a value; write {name: value}",
     r"is not a subclass of": "a group of keys, not a value; set one of them",
-    r".*raised while resolving interpolation: (.*)": r"\1",
 }
 
 
@@ -31,6 +32,9 @@ def explain_composition_error(error: Exception, overrides: Sequence[str], conf_d
     if (override := getattr(error, "override", None)) is not None:
         return _explain_unreadable(find_written(override, overrides, owner))
     full_key = _find_full_key(text)
+    resolved = re.search(r"raised while resolving interpolation: (.*)", text)
+    if resolved and not resolved[1].startswith(NOT_SET):  # `full_key` is but the first value that was looked up there
+        return resolved[1]
     place = _find_place(text, overrides, conf_dir)
     where = "" if full_key and place.startswith(f"{full_key}=") else place
     if unknown := re.search(r"Key '([^']+)' (?:not in|is not in)", text):
@@ -38,7 +42,8 @@ def explain_composition_error(error: Exception, overrides: Sequence[str], conf_d
         return f"{where}unknown key {full_key}{_suggest(full_key, owner)}"
     if value := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
         return f"{where}{full_key}={value.group(1)} is not of type {_TYPES.get(value.group(2), value.group(2))}"
-    return (place or (f"{full_key}: " if full_key else "")) + _reword(text, error.__cause__ or error)
+    words = resolved[1] if resolved else _reword(text, error.__cause__ or error)
+    return (place or (f"{full_key}: " if full_key else "")) + words
 
 
 def _explain_unreadable(override: str) -> str:

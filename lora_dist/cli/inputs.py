@@ -1,21 +1,35 @@
 """What can be refused before any process starts: files, sizes, targets."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
-from lora_dist.config import ModelConfig, RunConfig, compute_dp_size, compute_num_microbatches
+from lora_dist.config import LORA_METHODS, ModelConfig, RunConfig, compute_dp_size, compute_num_microbatches
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.lora.trained_base import check_biases
 from lora_dist.run_dir import find_adapter
 from lora_dist.stopping import load_torch
 
 
-def check_inputs(config: RunConfig, world_size: int) -> None:
-    """ValueError for what a run of `config` on `world_size` processes cannot use. Starts no process, joins no group."""
+def check_inputs(config: RunConfig, world_size: int, methods: Collection[str]) -> None:
+    """ValueError for what a job of `methods` on `world_size` processes cannot use. Starts no process, joins no group.
+
+    LoRA's targets are checked where LoRA trains: a family may have none of the default ones.
+    """
     dp_size = compute_dp_size(config.topology, world_size)
     compute_num_microbatches(config.loop, dp_size)
-    check_biases(build_adapter_specs(config.lora, config.model), config.model, config.lora.bias)
+    if not set(LORA_METHODS).isdisjoint(methods):
+        check_biases(build_adapter_specs(config.lora, config.model), config.model, config.lora.bias)
     _check_data_files(config)
+
+
+def list_methods(verb: str, config: RunConfig) -> list[str]:
+    """The methods that `verb` trains; before `preflight`, whose job may be either, those of train and compare both."""
+    if verb == "compare":
+        return config.compare.methods
+    if verb == "bench":
+        return config.bench.methods
+    return [config.method] if verb == "train" or config.method in config.compare.methods else []
 
 
 def check_checkpoint(model: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 from lora_dist.cli import bench, compare, plan, preflight, train
 from lora_dist.cli.adapter_verbs import ADAPTER_VERBS, AdapterVerb, run_adapter_verb
 from lora_dist.cli.help import describe_verb, describe_verbs
-from lora_dist.cli.inputs import check_checkpoint, check_inputs
+from lora_dist.cli.inputs import check_checkpoint, check_inputs, list_methods
 from lora_dist.cli.launch import (
     USER_ERROR,
     describe_error,
@@ -133,7 +133,7 @@ def _run(verb: str, overrides: list[str]) -> int:
         overrides = [*overrides, f"run_dir={json.dumps(run_dir, ensure_ascii=False)}"]
     topology = config.topology
     world_size = given_world_size or topology.num_processes
-    check_inputs(config, world_size)
+    check_inputs(config, world_size, list_methods(verb, config))
     if given_world_size is None or os.environ["RANK"] == "0":
         check_run_dir(Path(config.run_dir), config.resume)
         check_checkpoint(config.model)

@@ -67,7 +67,10 @@ def read_model_fields(directory: str | Path) -> dict[str, Any]:
     """ModelConfig's fields as config.json gives them. ValueError for a model this project does not compute."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"model.checkpoint={directory} is not a directory")
+        raise ValueError(
+            f"model.checkpoint={directory} is not a directory; give that of a downloaded checkpoint, with config.json,"
+            " safetensors and tokenizer.json"
+        )
     path = directory / CONFIG
     whole = read_json(path)
     wrapper, config = find_wrapper(whole), get_text_config(whole, path)

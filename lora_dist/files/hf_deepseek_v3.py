@@ -19,6 +19,7 @@ from lora_dist.files.hf_shared_experts import (
     read_shared_experts,
 )
 from lora_dist.model_config import ModelConfig
+from lora_dist.refusals import require
 
 _HEAD_BY_HEAD = ("self_attention.linear_qkv", "self_attention.q_layernorm", "self_attention.k_layernorm")
 _LATENT = {
@@ -65,7 +66,16 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def read_latent_model(config: Mapping[str, Any], path: Path, rope_kinds: Collection[str]) -> dict[str, Any]:
     """ModelConfig's fields, of any family with attention out of latents, all but the family's name."""
     turned_size = get_size(config, "qk_rope_head_dim", path)
-    head_size = get_size(config, "qk_nope_head_dim", path) + turned_size
+    head_size, value_size = (
+        get_size(config, "qk_nope_head_dim", path) + turned_size,
+        get_size(config, "v_head_dim", path),
+    )
+    require(
+        value_size <= head_size,
+        f"{path}: v_head_dim={value_size} exceeds qk_nope_head_dim + qk_rope_head_dim={head_size}, and the fused"
+        " attention kernels want both alike, for which values alone are padded here; name a checkpoint with a smaller"
+        " v_head_dim",
+    )
     return {
         **read_sizes(config, path),
         **read_shared_experts(config, path),
@@ -73,7 +83,7 @@ def read_latent_model(config: Mapping[str, Any], path: Path, rope_kinds: Collect
         "query_latent_size": None if config["q_lora_rank"] is None else get_size(config, "q_lora_rank", path),
         "kv_latent_size": get_size(config, "kv_lora_rank", path),
         "rope_head_size": turned_size,
-        "value_head_size": get_size(config, "v_head_dim", path),
+        "value_head_size": value_size,
         "rope_interleaved": bool(config["rope_interleave"]),
         "max_position_embeddings": get_size(config, "max_position_embeddings", path),
         **read_rope(config, path, rope_kinds),

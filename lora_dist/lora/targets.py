@@ -213,13 +213,26 @@ def _match(key: str, pattern: str, sites: Iterable[tuple[int, str]]) -> list[tup
             raise ValueError(f"{key}: {pattern!r} is neither a known name nor a regular expression: {error}") from None
         matched = [(layer, target) for layer, target in sites if expression.fullmatch(f"layers.{layer}.{target}")]
     if not matched:
-        existing = ", ".join(sorted({target for _, target in sites}))
-        num_layers = 1 + max(layer for layer, _ in sites)
+        existing = {target for _, target in sites}
+        last_layer, (layer, target) = max(layer for layer, _ in sites), sites[0]
+        wants_inputs = key == "lora.target_modules" and not set(_ATTENTION_INPUTS).isdisjoint(named)
         raise ValueError(
-            f"{key}: {pattern!r} matches nothing; there are {existing} in layers 0 to {num_layers - 1}"
-            f" (a regular expression must match all of e.g. 'layers.0.q_proj')"
+            f"{key}: {pattern!r} matches nothing; there are {', '.join(sorted(existing))} in layers 0 to {last_layer}"
+            f" (a regular expression must match all of e.g. 'layers.{layer}.{target}')"
+            f"{_name_in_place(existing) if wants_inputs else ''}"
         )
     return matched
+
+
+def _name_in_place(existing: set[str]) -> str:
+    """What a latent attention has in the place of q, k and v; empty for any other, which has them."""
+    if "kv_b_proj" not in existing:
+        return ""
+    queries = "q_b_proj" if "q_b_proj" in existing else "q_proj"
+    return (
+        f"; for q and v take [{queries},kv_b_proj], or [all] for every linear that all tokens pass, or leave LoRA out"
+        " with method=, in compare and plan with compare.methods="
+    )
 
 
 def _resolve_pattern(

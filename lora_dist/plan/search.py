@@ -111,7 +111,7 @@ def _refuse_unexecuted(config: RunConfig, one: Candidate) -> Candidate:
         return replace(one, reason=reason)
     try:
         model = config.model
-        check_blocks(model.base_format, *model.split_sizes, tp_size=one.tp_size)
+        check_blocks(model.base_format, model.split_sizes, tp_size=one.tp_size)
         check_long_rows(model, num_positions=config.data.seq_len, pp_size=one.pp_size)
     except ValueError as refusal:
         return replace(one, reason=str(refusal))

@@ -59,7 +59,7 @@ class QuantizedWeight(nn.Module):
         stack = () if num_experts is None else (num_experts,)
         self.shape = torch.Size((*stack, shape.out_features, shape.in_features))
         if memory is None:
-            check_blocks(base_format, shape.in_features)
+            check_blocks(base_format, {"a linear": shape.in_features})
             if base_format in ("nf4", "nf4_double"):
                 import_bitsandbytes()
             sizes = compute_buffer_bytes(base_format, shape)

@@ -217,4 +217,4 @@ def test_modules_have_transformers_names(name: str, tmp_path: Path) -> None:
 )
 def test_a_wrong_configuration_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_inputs(compose_config(["data=fake", *overrides]), 1)
+        check_inputs(compose_config(["data=fake", *overrides]), 1, ["lora"])

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_dist.cli.compose import compose_config
+from lora_dist.cli.inputs import list_methods
 from lora_dist.cli.main import main, name_run_dir
 from lora_dist.config import RunConfig
 
@@ -70,6 +72,10 @@ def test_cfg_prints_and_runs_nothing(runs: list[tuple[str, RunConfig]], capsys: 
         (["train", "lora.rnk=8"], "unknown key lora.rnk"),
         (["train", *TINY, "loop.micro_batch_size=4", "loop.global_batch_size=6"], "6 is not a multiple of"),
         (["train", *TINY, "lora.target_modules=[nope]"], "nope"),
+        (
+            ["train", "model=hf", "model.checkpoint=no", "data=fake"],
+            "error: model.checkpoint=no is not a directory; give",
+        ),
         (["train", *TINY, "model.checkpoint=/nowhere"], "model.checkpoint=/nowhere is not a directory"),
         (["train", *TINY, "data=jsonl", "data.seq_len=64", "data.train=x"], "give model.tokenizer=DIR"),
         (
@@ -91,6 +97,51 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in errors
     assert runs == []
     assert not list(Path().iterdir())
+
+
+LATENT = ["model=deepseek_v3", "debug=shrink", "data=fake", "hardware=h200", "prefix.num_prefix=4"]
+"""Attention without q_proj and v_proj, LoRA's default targets."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["train", f"method={name}"] for name in ("full", "adapter_h", "adapter_l", "prefix_embed", "prefix_layer")),
+        *(["train", "lora.target_modules=[q_b_proj,kv_b_proj]"], ["train", "method=full", "compare.methods=[lora]"]),
+        *(["compare", "compare.methods=[full]"], ["compare", "method=adapter_l", "compare.methods=[adapter_l,full]"]),
+    ],
+    ids=" ".join,
+)
+def test_targets_of_lora_are_for_lora_alone(words: list[str], runs: list[tuple[str, RunConfig]]) -> None:
+    assert main([*words, *LATENT]) == 0
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["train"], ["train", "method=lora_prefix_layer"], ["preflight"], ["compare", "compare.methods=[full,lora]"]),
+        ["bench", "bench.contenders=[full,peft]"],
+    ],
+    ids=" ".join,
+)
+def test_where_lora_trains_its_targets_have_to_be_there(
+    words: list[str], runs: list[tuple[str, RunConfig]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, *LATENT]) == 2
+    assert "lora.target_modules: 'q_proj' matches nothing; " in (errors := capsys.readouterr().err)
+    assert "'layers.0.q_a_proj'); for q and v take [q_b_proj,kv_b_proj], or [all] for every linear" in errors
+    assert "in compare and plan with compare.methods=" in errors
+    assert main([*words, *LATENT, "model.query_latent_size=null"]) == 2
+    assert "'v_proj' matches nothing; " in (errors := capsys.readouterr().err)
+    assert "; for q and v take [q_proj,kv_b_proj], or [all]" in errors
+    assert runs == []
+
+
+def test_what_the_other_verbs_train() -> None:
+    """Before preflight may come either train or compare."""
+    config = compose_config([*LATENT, "compare.methods=[full]", "bench.contenders=[full_recompute,hf_full]"])
+    assert (list_methods("preflight", config), list_methods("bench", config)) == ([], ["full", "full"])
 
 
 def test_fewer_processes_than_the_topology_are_refused_with_the_numbers(

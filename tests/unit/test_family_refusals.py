@@ -168,7 +168,12 @@ from lora_dist.files.hf_checkpoint import check_hf_checkpoint
         ("deepseek_v3", {"num_key_value_heads": 4}, "model.family=deepseek_v3 has as many of both; leave it null"),
         ("deepseek_v3", {"q_lora_rank": None}, "model.query_latent_size=20 but"),
         ("deepseek_v3", {"kv_lora_rank": "x"}, "kv_lora_rank='x' is not a positive integer"),
-        ("deepseek_v3", {"v_head_dim": 11}, "model.value_head_size=11 exceeds model.head_size=10"),
+        (
+            "deepseek_v3",
+            {"v_head_dim": 11},
+            "config.json: v_head_dim=11 exceeds qk_nope_head_dim + qk_rope_head_dim=10, and the fused attention kernels"
+            " want both alike, for which values alone are padded here; name a checkpoint with a smaller v_head_dim",
+        ),
         ("deepseek_v3", {"qk_rope_head_dim": 3}, "3 of its features that"),
         ("deepseek_v3", {"rope_interleave": False}, "model.rope_interleaved=True but"),
         ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "mscale": "1"}}, "mscale='1' is not a number"),
@@ -270,7 +275,7 @@ def test_shapes_that_are_none_are_refused(override: str, message: str) -> None:
                 "model.kv_latent_size=96",
                 "model.base_format=nf4",
             ],
-            "and 96 inputs over tp 1 are no multiple of 64",
+            "and the 96 inputs of kv_b_proj over tp 1 are no multiple of 64",
         ),
         (["model=glm4_5", "model.indexer_heads=2"], "model.indexer_heads=2: glm4_moe has none of it; leave it null"),
         (["model=glm5", "model.attended_positions=null"], "model.family=glm_moe_dsa needs model.attended_positions"),

@@ -74,7 +74,7 @@ def test_refusals(override: str, message: str) -> None:
 
     words = ["model=gpt_oss_20b", "data=fake", "lora.target_modules=[all,gate_proj]", override]
     with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
-        check_inputs(compose_config(words), 1)
+        check_inputs(compose_config(words), 1, ["lora"])
     assert message in str(refusal.value)
 
 

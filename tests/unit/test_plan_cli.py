@@ -34,6 +34,16 @@ def test_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (run_dir / "memory.png").stat().st_size > 10_000
 
 
+def test_a_plan_needs_the_targets_of_what_it_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    latent = ["model=deepseek_v3", "debug=shrink", "method=adapter_h", f"run_dir={tmp_path / 'run'}"]
+    assert main(["plan", *latent]) == 2
+    errors = capsys.readouterr().err
+    assert "'q_proj' matches nothing; there are down_proj" in errors
+    assert errors.endswith("in compare and plan with compare.methods=\n")
+    assert main(["plan", *latent, "compare.methods=[adapter_h]", "plan.recompute=[full]"]) == 0
+    assert [job["method"] for job in json.loads((tmp_path / "run" / "plan.json").read_text())["jobs"]] == ["adapter_h"]
+
+
 def test_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The GPU is made so small that one cannot hold the weights and activations of all layers."""
     overrides = ["plan.search=true", "plan.num_gpus=2", "hardware.memory_gib=0.00135", "hardware.reserved_gib=0"]

@@ -20,12 +20,14 @@ from lora_dist.run import configure_method
         (["model=gpt_oss_20b", "model.base_format=mxfp4", "method=full"], r"mxfp4 is frozen; method=full needs native"),
         (
             ["model=gpt_oss_20b", "model.base_format=mxfp4", "topology=tp8"],
-            r"mxfp4 keeps one scale for 32 weights of a row, and 2880 inputs over tp 8 are no multiple of 32; lower",
+            r"mxfp4 keeps one scale for 32 weights of a row, and the 2880 inputs of down_proj .model.ffn_hidden_size."
+            r" over tp 8 are no multiple of 32; lower",
         ),
         (["model.base_format=fp8", "zero=stage3"], r"is not partitioned by zero.stage=3; use zero.stage<=2"),
         (
             ["model.base_format=nf4", "topology=tp8"],
-            r"nf4 keeps one scale for 64 weights of a row, and 256 inputs over tp 8 are no multiple of 64; lower",
+            r"nf4 keeps one scale for 64 weights of a row, and the 256 inputs of o_proj over tp 8 are no multiple of"
+            r" 64; lower",
         ),
     ],
 )
@@ -47,5 +49,5 @@ def test_a_search_leaves_out_topologies_that_cut_blocks() -> None:
     """With no memory at all the others are refused by their weights, so that none is executed."""
     overrides = ["model.base_format=nf4", "plan.search=true", "plan.num_gpus=8", "hardware.memory_gib=1e-3"]
     reasons = {one.name: one.reason for one in search_topologies(compose_config(overrides))}
-    assert "256 inputs over tp 8 are no multiple of 64" in reasons["tp8 pp1 dp1"]
+    assert "256 inputs of o_proj over tp 8 are no multiple of 64" in reasons["tp8 pp1 dp1"]
     assert reasons["tp4 pp1 dp2"].endswith("GiB of weights > 0.0 GiB")

@@ -150,7 +150,8 @@ def test_a_cast_of_the_model_leaves_it_alone(base_format: str) -> None:
 
 def test_blocks_must_not_cross_rows() -> None:
     with pytest.raises(
-        ValueError, match=r"model.base_format=nf4 keeps one scale for 64 weights of a row, and 96 inputs"
+        ValueError,
+        match=r"model.base_format=nf4 keeps one scale for 64 weights of a row, and the 96 inputs of a linear over tp 1",
     ):
         QuantizedWeight("nf4", LinearShape(out_features=8, in_features=96, column_parallel=True))
 

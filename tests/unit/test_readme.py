@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_dist.architecture import ARCHITECTURES
 from lora_dist.cli.adapter_verbs import ADAPTER_VERBS
 from lora_dist.cli.main import VERBS
 from lora_dist.cli.schema import list_groups, list_keys
@@ -28,6 +29,14 @@ COMMANDS = [
 def test_tables_are_made_from_the_records() -> None:
     done = subprocess.run([sys.executable, ROOT / "tools" / "readme_tables.py", "--check"], timeout=60)
     assert done.returncode == 0, "run python tools/readme_tables.py"
+
+
+def test_bitfit_runs_on_the_families_that_are_named() -> None:
+    (named,) = re.findall(r"BitFit and `lora.bias=all` alone want one with biases: ([^(]*)\(", PAGE)
+    experts_have_some = {family for family, kind in ARCHITECTURES.items() if kind.experts and kind.linear_biases}
+    with_biases = {family for family, kind in ARCHITECTURES.items() if kind.has_biases}
+    assert set(re.findall(r"`(\w+)`", named)) == with_biases - experts_have_some
+    assert experts_have_some == {"gpt_oss"}
 
 
 def test_every_path_named_exists() -> None:
