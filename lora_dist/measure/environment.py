@@ -61,10 +61,10 @@ def describe_checkout(directory: Path) -> dict[str, Any] | None:
 
 
 def _run_git(directory: Path, *arguments: str) -> str | None:
+    """What it says. It takes no lock: one that is killed would leave it, and have the user's own git refuse to work."""
+    git = ["git", "--no-optional-locks", "-C", str(directory)]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run([*git, *arguments], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):  # no git, or a checkout of another owner
         return None
     return done.stdout.strip()

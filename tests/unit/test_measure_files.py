@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -98,8 +99,11 @@ def test_checkout_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "file").write_text("1")
     subprocess.run([*git, "add", "file"], check=True)
     subprocess.run([*git, "commit", "-qm", "first"], check=True)
+    os.utime(tmp_path / "file", (0, 0))  # git would note that in its index, under a lock
+    index = (tmp_path / ".git" / "index").read_bytes()
     clean = describe_checkout(tmp_path)
     assert clean is not None
+    assert (tmp_path / ".git" / "index").read_bytes() == index
     assert (len(clean["commit"]), clean["dirty"]) == (40, False)
     (tmp_path / "file").write_text("2")
     assert describe_checkout(tmp_path) == {"commit": clean["commit"], "dirty": True}
