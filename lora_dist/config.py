@@ -180,7 +180,7 @@ def _validate_data(config: RunConfig) -> None:
         f"{config.model.max_position_embeddings}; set data.seq_len to {config.model.max_position_embeddings} or less",
     )
     check_long_rows(config.model, num_positions=config.data.seq_len, pp_size=config.topology.pp_size)
-    check_row_length(config.topology, config.data.seq_len)
+    check_row_length(config.topology, config.data.seq_len, config.model.max_position_embeddings)
     if config.topology.cp_size > 1:
         check_context_parallel(
             config.model,

@@ -5,15 +5,17 @@ from lora_dist.refusals import require
 from lora_dist.topology_config import TopologyConfig
 
 
-def check_row_length(topology: TopologyConfig, seq_len: int) -> None:
-    """ValueError where rows cannot be cut over the processes."""
+def check_row_length(topology: TopologyConfig, seq_len: int, most: int) -> None:
+    """ValueError where rows cannot be cut over the processes; the remedy is no longer than `most` positions."""
     multiple = topology.row_multiple
+    longer = -(-seq_len // multiple) * multiple
+    remedy = longer if longer <= most else seq_len // multiple * multiple
     cuts = [f"topology.cp_size={topology.cp_size}"] if topology.cp_size > 1 else []
     cuts += [f"sequence parallelism over tp {topology.tp_size}"] if topology.sequence_parallel else []
     require(
         seq_len % multiple == 0,
         f"data.seq_len={seq_len} cannot be cut into the equal parts of {' and '.join(cuts)}: it is no multiple of"
-        f" {multiple}; set it to {-(-seq_len // multiple) * multiple}",
+        f" {multiple}; set it to {remedy}",
     )
 
 
@@ -27,7 +29,7 @@ def check_context_parallel(
     require(
         heads % topology.cp_size == 0,
         f"{prefix}, which share out the heads of a gated DeltaNet; topology.cp_size={topology.cp_size} does not divide"
-        f" its {heads} key heads on a rank of tp {topology.tp_size}",
+        f" its {heads} key heads on a rank of tp {topology.tp_size}; choose a divisor, or a smaller tp_size",
     )
     require(
         not model.selects(seq_len),

@@ -63,7 +63,7 @@ def check_bench(config: RunConfig) -> None:
     if topology.num_processes != 1:
         raise ValueError(
             f"bench compares with peers on one process, got tp {topology.tp_size} cp {topology.cp_size}"
-            f" pp {topology.pp_size} dp {topology.dp_size}; use topology=single"
+            f" pp {topology.pp_size} dp {topology.dp_size or 1}; use topology=single"
         )
     loop, ours_alone = config.loop, set(OUR_CONTENDERS) >= set(config.bench.contenders)
     if config.model.base_format != "native" and not ours_alone:

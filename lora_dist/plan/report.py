@@ -150,14 +150,14 @@ def render_search(config: RunConfig, candidates: Sequence[Candidate]) -> str:
         for recompute in config.plan.recompute:
             fewest = min((one for one in fitting if one.recompute == recompute), key=_count_gpus, default=None)
             if fewest is not None:
-                size = f"{fewest.tp_size * fewest.pp_size} (tp{fewest.tp_size} pp{fewest.pp_size})"
+                size = f"{_count_gpus(fewest)} ({fewest.replica})"
                 parts.append(f"fewest GPUs a replica with recompute {recompute}: {size}")
     refused = [f"  {one.name}: {one.reason}" for one in candidates if one.job is None]
     return "\n".join([*parts, *(["does not fit:"] if refused else []), *refused])
 
 
 def _count_gpus(one: Candidate) -> int:
-    return one.tp_size * one.pp_size
+    return one.num_gpus // one.dp_size
 
 
 def _describe(one: Candidate) -> list[str]:

@@ -33,9 +33,14 @@ class Candidate:
     reason: str | None = None
 
     @property
-    def name(self) -> str:
+    def replica(self) -> str:
+        """The sizes of one."""
         context = f" cp{self.cp_size}" if self.cp_size > 1 else ""
-        return f"tp{self.tp_size}{context} pp{self.pp_size} dp{self.dp_size}"
+        return f"tp{self.tp_size}{context} pp{self.pp_size}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.replica} dp{self.dp_size}"
 
     @property
     def num_gpus(self) -> int:

@@ -9,7 +9,7 @@ from hf_toy import build_run_config
 from lora_dist.base_shapes import count_parameters, count_stage_layers, list_stages
 from lora_dist.cli.compose import compose_config
 from lora_dist.cli.schema import list_groups
-from lora_dist.config import HardwareConfig, LoraConfig, ModelConfig, PlanConfig, RunConfig, ZeroConfig
+from lora_dist.config import HardwareConfig, LoraConfig, ModelConfig, PlanConfig, RunConfig, TopologyConfig, ZeroConfig
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.measure.collectives import Collective
 from lora_dist.plan.clock import compute_message_seconds
@@ -245,6 +245,17 @@ def test_what_the_other_settings_rule_out_is_a_reason(zero_stage: int, options: 
         assert (one.reason or "").startswith(reasons.get(name, "")), one.reason
         assert (one.job is None) == (name in reasons)
     assert "fewest GPUs a replica with recompute none: 1 (tp1 pp1)" in render_search(config, list(found.values()))
+
+
+def test_rows_over_processes_are_of_one_replica() -> None:
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 1, "ffn_hidden_size": 128}
+    model = ModelConfig(name="small", family="llama", vocab_size=64, max_position_embeddings=2048, **sizes)
+    plan, topology = PlanConfig(num_gpus=4, recompute=["none"]), TopologyConfig(cp_size=2)
+    config = build_run_config(model, topology=topology, hardware=HARDWARE, dtype="fp16", plan=plan)
+    found = search_topologies(config)
+    assert {one.name for one in found} == {"tp1 cp2 pp1 dp2", "tp1 cp2 pp2 dp1", "tp2 cp2 pp1 dp1"}
+    assert all(one.job is not None and one.job.world_size == one.num_gpus == 4 for one in found)
+    assert "fewest GPUs a replica with recompute none: 2 (tp1 cp2 pp1)" in render_search(config, found)
 
 
 def test_replicas_only_where_rows_divide() -> None:

@@ -125,7 +125,9 @@ def test_row_lengths() -> None:
         (TopologyConfig(cp_size=3), 6),
         (TopologyConfig(tp_size=2, cp_size=4, sequence_parallel=True), 16),
     ):
-        check_row_length(topology, 5 * multiple)
+        check_row_length(topology, 5 * multiple, 5 * multiple)
         if multiple > 1:
             with pytest.raises(ValueError, match=f"no multiple of {multiple}; set it to {6 * multiple}"):
-                check_row_length(topology, 5 * multiple + 1)
+                check_row_length(topology, 5 * multiple + 1, 6 * multiple)
+            with pytest.raises(ValueError, match=f"set it to {5 * multiple}$"):
+                check_row_length(topology, 5 * multiple + 1, 6 * multiple - 1)
