@@ -59,6 +59,7 @@ SPARSE = replace(
     indexer_head_size=6, layers_without_indexer=[1], stages_begin_at_indexers=True,
 )  # fmt: skip
 SPARSE_LORA = replace(LATENT_LORA, model=SPARSE)
+SPARSE_FULL = replace(LATENT_FULL, model=SPARSE)
 SCALED = replace(
     TOY, family="granite", num_kv_heads=2, embedding_multiplier=3.0, residual_multiplier=0.5, attention_scale=0.3,
     logits_divisor=0.5,
@@ -183,12 +184,14 @@ def test_latents_train_like_plain_torch(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [SPARSE_LORA, *exhaustive(replace(SPARSE_LORA, method="full"))], ids=lambda case: case.method
+    ("case", "grid"),
+    [(SPARSE_LORA, GRID[3:10:6]), *exhaustive((SPARSE_LORA, GRID[0:11:2]), (SPARSE_FULL, GRID[0:10:3]))],
+    ids=["lora", "lora everywhere", "full"],
 )
-def test_long_rows_train_like_plain_torch(case: Case) -> None:
+def test_long_rows_train_like_plain_torch(case: Case, grid: list[tuple[dict, int]]) -> None:
     """Longer than what an indexer picks: it stays whole and as it is at every stage."""
     oracle = run_distributed(train_oracle, 1, case)[0]
-    for options, stage in (*GRID[0:10:3], GRID[10]):
+    for options, stage in grid:
         distributed = replace(case, **options)
         assert_trained_alike(
             run_distributed(train, distributed.world_size, distributed, ZeroConfig(stage=stage)), oracle
