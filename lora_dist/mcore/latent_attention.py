@@ -17,10 +17,10 @@ from torch import nn
 
 from lora_dist.config import ModelConfig
 from lora_dist.generation.cache import LayerCache
-from lora_dist.lora.function import read_weight
+from lora_dist.lora.mixed import MixedLoraShard
 from lora_dist.mcore.attention import LayerMasks, Mask
 from lora_dist.mcore.indexer import Indexer, Selected, Selecting
-from lora_dist.mcore.latent_steps import attend_to_latents, find_visible
+from lora_dist.mcore.latent_steps import attend_to_latents, find_visible, read_whole_weight
 from lora_dist.mcore.layers import (
     LoraColumnParallelLinear,
     LoraLocalLinear,
@@ -128,9 +128,11 @@ class LatentAttention(nn.Module):
     def _attend_to_kept(
         self, query_SBAD: torch.Tensor, kept_BKX: torch.Tensor, mask: Mask | LayerMasks | Selected
     ) -> torch.Tensor:
-        """[S, B, A V]; keys and values are made for several positions, and where an adapter may be each row's own."""
+        """[S, B, A V]; keys and values are made for several positions, and where what makes them has adapters of which
+        each row may have its own.
+        """
         up_proj = self.linear_kv_up_proj
-        if len(query_SBAD) > 1 or up_proj.lora is not None:
+        if len(query_SBAD) > 1 or isinstance(up_proj.lora, MixedLoraShard):
             # In a plain layout, or matmul would make one small product a row of one large one.
             latent_BKL, turned_BKR = kept_BKX.split([self.model.kv_latent_size, self.model.rotary_size], dim=-1)
             latent_KBL = latent_BKL.transpose(0, 1).contiguous()
@@ -139,7 +141,7 @@ class LatentAttention(nn.Module):
         context_BAV = attend_to_latents(
             query_SBAD[0],
             kept_BKX,
-            read_weight(up_proj.weight, query_SBAD.dtype),
+            read_whole_weight(up_proj, query_SBAD.dtype),
             find_visible(mask, kept_BKX.shape[1]),
             value_dim=self.model.value_dim,
             scale=self.model.head_dim**-0.5 if scale is None else scale,

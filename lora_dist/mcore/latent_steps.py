@@ -7,8 +7,11 @@ not turn, R those that they do, V features of a value, L of the latent, X = L + 
 
 import torch
 
+from lora_dist.lora.function import read_weight
+from lora_dist.lora.layer import LoraShard
 from lora_dist.mcore.attention import LayerMasks, Mask
 from lora_dist.mcore.indexer import Selected, unpack_bits
+from lora_dist.mcore.layers import LoraLocalLinear
 
 
 def attend_to_latents(
@@ -29,12 +32,26 @@ def attend_to_latents(
     of_heads = weight_OL.view(num_heads, -1, latent_size)
     of_keys_ANL, of_values_AVL = of_heads.split([of_heads.shape[1] - value_dim, value_dim], dim=1)
     unturned_BAN, turned_BAR = query_BAD.tensor_split([of_keys_ANL.shape[1]], dim=-1)
-    query_BAL = torch.bmm(unturned_BAN.transpose(0, 1), of_keys_ANL).transpose(0, 1)
+    query_BAL = torch.bmm(unturned_BAN.transpose(0, 1).to(weight_OL.dtype), of_keys_ANL).transpose(0, 1)
     wide = torch.promote_types(query_BAD.dtype, torch.float32)
-    query_BAX, kept_BKX = torch.cat([query_BAL, turned_BAR], dim=-1).to(wide), kept_BKX.to(wide)
+    query_BAX, kept_BKX = torch.cat([query_BAL.to(wide), turned_BAR.to(wide)], dim=-1), kept_BKX.to(wide)
     scores_BAK = (torch.bmm(query_BAX, kept_BKX.transpose(1, 2)) * scale).masked_fill_(~visible_B1K, float("-inf"))
     context_BAL = torch.bmm(scores_BAK.softmax(-1), kept_BKX[..., :latent_size]).to(weight_OL.dtype)
-    return torch.bmm(context_BAL.transpose(0, 1), of_values_AVL.transpose(1, 2)).transpose(0, 1)
+    context_ABV = torch.bmm(context_BAL.transpose(0, 1), of_values_AVL.transpose(1, 2))
+    return context_ABV.transpose(0, 1).to(query_BAD.dtype)
+
+
+def read_whole_weight(linear: LoraLocalLinear, dtype: torch.dtype) -> torch.Tensor:
+    """[O, L] of the linear with the one adapter beside it, where it has one: in fp32 at least then, so that the sum is
+    not rounded as that of an adapter which is merged.
+    """
+    weight_OL, lora = read_weight(linear.weight, dtype), linear.lora
+    if lora is None:
+        return weight_OL
+    assert isinstance(lora, LoraShard), "rows with adapters of their own have no one weight"
+    ((spec, rows),) = lora.list_rows()
+    assert rows is None, "the linear is one target"
+    return lora.compute_merged(spec, weight_OL)
 
 
 def find_visible(mask: Mask | LayerMasks | Selected, num_kept: int) -> torch.Tensor:
