@@ -1,4 +1,5 @@
-"""What one layer keeps from step to step: keys and values, after any rotary embedding, or a state that does not grow.
+"""What one layer keeps from step to step: keys and values, or latents, after any rotary embedding, or a state that does
+not grow.
 
 Shapes: R rows, A key-value heads of this rank, C columns that are run, L columns kept so far, D head dimension, J
 columns before the next one, X features.

@@ -1,4 +1,5 @@
-"""A sharded model run step by step: keys and values kept on the ranks that own their heads, stages in turn.
+"""A sharded model run step by step: keys and values kept on the ranks that own their heads, or the latents that they
+come from on each, stages in turn.
 
 The last stage's first TP rank alone gathers the vocabulary, of the last position only, and chooses; the others are
 told the tokens. Replicas never wait for each other.
@@ -19,7 +20,9 @@ from lora_dist.generation.decode import Choice, Search
 from lora_dist.mcore.attention import LayerMasks, SdpaAttention
 from lora_dist.mcore.delta_net import DeltaHeads
 from lora_dist.mcore.indexer import Indexer
+from lora_dist.mcore.latent_attention import LatentAttention
 from lora_dist.mcore.model import ShardedGpt
+from lora_dist.mcore.selected_attention import SelectedAttention
 from lora_dist.prefix.slots import split_slots
 
 _GOES_ON, _FINISHED, _NOT_FINITE = range(3)
@@ -34,7 +37,8 @@ def open_incremental(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> Ite
     caches = {
         module: StateCache() if isinstance(module, DeltaHeads) else LayerCache(num_rows, num_columns)
         for module in gpt.modules()
-        if isinstance(module, SdpaAttention | DeltaHeads | Indexer)
+        if isinstance(module, SdpaAttention | LatentAttention | DeltaHeads | Indexer)
+        and not isinstance(module, SelectedAttention)  # whose layer keeps latents
     }
     model = IncrementalGpt(gpt, list(caches.values()))
     gpt.eval()
@@ -70,16 +74,23 @@ def _read_free_bytes(device: torch.device) -> int:
 
 
 def compute_cache_bytes(gpt: ShardedGpt, *, num_rows: int, num_columns: int) -> int:
-    """Bytes that the keys and values, or the states, of this process's layers and heads take, and indexers' keys."""
+    """Bytes that the keys and values, latents or states of this process's layers and heads take, and indexers' keys."""
     config = gpt.config
-    num_heads = max(1, config.num_query_groups // gpt.topology.tp_size)
-    bytes_per_token = num_heads * (gpt.model.head_dim + gpt.model.value_dim) * config.params_dtype.itemsize
+    bytes_per_token = _count_kept_features(gpt) * config.params_dtype.itemsize
     num_recurrent = sum(map(gpt.model.has_delta_net, gpt.stage_layers))
     states = num_recurrent * num_rows * compute_state_bytes(gpt) if num_recurrent else 0
     num_indexers = sum(map(gpt.model.has_indexer, gpt.stage_layers)) if gpt.indexes else 0
     bytes_of_indexers = num_indexers * (gpt.model.indexer_head_size or 0) * config.params_dtype.itemsize
     bytes_per_token = (gpt.num_stage_layers - num_recurrent) * bytes_per_token + bytes_of_indexers
     return num_rows * num_columns * bytes_per_token + states
+
+
+def _count_kept_features(gpt: ShardedGpt) -> int:
+    """Of one token in one layer with attention, on this process."""
+    if gpt.model.kv_latent_size is not None:
+        return gpt.model.kv_latent_size + gpt.model.rotary_size
+    num_heads = max(1, gpt.config.num_query_groups // gpt.topology.tp_size)
+    return num_heads * (gpt.model.head_dim + gpt.model.value_dim)
 
 
 def compute_state_bytes(gpt: ShardedGpt) -> int:

@@ -2,9 +2,10 @@
 
 Every TP rank computes the latents whole, of its own part of the sequence under sequence parallelism; what enters the
 ranks' heads is the latents and the one turned key side by side, a tensor several times narrower than the hidden one.
+Step by step the model keeps the latent of keys and values and the key, turned, and on every rank the whole of them.
 
 Shapes: S sequence, B rows, H hidden, L a latent, A heads of this rank, D features of a head's query and key, V of its
-value, N those of D that positions do not turn, R those that they do.
+value, N those of D that positions do not turn, R those that they do, K positions that are kept, X = L + R.
 """
 
 from typing import Any
@@ -15,8 +16,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from lora_dist.config import ModelConfig
+from lora_dist.generation.cache import LayerCache
+from lora_dist.lora.mixed import MixedLoraShard
 from lora_dist.mcore.attention import LayerMasks, Mask
 from lora_dist.mcore.indexer import Indexer, Selected, Selecting
+from lora_dist.mcore.latent_steps import attend_to_latents, find_visible, read_whole_weight
 from lora_dist.mcore.layers import (
     LoraColumnParallelLinear,
     LoraLocalLinear,
@@ -58,6 +62,8 @@ class LatentAttention(nn.Module):
             config, heads * (self.unturned_size + model.value_dim), model.kv_latent_size, column_parallel=True
         )
         self.core_attention = SelectedAttention(config)
+        self.cache: LayerCache | None = None
+        """Where the model runs step by step: latents and turned keys side by side, one head of keys without values."""
         self.indexer: Indexer | None = None
         """Where rows are long enough for one (`lora_dist.mcore.indexer_weights`)."""
         self.indexer_layer = 0
@@ -92,12 +98,55 @@ class LatentAttention(nn.Module):
         angles = rotary_pos_emb[self.core_attention.sees_window]
         queries, q_latent_SBL, kv_latent_SBL, turned_key = self._enter(hidden_SBH)
         query_SBAD = self._make_queries(queries, angles.of_queries)
-        key_SBAD, value_SBAV = self._make_keys_and_values(kv_latent_SBL, turned_key, angles.of_keys)
+        turned_SBR = self._turn(turned_key[:, :, None], angles.of_keys)[:, :, 0]
         if isinstance(attention_mask, Selecting):
             assert q_latent_SBL is not None, "the model's configuration asks for it"
             attention_mask = self._select(hidden_SBH, q_latent_SBL, angles.of_keys, attention_mask)
-        context = self.core_attention(query_SBAD, key_SBAD, value_SBAV, attention_mask)
+        if self.cache is None:
+            context = self._attend(query_SBAD, kv_latent_SBL, turned_SBR, attention_mask)
+        else:
+            context = self._attend_to_kept(query_SBAD, self._keep(kv_latent_SBL, turned_SBR), attention_mask)
         return self.linear_proj(context)[0], None
+
+    def _attend(
+        self,
+        query_SBAD: torch.Tensor,
+        kv_latent_KBL: torch.Tensor,
+        turned_KBR: torch.Tensor,
+        mask: Mask | LayerMasks | Selected,
+    ) -> torch.Tensor:
+        """[S, B, A V]."""
+        key_KBAD, value_KBAV = self._make_keys_and_values(kv_latent_KBL, turned_KBR)
+        return self.core_attention(query_SBAD, key_KBAD, value_KBAV, mask)
+
+    def _keep(self, kv_latent_SBL: torch.Tensor, turned_SBR: torch.Tensor) -> torch.Tensor:
+        """[B, K, X] of all positions so far, a view into the cache."""
+        assert self.cache is not None
+        new_B1SX = torch.cat([kv_latent_SBL, turned_SBR], dim=-1).transpose(0, 1)[:, None]
+        return self.cache.append(new_B1SX, new_B1SX[..., :0])[0][:, 0]
+
+    def _attend_to_kept(
+        self, query_SBAD: torch.Tensor, kept_BKX: torch.Tensor, mask: Mask | LayerMasks | Selected
+    ) -> torch.Tensor:
+        """[S, B, A V]; keys and values are made for several positions, and where what makes them has adapters of which
+        each row may have its own.
+        """
+        up_proj = self.linear_kv_up_proj
+        if len(query_SBAD) > 1 or isinstance(up_proj.lora, MixedLoraShard):
+            # In a plain layout, or matmul would make one small product a row of one large one.
+            latent_BKL, turned_BKR = kept_BKX.split([self.model.kv_latent_size, self.model.rotary_size], dim=-1)
+            latent_KBL = latent_BKL.transpose(0, 1).contiguous()
+            return self._attend(query_SBAD, latent_KBL, turned_BKR.transpose(0, 1), mask)
+        scale = self.core_attention.scale
+        context_BAV = attend_to_latents(
+            query_SBAD[0],
+            kept_BKX,
+            read_whole_weight(up_proj, query_SBAD.dtype),
+            find_visible(mask, kept_BKX.shape[1]),
+            value_dim=self.model.value_dim,
+            scale=self.model.head_dim**-0.5 if scale is None else scale,
+        )
+        return context_BAV.flatten(1)[None]
 
     def _select(
         self, hidden_SBH: torch.Tensor, q_latent_SBL: torch.Tensor, angles: Angles, selecting: Selecting
@@ -133,13 +182,13 @@ class LatentAttention(nn.Module):
         return torch.cat([unturned_SBAN, self._turn(turned_SBAR, angles)], dim=-1)
 
     def _make_keys_and_values(
-        self, kv_latent_SBL: torch.Tensor, turned_key: torch.Tensor, angles: Angles
+        self, kv_latent_SBL: torch.Tensor, turned_SBR: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[S, B, A, D] and [S, B, A, V]; the turned part of the key is the same in all heads."""
         sizes = [self.unturned_size, self.model.value_dim]
         heads = self.linear_kv_up_proj(kv_latent_SBL).unflatten(-1, (-1, sum(sizes)))
         unturned_SBAN, value_SBAV = heads.split(sizes, dim=-1)
-        turned_SBAR = self._turn(turned_key[:, :, None], angles).expand(-1, -1, unturned_SBAN.shape[2], -1)
+        turned_SBAR = turned_SBR[:, :, None].expand(-1, -1, unturned_SBAN.shape[2], -1)
         # The value's own copy: a view would keep the whole projection for backward.
         return torch.cat([unturned_SBAN, turned_SBAR], dim=-1), value_SBAV.contiguous()
 

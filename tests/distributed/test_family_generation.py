@@ -62,16 +62,17 @@ def weigh_cache(base: Path) -> tuple[int, int]:
     batch = pad_left(tokens_BS.tolist(), range(2), (), torch.device("cpu"))
     with torch.no_grad(), open_incremental(gpt, num_rows=2, num_columns=12) as model:
         model.prefill(batch)
-        kept = sum(layer.self_attention.core_attention.cache.num_bytes for layer in gpt.decoder.layers)
+        kept = sum(module.cache.num_bytes for module in gpt.modules() if getattr(module, "cache", None) is not None)
     dist.barrier()
     return kept, compute_cache_bytes(gpt, num_rows=2, num_columns=12)
 
 
-def test_values_are_kept_at_their_own_size(tmp_path: Path) -> None:
+def test_latents_are_kept_whole_on_every_rank(tmp_path: Path) -> None:
     model = write_family_checkpoint("deepseek_v3", tmp_path)
-    assert model.value_dim < model.head_dim
+    per_token = model.kv_latent_size + model.rotary_size
+    assert per_token < (model.query_size + model.context_size) // 2
     for kept, planned in run_distributed(weigh_cache, 2, tmp_path):
-        assert kept == planned == model.num_layers * 2 * 12 * (model.query_size + model.context_size) * 4 // 2
+        assert kept == planned == model.num_layers * 2 * 12 * per_token * 4
 
 
 def test_the_cache_holds_the_shared_heads_once(tmp_path: Path) -> None:

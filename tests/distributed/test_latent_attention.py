@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from family_toy import write_family_checkpoint
-from hf_toy import draw_adapter_values
+from family_toy import read_family_config, write_family_checkpoint
+from hf_toy import compute_logits, count_processes, draw_adapter_values
 from processes import run_alone, run_distributed
 from test_analyse import analyse
 from test_family_gradients import MODELS, TOLERANCE, TOPOLOGIES, run_case
@@ -18,10 +19,19 @@ from tiers import few_of
 from toy import Case, merge_results
 
 from lora_dist.checkpoint.store import Adapter, write_adapter_directory
-from lora_dist.config import LoraConfig
+from lora_dist.config import LoraConfig, TopologyConfig
 from lora_dist.files.hf_checkpoint import compute_base_fingerprint
+from lora_dist.generation.batches import pad_left
+from lora_dist.generation.decode import Choice
+from lora_dist.lora.dropout import DropoutClock
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.mcore.attention import SdpaAttention
+from lora_dist.mcore.hf_weights import load_hf_checkpoint
+from lora_dist.mcore.incremental import open_incremental
+from lora_dist.mcore.indexer_weights import open_indexers
+from lora_dist.mcore.live import LiveMerge, LoadedAdapter, attach_adapters, attach_alone, load_shards
+from lora_dist.mcore.model import ShardedGpt, build_model
+from lora_dist.mcore.parallel import build_topology
 
 LINEARS = ["q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
 MODEL = MODELS["deepseek_v3"]
@@ -87,3 +97,70 @@ def test_values_of_fewer_features_than_keys(blocks: tuple | None) -> None:
     weights = F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
     expected = torch.einsum("bast,tbav->sbav", weights, value).flatten(2)
     torch.testing.assert_close(attention(query, key, value, blocks), expected)
+
+
+PROMPTS = [[5, 3, 8, 9, 4, 7, 6, 2, 1, 11, 13] * 3, [7, 2, 9, 1, 4] * 5]
+SOURCES = [[0, 1, 1], [2, 0, 1], [0, 1, 2]]
+"""Of the rows of each step, as beams go on from others."""
+
+
+def load_adapter(gpt: ShardedGpt, lora: LoraConfig) -> LoadedAdapter:
+    specs = build_adapter_specs(lora, gpt.model)
+    return load_shards(gpt, f"r{lora.rank}", specs, draw_adapter_values(specs, gpt.model, "none"))
+
+
+def adapt(gpt: ShardedGpt, kind: str) -> tuple[int | None, ...]:
+    """The prompts' adapters where they have each their own."""
+    first, second = (LoraConfig(rank=rank, target_modules=LINEARS) for rank in (2, 5))
+    if kind == "merged":
+        LiveMerge(gpt).merge(load_adapter(gpt, first))
+    elif kind == "mixed":
+        attach_adapters(gpt, [load_adapter(gpt, first), load_adapter(gpt, second)])
+        return (1, 0)
+    elif kind == "some":
+        attach_adapters(gpt, [load_adapter(gpt, first)])
+        return (None, 0)
+    elif kind != "none":
+        attach_alone(gpt, load_adapter(gpt, replace(first, use_dora=kind == "dora")))
+    return ()
+
+
+def compare_steps(gpt: ShardedGpt, adapter_of_row: tuple[int | None, ...]) -> float:
+    """The largest difference of logits, from step to step and of each text as a whole; 0 where another has them."""
+    texts, names, error = PROMPTS, adapter_of_row, 0.0
+    stepped, whole = [], []
+    with open_incremental(gpt, num_rows=3, num_columns=40) as model:
+        model.prefill(pad_left(PROMPTS, range(2), adapter_of_row, torch.device("cpu")))
+        for token, source in enumerate(SOURCES, 20):
+            texts, names = [[*texts[row], token + row] for row in source], tuple(names[row] for row in source if names)
+            tokens_R, source_R = torch.tensor([text[-1] for text in texts]), torch.tensor(source)
+            stepped.append(model.step(Choice(tokens_R=tokens_R, source_R=source_R, finished=False)))
+            whole += [(text, names[row : row + 1]) for row, text in enumerate(texts)]
+    for number, (text, own) in enumerate(whole):
+        gpt.clock.adapter_of_row = own
+        expected, actual = compute_logits(gpt, torch.tensor([text])), stepped[number // 3]
+        if actual is not None:
+            error = max(error, (actual[number % 3] - expected[0, -1]).abs().max().item())
+    return error
+
+
+@torch.no_grad()
+def measure_steps(options: dict, base: Path, kinds: list[str]) -> dict[str, float]:
+    model, errors = read_family_config(base), {}
+    topology = build_topology(TopologyConfig(**options), device=torch.device("cpu"), local_rank=dist.get_rank(), seed=1)
+    for kind in kinds:
+        gpt = build_model(model, topology, dtype=torch.float64, clock=DropoutClock())
+        load_hf_checkpoint(gpt, base)
+        open_indexers(gpt, 40)
+        errors[kind] = compare_steps(gpt, adapt(gpt, kind))
+    return errors
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm_moe_dsa"])
+def test_steps_over_latents_give_the_logits_of_whole_texts(family: str, tmp_path: Path) -> None:
+    """Of the base, adapters in the weights, beside them and of each row; GLM's second text grows into its indexers."""
+    write_family_checkpoint(family, tmp_path)
+    kinds = ["none", "merged", "alone", "dora", "mixed", "some"]
+    for options in ({}, {"tp_size": 2, "pp_size": 2}):
+        for errors in run_distributed(measure_steps, count_processes(options), options, tmp_path, kinds):
+            assert max(errors.values()) < 1e-10, errors

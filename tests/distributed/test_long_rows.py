@@ -218,7 +218,7 @@ def weigh_cache(base: Path) -> tuple[int, int]:
 
 def test_an_indexer_keeps_one_key_a_token_whole_on_every_rank(tmp_path: Path) -> None:
     model = write_family_checkpoint("glm_moe_dsa", tmp_path)
-    per_layer = (model.query_size + model.context_size) // 2
+    per_layer = model.kv_latent_size + model.rotary_size
     for kept, planned in run_distributed(weigh_cache, 2, tmp_path):
         assert kept == planned == 4 * 2 * 12 * (model.num_layers * per_layer + 2 * model.indexer_head_size)
 
