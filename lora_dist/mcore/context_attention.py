@@ -210,7 +210,9 @@ def _attend(
 def _join(
     output_BAPD: torch.Tensor, lse: torch.Tensor, other_BAPD: torch.Tensor, other_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One softmax over the keys of both. The memory-efficient kernel fills L up with +inf, which stays so."""
+    """One softmax over the keys of both, rounded once. The memory-efficient kernel fills L up with +inf, which stays
+    so.
+    """
     other_share = (other_lse - lse)[..., : output_BAPD.shape[2]].sigmoid()[..., None]
-    joined = output_BAPD + (other_BAPD - output_BAPD) * other_share
+    joined = torch.lerp(output_BAPD.to(lse.dtype), other_BAPD.to(lse.dtype), other_share)
     return joined.to(output_BAPD.dtype), torch.logaddexp(lse, other_lse)
