@@ -1,5 +1,6 @@
 """Rows split over processes: gradients of every family and method as one process has them, and what it costs."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from toy import ALL_TARGETS, BLOCKS, MODEL, NUM_ROWS, SEQ_LEN, Case, build_batch
 from lora_dist.config import LoraConfig
 from lora_dist.mcore import context_attention
 from lora_dist.mcore.kernels import ON_CPU
+from lora_dist.mcore.parallel import seed_base_dropout
 from lora_dist.mcore.schedule import evaluate_loss, forward_backward
 from lora_dist.measure.collectives import count_collectives
 
@@ -128,3 +130,17 @@ def test_a_gated_delta_net_exchanges_positions_for_heads_and_back() -> None:
         calls = sum(count for op, group, count, _ in counted if (op, group) == ("all_to_all", "cp"))
         assert calls == pytest.approx(4 * num_delta / model.num_layers)
         assert {group for _, group, *_ in counted} == {"cp"}
+
+
+def draw_for_base_dropout(case: Case) -> tuple[int, list[float]]:
+    _, _, topology = build_case(case)
+    seed_base_dropout(topology, seed=1, step=0)
+    return topology.cp_rank, torch.rand(3).tolist()
+
+
+def test_parts_of_a_row_drop_other_activations() -> None:
+    """Of the base; ranks of one tensor-parallel group drop the same where each has all of them."""
+    drawn = defaultdict(list)
+    for cp_rank, numbers in run_distributed(draw_for_base_dropout, 4, Case(tp_size=2, cp_size=2)):
+        drawn[cp_rank].append(numbers)
+    assert drawn[0][0] == drawn[0][1] != drawn[1][0] == drawn[1][1]

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from hf_toy import build_run_config
 
 from lora_dist.base_shapes import count_parameters, count_stage_layers, list_stages
@@ -12,7 +13,7 @@ from lora_dist.cli.schema import list_groups
 from lora_dist.config import HardwareConfig, LoraConfig, ModelConfig, PlanConfig, RunConfig, TopologyConfig, ZeroConfig
 from lora_dist.lora.targets import build_adapter_specs
 from lora_dist.measure.collectives import Collective
-from lora_dist.plan.clock import compute_message_seconds
+from lora_dist.plan.clock import ComputeClock, compute_message_seconds
 from lora_dist.plan.execute import compute_world_size, require_hardware
 from lora_dist.plan.job import compute_checkpoint_bytes, compute_step_seconds, include_own_recompute, list_variants
 from lora_dist.plan.process_plan import ProcessPlan, name_stage
@@ -245,6 +246,17 @@ def test_what_the_other_settings_rule_out_is_a_reason(zero_stage: int, options: 
         assert (one.reason or "").startswith(reasons.get(name, "")), one.reason
         assert (one.job is None) == (name in reasons)
     assert "fewest GPUs a replica with recompute none: 1 (tp1 pp1)" in render_search(config, list(found.values()))
+
+
+def test_causal_attention_takes_half_the_time_of_what_is_counted() -> None:
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    query, clocks = torch.zeros(1, 2, 2048, 64), {}
+    for causal in (True, False):
+        clock = clocks[causal] = ComputeClock(HARDWARE)
+        args = query, query, query, 0.0, causal
+        clock.add(attend, args, {}, attend(*args))
+    assert clocks[True].flops == clocks[False].flops == 2 * 2 * 2048 * 2048 * 64 * 2
+    assert clocks[True].seconds == pytest.approx(clocks[False].seconds / 2)
 
 
 def test_rows_over_processes_are_of_one_replica() -> None:

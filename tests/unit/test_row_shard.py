@@ -6,10 +6,11 @@ import pytest
 import torch
 from hf_toy import build_run_config
 
-from lora_dist.config import DataConfig, LoraConfig, ModelConfig, TopologyConfig
+from lora_dist.config import DataConfig, LoraConfig, ModelConfig, TopologyConfig, ZeroConfig
 from lora_dist.context_checks import check_row_length
 from lora_dist.lora.dropout import DropoutMask, compute_row_keys
 from lora_dist.mcore.context_attention import _list_spans
+from lora_dist.needed_bytes import compute_needed_bytes
 from lora_dist.row_shard import RowShard, number_parts, order_parts
 
 S = 48
@@ -131,3 +132,12 @@ def test_row_lengths() -> None:
                 check_row_length(topology, 5 * multiple + 1, 6 * multiple)
             with pytest.raises(ValueError, match=f"set it to {5 * multiple}$"):
                 check_row_length(topology, 5 * multiple + 1, 6 * multiple - 1)
+
+
+@pytest.mark.parametrize(("method", "stage"), [("lora", 3), ("full", 1), ("full", 2), ("full", 3)])
+def test_zero_partitions_over_parts_of_rows_as_over_replicas(method: str, stage: int) -> None:
+    options = {"method": method, "zero": ZeroConfig(stage=stage), "data": build_data(64)}
+    parts = build_run_config(MODEL, LoraConfig(rank=2), topology=TopologyConfig(cp_size=4, dp_size=1), **options)
+    replicas = build_run_config(MODEL, LoraConfig(rank=2), topology=TopologyConfig(dp_size=4), **options)
+    alone = build_run_config(MODEL, LoraConfig(rank=2), topology=TopologyConfig(dp_size=1), **options)
+    assert compute_needed_bytes(parts, 0, 4) == compute_needed_bytes(replicas, 0, 4) < compute_needed_bytes(alone, 0, 1)
