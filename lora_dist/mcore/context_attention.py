@@ -38,9 +38,19 @@ def attend_over_processes(
     each row is one block; within a block a position sees so many as `window` says, itself counted. One collective
     forward, two backward.
     """
-    output: torch.Tensor = _ContextAttention.apply(  # type: ignore[no-untyped-call]
-        query_PBAD, key_PBAD, value_PBAV, sinks_A, row_blocks, scale, window, row_group
+    P, B, _, num_features = query_PBAD.shape
+    seq_len = P * row_group.shard.cp_size
+    longest = seq_len if row_blocks is None else max(map(max, row_blocks))
+    window = None if window is None or window >= longest else window
+    spans = _list_spans(row_blocks, B, seq_len, row_group.shard, window)
+    work = _Work(
+        spans=spans,
+        kernel=choose_kernel(query_PBAD, spans[0].build_bias(slice(0, 0), query_PBAD)),
+        num_features=num_features,
+        scale=num_features**-0.5 if scale is None else scale,
+        row_group=row_group,
     )
+    output: torch.Tensor = _ContextAttention.apply(query_PBAD, key_PBAD, value_PBAV, sinks_A, work)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -100,6 +110,81 @@ def _meet(rows: slice, lengths: Sequence[int], seq_len: int, shard: RowShard, wi
         shift += end
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    """What a process does for its parts of the rows, forward and backward."""
+
+    spans: list[_Span]
+    kernel: AttentionKernel
+    num_features: int
+    """D."""
+    scale: float
+    row_group: RowGroup
+
+    def gather(self, key_PBAD: torch.Tensor, value_PBAV: torch.Tensor) -> torch.Tensor:
+        """[S, B, A, E]: keys and values of whole rows side by side."""
+        return self.row_group.gather(torch.cat([key_PBAD, value_PBAV], dim=-1))
+
+    def attend(
+        self, query_PBAD: torch.Tensor, pairs_SBAE: torch.Tensor, span: _Span
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Output [B, A, P, D] and L of the span's queries, and what else the kernel's backward wants."""
+        query = self.lay_out(query_PBAD, span.queries, span.rows)
+        results = []
+        for positions, causal in span.list_calls():
+            key, value = self._read_pairs(pairs_SBAE, positions, span.rows, query)
+            bias = span.build_bias(positions, query)
+            results.append(self.kernel.attend(query, key, value, bias, causal, self.scale))
+        (output, lse, *rest), *others = results
+        for other_output, other_lse, *_ in others:
+            output, lse = _join(output, lse, other_output, other_lse)
+        return output, lse, rest
+
+    def differentiate(
+        self,
+        doutput: torch.Tensor,
+        results: tuple[torch.Tensor, torch.Tensor],
+        query: torch.Tensor,
+        pairs_SBAE: torch.Tensor,
+        dpairs_SBAE: torch.Tensor,
+        span: _Span,
+        rest: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """The gradient of the span's queries; those of keys and values are added to `dpairs_SBAE`."""
+        dquery = torch.zeros_like(query)
+        for positions, causal in span.list_calls():
+            inputs = query, *self._read_pairs(pairs_SBAE, positions, span.rows, query)
+            bias = span.build_bias(positions, query)
+            part, *dpairs = self.kernel.differentiate(doutput, inputs, bias, causal, results, rest, self.scale)
+            dquery += part
+            self._add_pairs(dpairs_SBAE[positions, span.rows], *dpairs)
+        return dquery
+
+    def lay_out(self, whole_SBAF: torch.Tensor, positions: slice, rows: slice) -> torch.Tensor:
+        """[B, A, S, F] of some positions and rows, with as many features as the kernel wants for D."""
+        return fill_features(whole_SBAF[positions, rows].permute(1, 2, 0, 3), self.num_features)
+
+    def _read_pairs(
+        self, pairs_SBAE: torch.Tensor, positions: slice, rows: slice, query: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as the kernel takes them: most want as many features of both."""
+        keys_SBAD, values_SBAV = pairs_SBAE.tensor_split([self.num_features], dim=-1)
+        key, value = (self.lay_out(one, positions, rows) for one in (keys_SBAD, values_SBAV))
+        if self.kernel.takes_shared_heads or key.shape[1] == query.shape[1]:
+            return key, value
+        return write_out_heads(key, query), write_out_heads(value, query)
+
+    def _add_pairs(self, dpairs_SBAE: torch.Tensor, dkey: torch.Tensor, dvalue: torch.Tensor) -> None:
+        """Add the gradients of what `_read_pairs` gave, where it came from."""
+        num_heads = dpairs_SBAE.shape[2]
+        parts = dpairs_SBAE.tensor_split([self.num_features], dim=-1)
+        for part, gradient in zip(parts, (dkey, dvalue), strict=True):
+            if gradient.shape[1] > num_heads:
+                wide = torch.promote_types(gradient.dtype, torch.float32)
+                gradient = gradient.unflatten(1, (num_heads, -1)).sum(2, dtype=wide).to(gradient.dtype)
+            part += gradient.permute(2, 0, 1, 3)[..., : part.shape[-1]]
+
+
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -108,102 +193,41 @@ class _ContextAttention(torch.autograd.Function):
         key_PBAD: torch.Tensor,
         value_PBAV: torch.Tensor,
         sinks_A: torch.Tensor | None,
-        row_blocks: RowBlocks | None,
-        scale: float | None,
-        window: int | None,
-        row_group: RowGroup,
+        work: _Work,
     ) -> torch.Tensor:
-        P, B = query_PBAD.shape[:2]
-        seq_len = P * row_group.shard.cp_size
-        scale = query_PBAD.shape[-1] ** -0.5 if scale is None else scale
-        window = None if window is None or window >= seq_len else window
-        spans = _list_spans(row_blocks, B, seq_len, row_group.shard, window)
-        kernel = choose_kernel(query_PBAD, spans[0].build_bias(slice(0, 0), query_PBAD))
-        pairs_SBAE = row_group.gather(torch.cat([key_PBAD, value_PBAV], dim=-1))
+        pairs_SBAE = work.gather(key_PBAD, value_PBAV)
         output_PBAV = query_PBAD.new_empty(*query_PBAD.shape[:-1], value_PBAV.shape[-1])
         lses: list[torch.Tensor] = []
         rest: list[torch.Tensor] = []
-        for span in spans:
-            out, lse, rest = _attend(query_PBAD, pairs_SBAE, span, kernel, scale)
+        for span in work.spans:
+            out, lse, rest = work.attend(query_PBAD, pairs_SBAE, span)
             lses.append(lse if sinks_A is None else join_sinks(out, lse, sinks_A))
             output_PBAV[span.queries, span.rows] = out.permute(2, 0, 1, 3)[..., : output_PBAV.shape[-1]]
         # A kernel wants back what it drew dropout with. Here that is nothing: what one call returned does for all.
         ctx.save_for_backward(query_PBAD, key_PBAD, value_PBAV, output_PBAV, sinks_A, *lses, *rest)
-        ctx.spans, ctx.kernel, ctx.scale, ctx.row_group = spans, kernel, scale, row_group
+        ctx.work = work
         return output_PBAV
 
     @staticmethod
     def backward(ctx: Any, doutput_PBAV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         query_PBAD, key_PBAD, value_PBAV, output_PBAV, sinks_A, *saved = ctx.saved_tensors
-        spans: list[_Span] = ctx.spans
-        if doutput_PBAV.stride(-1) != 1:  # which the kernels do not take
-            doutput_PBAV = doutput_PBAV.contiguous()
-        lses, rest = saved[: len(spans)], saved[len(spans) :]
-        pairs_SBAE = ctx.row_group.gather(torch.cat([key_PBAD, value_PBAV], dim=-1))
+        work: _Work = ctx.work
+        lses, rest = saved[: len(work.spans)], saved[len(work.spans) :]
+        pairs_SBAE = work.gather(key_PBAD, value_PBAV)
         dquery_PBAD, dpairs_SBAE = torch.empty_like(query_PBAD), torch.zeros_like(pairs_SBAE)
-        size = query_PBAD.shape[-1]
         dsinks_A = torch.zeros_like(sinks_A, dtype=lses[0].dtype) if ctx.needs_input_grad[3] else None
-        for span, lse in zip(spans, lses, strict=True):
+        for span, lse in zip(work.spans, lses, strict=True):
             query, doutput, output = (
-                _lay_out(whole, span.queries, span.rows, size) for whole in (query_PBAD, doutput_PBAV, output_PBAV)
+                work.lay_out(whole, span.queries, span.rows) for whole in (query_PBAD, doutput_PBAV, output_PBAV)
             )
             if dsinks_A is not None:
                 dsinks_A += compute_sink_grad(doutput, output, lse, sinks_A.to(lse.dtype))
-            dquery = torch.zeros_like(query)
-            for positions, causal in span.list_calls():
-                inputs = query, *_read_pairs(pairs_SBAE, size, positions, span.rows, query, ctx.kernel)
-                bias = span.build_bias(positions, query)
-                grads = ctx.kernel.differentiate(doutput, inputs, bias, causal, (output, lse), rest, ctx.scale)
-                dquery += grads[0]
-                _add_pairs(dpairs_SBAE, size, positions, span.rows, *grads[1:])
-            dquery_PBAD[span.queries, span.rows] = dquery.permute(2, 0, 1, 3)[..., :size]
-        dpairs_PBAE = ctx.row_group.scatter_sums(dpairs_SBAE)
-        dkey_PBAD, dvalue_PBAV = dpairs_PBAE.split([size, value_PBAV.shape[-1]], dim=-1)
+            dquery = work.differentiate(doutput, (output, lse), query, pairs_SBAE, dpairs_SBAE, span, rest)
+            dquery_PBAD[span.queries, span.rows] = dquery.permute(2, 0, 1, 3)[..., : work.num_features]
+        dpairs_PBAE = work.row_group.scatter_sums(dpairs_SBAE)
+        dkey_PBAD, dvalue_PBAV = dpairs_PBAE.tensor_split([work.num_features], dim=-1)
         dsinks_A = None if dsinks_A is None else dsinks_A.to(sinks_A.dtype)
-        return dquery_PBAD, dkey_PBAD, dvalue_PBAV, dsinks_A, None, None, None, None
-
-
-def _lay_out(whole_SBAF: torch.Tensor, positions: slice, rows: slice, num_features: int) -> torch.Tensor:
-    """[B, A, S, F] of some positions and rows, with as many features as the kernel wants for `num_features`."""
-    return fill_features(whole_SBAF[positions, rows].permute(1, 2, 0, 3), num_features)
-
-
-def _read_pairs(
-    pairs_SBAE: torch.Tensor, size: int, positions: slice, rows: slice, query: torch.Tensor, kernel: AttentionKernel
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys, of `size` features, and values as the kernel takes them: most want as many features of both."""
-    key, value = (_lay_out(one, positions, rows, size) for one in (pairs_SBAE[..., :size], pairs_SBAE[..., size:]))
-    if kernel.takes_shared_heads or key.shape[1] == query.shape[1]:
-        return key, value
-    return write_out_heads(key, query), write_out_heads(value, query)
-
-
-def _add_pairs(
-    dpairs_SBAE: torch.Tensor, size: int, positions: slice, rows: slice, dkey: torch.Tensor, dvalue: torch.Tensor
-) -> None:
-    """Add the gradients of what `_read_pairs` gave to those of whole rows."""
-    num_heads = dpairs_SBAE.shape[2]
-    target = dpairs_SBAE[positions, rows]
-    for part, gradient in ((target[..., :size], dkey), (target[..., size:], dvalue)):
-        if gradient.shape[1] > num_heads:
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            gradient = gradient.unflatten(1, (num_heads, -1)).sum(2, dtype=wide).to(gradient.dtype)
-        part += gradient.permute(2, 0, 1, 3)[..., : part.shape[-1]]
-
-
-def _attend(
-    query_PBAD: torch.Tensor, pairs_SBAE: torch.Tensor, span: _Span, kernel: AttentionKernel, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Output [B, A, P, D] and L of the span's queries, and what else the kernel's backward wants."""
-    query = _lay_out(query_PBAD, span.queries, span.rows, query_PBAD.shape[-1])
-    results = []
-    for positions, causal in span.list_calls():
-        key, value = _read_pairs(pairs_SBAE, query_PBAD.shape[-1], positions, span.rows, query, kernel)
-        results.append(kernel.attend(query, key, value, span.build_bias(positions, query), causal, scale))
-    (output, lse, *rest), *others = results
-    for other_output, other_lse, *_ in others:
-        output, lse = _join(output, lse, other_output, other_lse)
-    return output, lse, rest
+        return dquery_PBAD, dkey_PBAD, dvalue_PBAV, dsinks_A, None
 
 
 @Chain

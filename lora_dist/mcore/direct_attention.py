@@ -96,8 +96,6 @@ class _DirectAttention(torch.autograd.Function):
     def backward(ctx: Any, doutput: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         query, key, value, output, lse, sinks_A, bias, *rest = ctx.saved_tensors
         call: _Call = ctx.call
-        if doutput.stride(-1) != 1:  # which the kernels do not take
-            doutput = doutput.contiguous()
         doutput, output = (call.lay_out_queries(x, query.shape[-1]) for x in (doutput, output))
         dsinks_A = _sum_sink_grads(doutput, output, lse, sinks_A) if ctx.needs_input_grad[3] else None
         inputs, results = call.lay_out(query, key, value), (output, lse)

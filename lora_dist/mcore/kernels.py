@@ -4,7 +4,7 @@ leaves no room for sinks, or for rows that are laid out otherwise.
 Shapes: B rows, A heads of this rank, S positions of queries, K of keys, D features of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,23 @@ class AttentionKernel:
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Bias, bool, float | None], tuple[Any, ...]]
     """Of query, key, value, bias, causal, scale: the output o [B, A, S, D], the logarithm of the sum of the scores'
     exponentials, L [B, A, S or more], and what else its backward wants."""
-    differentiate: Callable[..., Tensors]
-    """Of doutput, (query, key, value), bias, causal, (o, L), the rest, scale: the gradients of query, key, value."""
+    run_backward: Callable[..., Tensors]
+    """What `differentiate` calls."""
+
+    def differentiate(
+        self,
+        doutput: torch.Tensor,
+        inputs: Tensors,
+        bias: Bias,
+        causal: bool,
+        results: Tensors,
+        rest: Sequence[torch.Tensor],
+        scale: float | None,
+    ) -> Tensors:
+        """The gradients of the `inputs` query, key and value; `results` are o and L, `rest` what else `attend` gave."""
+        if doutput.stride(-1) != 1:  # which the kernels do not take
+            doutput = doutput.contiguous()
+        return self.run_backward(doutput, inputs, bias, causal, results, rest, scale)
 
 
 def _attend_cpu(
@@ -114,9 +129,9 @@ def _write_out_bias(bias: Bias, query: torch.Tensor) -> Bias:
     return None if bias is None else bias.expand(*query.shape[:2], -1, -1)
 
 
-ON_CPU = AttentionKernel(takes_shared_heads=True, attend=_attend_cpu, differentiate=_differentiate_cpu)
-FLASH = AttentionKernel(takes_shared_heads=True, attend=_attend_flash, differentiate=_differentiate_flash)
-EFFICIENT = AttentionKernel(takes_shared_heads=False, attend=_attend_efficient, differentiate=_differentiate_efficient)
+ON_CPU = AttentionKernel(takes_shared_heads=True, attend=_attend_cpu, run_backward=_differentiate_cpu)
+FLASH = AttentionKernel(takes_shared_heads=True, attend=_attend_flash, run_backward=_differentiate_flash)
+EFFICIENT = AttentionKernel(takes_shared_heads=False, attend=_attend_efficient, run_backward=_differentiate_efficient)
 
 
 @wrap_torch_function(lambda query, _bias: (query,))

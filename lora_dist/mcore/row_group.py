@@ -35,12 +35,12 @@ class RowGroup:
 
     def exchange_for_heads(self, x_PBGX: torch.Tensor) -> torch.Tensor:
         """[S, B, g, X]: of whole rows this process's heads, the cp_rank'th of as many as there are processes."""
-        output: torch.Tensor = _ToHeads.apply(x_PBGX, self)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _Exchange.apply(x_PBGX, self, True)  # type: ignore[no-untyped-call]
         return output
 
     def exchange_for_positions(self, x_SBgX: torch.Tensor) -> torch.Tensor:
         """[P, B, G, X]: the other way round."""
-        output: torch.Tensor = _ToPositions.apply(x_SBgX, self)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _Exchange.apply(x_SBgX, self, False)  # type: ignore[no-untyped-call]
         return output
 
     def take_heads(self, x_GX: torch.Tensor) -> torch.Tensor:
@@ -48,26 +48,21 @@ class RowGroup:
         return x_GX.chunk(self.shard.cp_size)[self.shard.cp_rank]
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_PBGX: torch.Tensor, row_group: RowGroup) -> torch.Tensor:
-        ctx.row_group = row_group
-        return _exchange_for_heads(x_PBGX, row_group)
+class _Exchange(torch.autograd.Function):
+    """To heads or to positions; the gradient goes the other way."""
 
     @staticmethod
-    def backward(ctx: Any, dx_SBgX: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return _exchange_for_positions(dx_SBgX, ctx.row_group), None
-
-
-class _ToPositions(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_SBgX: torch.Tensor, row_group: RowGroup) -> torch.Tensor:
-        ctx.row_group = row_group
-        return _exchange_for_positions(x_SBgX, row_group)
+    def forward(ctx: Any, x: torch.Tensor, row_group: RowGroup, to_heads: bool) -> torch.Tensor:
+        ctx.row_group, ctx.to_heads = row_group, to_heads
+        return _exchange(x, row_group, to_heads=to_heads)
 
     @staticmethod
-    def backward(ctx: Any, dx_PBGX: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return _exchange_for_heads(dx_PBGX, ctx.row_group), None
+    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return _exchange(dx, ctx.row_group, to_heads=not ctx.to_heads), None, None
+
+
+def _exchange(x: torch.Tensor, row_group: RowGroup, *, to_heads: bool) -> torch.Tensor:
+    return (_exchange_for_heads if to_heads else _exchange_for_positions)(x, row_group)
 
 
 def _exchange_for_heads(x_PBGX: torch.Tensor, row_group: RowGroup) -> torch.Tensor:

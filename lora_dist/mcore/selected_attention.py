@@ -98,8 +98,6 @@ class _SelectedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, doutput: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         query, key, value, bits_BSW, output, *kept = ctx.saved_tensors
-        if doutput.stride(-1) != 1:  # which the kernels do not take
-            doutput = doutput.contiguous()
         chunks = _list_chunks(query.shape[2], key.shape[2])
         num_kept = len(kept) // len(chunks)
         dquery = torch.empty_like(query)

@@ -92,6 +92,14 @@ DELTA = replace(
 )
 
 
+INDEXED = replace(
+    MODEL,
+    **{"family": "deepseek_v32", "num_heads": 4, "head_size": 8, "rope_head_size": 4, "value_head_size": 8},
+    **{"query_latent_size": 8, "kv_latent_size": 8, "attended_positions": 32, "indexer_heads": 2},
+    **{"indexer_head_size": 8, "num_experts": 2, "experts_per_token": 1, "rope_interleaved": True},
+)
+
+
 def build_data(seq_len: int) -> DataConfig:
     return DataConfig(name="fake", format="fake", seq_len=seq_len)
 
@@ -103,6 +111,10 @@ def build_data(seq_len: int) -> DataConfig:
         (
             {"model": DELTA, "topology": TopologyConfig(tp_size=2, cp_size=4)},
             "does not divide its 2 key heads",
+        ),
+        (
+            {"model": INDEXED},
+            "pick among whole ones in rows of data.seq_len=64",
         ),
         ({"cuda_graphs": True}, "cuda_graphs=true is not there for topology.cp_size>1"),
         (

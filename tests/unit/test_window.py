@@ -108,11 +108,11 @@ def test_the_output_goes_back_as_kernels_lay_it_out(blocks: RowBlocks | None, mo
     """Position by position, all heads of each: the memory-efficient kernel's backward reads no other strides."""
     seen = []
 
-    def differentiate(*args: Any) -> Any:
+    def run_backward(*args: Any) -> Any:
         seen.append(args[4][0])
-        return ON_CPU.differentiate(*args)
+        return ON_CPU.run_backward(*args)
 
-    monkeypatch.setattr(direct_attention, "choose_kernel", lambda *_: replace(ON_CPU, differentiate=differentiate))
+    monkeypatch.setattr(direct_attention, "choose_kernel", lambda *_: replace(ON_CPU, run_backward=run_backward))
     run(build_core(), build_masks(blocks, 9)[0], draw((S, 2), 2))
     [output] = seen
     assert output.transpose(1, 2).is_contiguous()
