@@ -1,5 +1,6 @@
 """Attention of parts of rows, one process after the other in this one, against whole rows: outputs and gradients."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ KINDS = {
     "packed": {"blocks": ((20, 44), (64,))},
     "window": {"window": 7},
     "packed-window": {"blocks": ((20, 44), (64,)), "window": 7},
+    "a block one longer than the window": {"blocks": ((20, 44), (63, 1)), "window": 62},
     "sinks": {"sinks": True, "num_kv_heads": 2},
     "sinks-window": {"sinks": True, "window": 7, "num_kv_heads": 1},
     "narrow-values": {"value_size": 8},
@@ -103,3 +105,11 @@ def test_joined_outputs_are_rounded_once() -> None:
     joined, _ = _join(own, own_lse, before, lse)
     errors = [(one.double() - exact[:, :, back]).square().mean().sqrt() for one in (joined, whole[:, :, back])]
     assert errors[0] < 1.5 * errors[1]
+
+
+def test_a_kernel_is_handed_gradients_in_a_layout_that_it_takes() -> None:
+    """That of a sum is one number, which has no stride between features."""
+    strides = []
+    kernel = replace(ON_CPU, run_backward=lambda doutput, *_: strides.append(doutput.stride(-1)))
+    kernel.differentiate(torch.ones(()).expand(1, 2, 3, 4), (), None, True, (), (), None)
+    assert strides == [1]
