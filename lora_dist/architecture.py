@@ -4,6 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 
+OUT_IN, IN_OUT = "out_in", "in_out"
+"""How files with one tensor for all experts of a layer have a matrix."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """What all models of a family have in common."""

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lora_dist.architecture import ARCHITECTURES
+from lora_dist.architecture import ARCHITECTURES, IN_OUT, OUT_IN
 from lora_dist.attention_checks import DELTA_SIZES, check_attention, check_left_out
 from lora_dist.base_format import BASE_FORMATS
 from lora_dist.refusals import require, require_one_of
@@ -98,6 +98,13 @@ def _check_experts(model: "ModelConfig") -> None:
         not model.architecture.gated_shared_expert or model.shared_ffn_size is not None,
         f"model.family={model.family} needs model.shared_ffn_size",
     )
+    if model.stacked_experts is not None:
+        require_one_of("model.stacked_experts", model.stacked_experts, (OUT_IN, IN_OUT))
+        require(
+            model.architecture.experts and model.family != "gpt_oss",
+            f"model.stacked_experts={model.stacked_experts}: files of {model.family} are all alike in that; leave it"
+            " null",
+        )
     if not model.architecture.experts:
         require(
             num_experts is None and num_picked is None,

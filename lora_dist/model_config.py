@@ -135,7 +135,10 @@ class ModelConfig:
     """Directory with config.json and safetensors; null draws the weights from loop.seed."""
     wrapper: str | None = None
     """model_type of a checkpoint that sees pictures too, whose text model this is: gemma3, mistral3, kimi_k25,
-    qwen3_5 or qwen3_5_moe; null where the checkpoint is a text model."""
+    qwen3_5, qwen3_5_moe or qwen3_vl_moe; null where the checkpoint is a text model."""
+    stacked_experts: str | None = None
+    """Where the checkpoint's files have one tensor for all experts of a layer, as files of transformers 5 and Qwen3.5's
+    can: out_in, or as Qwen3-VL's in_out; null where each expert has its own. What is written has them so too."""
     tokenizer: str | None = None
     """Directory with the tokenizer's files; null means the checkpoint directory."""
     chat_template: str | None = None

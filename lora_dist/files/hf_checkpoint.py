@@ -15,6 +15,7 @@ from lora_dist.files.hash_cache import find_sha256
 from lora_dist.files.hf_families import HF_FAMILIES, MODEL_TYPES
 from lora_dist.files.hf_layout import TIED_HEAD, HfFamily
 from lora_dist.files.hf_reader import CONFIG, HfReader, find_weight_files, list_stored_names
+from lora_dist.files.hf_stacks import find_stacked_experts
 from lora_dist.files.hf_wrappers import (
     BESIDE,
     TEXT,
@@ -52,7 +53,16 @@ _RARE: dict[str, object] = {
 _COMPARED = {
     **{
         key: key
-        for key in ("family", "wrapper", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")
+        for key in (
+            "family",
+            "wrapper",
+            "stacked_experts",
+            *_SIZES,
+            "layernorm_epsilon",
+            "tied_output",
+            "rope_theta",
+            "rope_scaling",
+        )
     },
     **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
     **{key: key for key in ("sliding_window", *_RARE, *_LATENT_SETTINGS, *_INDEXER_SETTINGS, *_DELTA_SETTINGS)},
@@ -85,8 +95,9 @@ def read_model_fields(directory: str | Path) -> dict[str, Any]:
         read_quantization(config, path)
     for key, (default, allowed) in family.settings.items():
         _check_setting(path, key, config.get(key, default), allowed)
-    about = {"name": directory.resolve().name, "checkpoint": str(directory), "wrapper": wrapper}
-    return {**family.read_fields(config, path), **about}
+    fields, about = family.read_fields(config, path), {"checkpoint": str(directory), "wrapper": wrapper}
+    stacked = None if family.has_stacks else find_stacked_experts(directory, fields, wrapper)
+    return {**fields, **about, "name": directory.resolve().name, "stacked_experts": stacked}
 
 
 def _stores_head(directory: Path) -> bool:
@@ -127,12 +138,6 @@ def _check_tensors(reader: HfReader, family: HfFamily, model: ModelConfig) -> No
     expected = family.compute_shapes(model) | family.compute_carried(model)
     own = (name for name in reader.shapes if not name.startswith(BESIDE))
     found = {name for name in own if not family.is_ignored(name, model.num_layers)}
-    stacked = next((name for name in sorted(found - expected.keys()) if ".experts.gate_up_proj" in name), None)
-    if stacked is not None:
-        raise ValueError(
-            f"{reader.directory}: {stacked} holds all experts of a layer, as transformers has them in memory; write the"
-            " checkpoint with its save_pretrained(DIR, save_original_format=True), one tensor an expert"
-        )
     for name in expected:
         if name not in found:
             raise ValueError(f"{reader.directory} has no tensor {name}; the checkpoint is incomplete")

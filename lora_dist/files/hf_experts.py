@@ -1,6 +1,6 @@
 """Hugging Face's Mixtral and Qwen3 with experts: tensor names, and config.json read and written; pure.
 
-Each expert's linears are stored one by one, as published; transformers stacks them in memory.
+Each expert's linears are stored one by one, as published, or stacked, as transformers has them in memory.
 """
 
 import re
@@ -15,7 +15,9 @@ from lora_dist.model_config import ModelConfig
 _DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
 
 
-def _build_names(router: str, gate: str, up: str, down: str) -> LayerNames:
+def _build_names(
+    router: str, gate: str, up: str, down: str, beside_stacks: Mapping[str, str] | None = None
+) -> LayerNames:
     return LayerNames(
         layers=LLAMA_NAMES.layers,
         modules={
@@ -25,11 +27,14 @@ def _build_names(router: str, gate: str, up: str, down: str) -> LayerNames:
             "mlp.experts.{expert}.linear_fc2": down,
         },
         others=LLAMA_NAMES.others,
+        beside_stacks=beside_stacks or {},
     )
 
 
 _MIXTRAL = "block_sparse_moe.experts.{expert}"
-MIXTRAL_NAMES = _build_names("block_sparse_moe.gate", f"{_MIXTRAL}.w1", f"{_MIXTRAL}.w3", f"{_MIXTRAL}.w2")
+MIXTRAL_NAMES = _build_names(
+    "block_sparse_moe.gate", f"{_MIXTRAL}.w1", f"{_MIXTRAL}.w3", f"{_MIXTRAL}.w2", {"block_sparse_moe.": "mlp."}
+)
 _QWEN3 = "mlp.experts.{expert}"
 QWEN3_MOE_NAMES = _build_names("mlp.gate", f"{_QWEN3}.gate_proj", f"{_QWEN3}.up_proj", f"{_QWEN3}.down_proj")
 _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -50,6 +55,12 @@ _QWEN3_ABSENT: dict[str, Any] = {
     **{"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4, "moe_intermediate_size": 768},
     "norm_topk_prob": False,
 }
+_QWEN3_VL = "qwen3_vl_moe_text"
+"""model_type of the text model that Qwen3-VL has, which always normalises the weights of a token's experts."""
+_QWEN3_VL_ABSENT: dict[str, Any] = {
+    **{"num_experts": 60, "num_experts_per_tok": 4, "num_key_value_heads": 16, "moe_intermediate_size": 1408},
+    **{"norm_topk_prob": True, "rope_theta": 500000.0},
+}
 """What transformers takes where config.json does not say."""
 
 
@@ -65,14 +76,15 @@ def _read_mixtral(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _read_qwen3(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    config = _QWEN3_ABSENT | dict(config)
+    is_of_vl = config["model_type"] == _QWEN3_VL
+    config = (_QWEN3_VL_ABSENT if is_of_vl else _QWEN3_ABSENT) | dict(config)
     key = "num_local_experts" if "num_local_experts" in config else "num_experts"  # transformers 5, and before
     return {
         **_read_common(config, path),
         "family": "qwen3_moe",
         "ffn_hidden_size": get_size(config, "moe_intermediate_size", path),
         "num_experts": get_size(config, key, path),
-        "normalize_expert_weights": bool(config["norm_topk_prob"]),
+        "normalize_expert_weights": is_of_vl or bool(config["norm_topk_prob"]),
     }
 
 

@@ -43,5 +43,5 @@ HF_FAMILIES: dict[str, HfFamily] = {
     "gpt_neox": NEOX_FAMILY,
 }
 """By ModelConfig's family."""
-MODEL_TYPES = {**{family: family for family in HF_FAMILIES}, "kimi_k2": "deepseek_v3"}
+MODEL_TYPES = {**{family: family for family in HF_FAMILIES}, "kimi_k2": "deepseek_v3", "qwen3_vl_moe_text": "qwen3_moe"}
 """config.json's model_type -> ModelConfig's family."""

@@ -98,4 +98,5 @@ GPT_OSS_FAMILY = HfFamily(
     find_parts=GPT_OSS_NAMES.find_parts,
     compute_shapes=GPT_OSS_NAMES.compute_shapes,
     in_mxfp4=True,
+    has_stacks=True,
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lora_dist.architecture import IN_OUT
 from lora_dist.base_shapes import compute_canonical_shapes
 from lora_dist.files.hf_wrappers import name_in_memory
 from lora_dist.lora.layer import compute_fused_rows
@@ -33,6 +34,8 @@ _TARGETS = {
     "mlp.shared_experts.linear_fc2": ("shared_down_proj",),
 }
 """Of a module that is stored as one linear."""
+STACKS = {"linear_fc1.weight": "mlp.experts.gate_up_proj", "linear_fc2.weight": "mlp.experts.down_proj"}
+"""Tensor of an expert's linear -> what transformers 5 calls that of all experts of a layer, gate's rows before up's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +83,8 @@ class HfFamily:
     """The tensor that a stored output layer must equal where it is tied."""
     in_mxfp4: bool = False
     """Its experts' weights may be stored so."""
+    has_stacks: bool = False
+    """Its files always have a layer's experts in one tensor, in a way of their own."""
     compute_carried: Callable[[ModelConfig], dict[str, tuple[int, ...]]] = lambda model: {}
     """Further tensors that a checkpoint must hold, with which nothing is computed here, and what is written too."""
     wider: re.Pattern[str] | None = None
@@ -117,8 +122,11 @@ class LayerNames:
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Canonical tensor of a layer that is neither a weight nor a bias -> the stored one."""
     stacks: Mapping[str, str] = field(default_factory=dict)
-    """Where a layer's experts are stored together: tensor of an expert's linear -> the stored one of all, whose weights
-    are [in, out] and which has gate and up by turns."""
+    """Where a layer's experts are always stored together: tensor of an expert's linear -> the stored one of all, whose
+    weights are [in, out] and which has gate and up by turns. Elsewhere model.stacked_experts says whether they are."""
+    beside_stacks: Mapping[str, str] = field(default_factory=dict)
+    """Beginning of a layer's stored names -> what it is in files with stacked experts, which have transformers' names
+    in memory."""
     kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Canonical tensor of a convolution's weights -> the stored one of each part that is convolved, one after the other
     where it is the same; as torch has them, with a dimension of one."""
@@ -133,20 +141,23 @@ class LayerNames:
             return [HfPart(name=self.others["embedding.word_embeddings.weight" if is_tied_copy else canonical_name])]
         layer, module, kind = found.groups()
         if f"{module}.{kind}" in self.tensors:
-            return [HfPart(name=self.layers.format(layer=layer) + self.tensors[f"{module}.{kind}"])]
+            return [
+                HfPart(name=self.layers.format(layer=layer) + self._rename(self.tensors[f"{module}.{kind}"], model))
+            ]
         if f"{module}.{kind}" in self.kernels:
             prefix = self.layers.format(layer=layer)
             stored_parts = {part: prefix + name for part, name in self.kernels[f"{module}.{kind}"].items()}
             parts = _list_targets(stored_parts, _count_rows(model, int(layer)), int(layer))
             return [replace(part, has_unit_dim=True) for part in parts]
         expert = re.search(r"\.experts\.(\d+)\.", module)
-        if expert is not None and self.stacks:
-            return [self._find_in_stack(int(layer), int(expert[1]), f"{module[expert.end() :]}.{kind}")]
+        if expert is not None and (self.stacks or model.stacked_experts is not None):
+            return [self._find_in_stack(int(layer), int(expert[1]), f"{module[expert.end() :]}.{kind}", model)]
         if expert is not None:
             module = module.replace(expert[0], ".experts.{expert}.")
 
         def name_tensor(linear: str) -> str:
-            return f"{self.layers}{linear}.{kind}".format(layer=layer, expert=expert and expert[1])
+            name = f"{self.layers}{self._rename(linear, model)}.{kind}"
+            return name.format(layer=layer, expert=expert and expert[1])
 
         stored = self.modules[module]
         if isinstance(stored, str):
@@ -154,10 +165,18 @@ class LayerNames:
         sizes = _count_rows(model, int(layer))
         return _list_targets({target: name_tensor(name) for target, name in stored.items()}, sizes, int(layer))
 
-    def _find_in_stack(self, layer: int, expert: int, tensor: str) -> HfPart:
-        name = self.layers.format(layer=layer) + self.stacks[tensor]
+    def _find_in_stack(self, layer: int, expert: int, tensor: str, model: ModelConfig) -> HfPart:
+        name = self.layers.format(layer=layer) + (self.stacks or STACKS)[tensor]
         is_weight, is_first = tensor.endswith(".weight"), tensor.startswith("linear_fc1.")
-        return HfPart(name=name, transposed=is_weight, interleaved=is_first, expert=expert, layer=layer)
+        is_transposed = is_weight if self.stacks else model.stacked_experts == IN_OUT
+        return HfPart(
+            name=name, transposed=is_transposed, interleaved=is_first and bool(self.stacks), expert=expert, layer=layer
+        )
+
+    def _rename(self, stored: str, model: ModelConfig) -> str:
+        beginnings = self.beside_stacks if model.stacked_experts is not None else {}
+        old = next((old for old in beginnings if stored.startswith(old)), "")
+        return beginnings.get(old, "") + stored.removeprefix(old)
 
     def compute_shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every stored tensor."""

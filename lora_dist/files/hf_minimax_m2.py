@@ -1,6 +1,6 @@
 """Hugging Face's MiniMax-M2, M2.1 and M2.5: tensor names, and config.json read and written; pure.
 
-Experts are stored one by one under Mixtral's names, as published.
+Experts are stored one by one under Mixtral's names, as published, or stacked.
 """
 
 import re
@@ -25,6 +25,7 @@ MINIMAX_M2_NAMES = LayerNames(
     },
     others=MIXTRAL_NAMES.others,
     tensors={CHOICE_OFFSETS: "block_sparse_moe.e_score_correction_bias"},
+    beside_stacks=MIXTRAL_NAMES.beside_stacks,
 )
 _ALWAYS: dict[str, Any] = {
     **{"hidden_act": "silu", "use_qk_norm": True, "qk_norm_type": "per_layer"},
@@ -101,7 +102,7 @@ MINIMAX_M2_FAMILY = HfFamily(
     describe=_describe,
     find_parts=MINIMAX_M2_NAMES.find_parts,
     compute_shapes=MINIMAX_M2_NAMES.compute_shapes,
-    wider=re.compile(r"model\.layers\.\d+\.block_sparse_moe\.(gate\.weight|e_score_correction_bias)"),
+    wider=re.compile(r"model\.layers\.\d+\.(block_sparse_moe|mlp)\.(gate\.weight|e_score_correction_bias)"),
     extra_layers=EXTRA_LAYERS,
     without_extra=_WITHOUT_EXTRA,
 )

@@ -1,6 +1,6 @@
 """Hugging Face's Qwen3-Next: tensor names, and config.json read and written; with what Qwen3.5 has alike; pure.
 
-Each expert's linears are stored one by one.
+Each expert's linears are stored one by one, or stacked (Qwen3.5, as published).
 """
 
 import re

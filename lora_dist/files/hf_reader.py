@@ -107,6 +107,9 @@ class HfReader:
         if name in self._packed:
             assert entry is not None
             return self._read_packed(name, entry, dim, start, size)
+        if name in self._scales and entry is None and len(self.shapes[name]) > 2:
+            assert dim is None
+            return torch.stack([self._read_blocks(name, None, 0, None, one) for one in range(self.shapes[name][0])])
         if name in self._scales:
             return self._read_blocks(name, dim, start, size, entry)
         return self._read_stored(name, dim, start, size, entry)

@@ -1,6 +1,6 @@
 """What the families with a shared expert have alike in Hugging Face's files: GLM-4.5, DeepSeek-V3; pure.
 
-Each expert's linears are stored one by one.
+Each expert's linears are stored one by one, or stacked.
 """
 
 import re

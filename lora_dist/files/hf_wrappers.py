@@ -11,10 +11,10 @@ from lora_dist.files.quantization import QUANTIZATION
 
 WRAPPERS = {
     **{"gemma3": "gemma3_text", "mistral3": "mistral", "kimi_k25": "deepseek_v3"},
-    **{"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"},
+    **{"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "qwen3_vl_moe": "qwen3_vl_moe_text"},
 }
 """config.json's model_type -> that of its text_config where it has none."""
-_AROUND_ONE = ("gemma3", "qwen3_5", "qwen3_5_moe")
+_AROUND_ONE = ("gemma3", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe")
 """Those around that text model alone."""
 TEXT, TIED = "text_config", "tie_word_embeddings"
 BESIDE = "beside "
