@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-
 OUT_IN, IN_OUT = "out_in", "in_out"
 """How files with one tensor for all experts of a layer have a matrix."""
 

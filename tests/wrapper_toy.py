@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from family_models import SIZES
 from family_toy import build_family_model, read_family_config
 from hf_toy import draw_tokens
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,8 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -78,6 +81,15 @@ def _build_qwen3_5_moe() -> PreTrainedModel:
     return Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(text_config=_text("qwen3_5_moe_text"), **_QWEN))
 
 
+def _build_qwen3_vl_moe() -> PreTrainedModel:
+    sizes = {**SIZES, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text = {**sizes, "rope_parameters": rope, "tie_word_embeddings": False}
+    vision = {**_QWEN["vision_config"], "deepstack_visual_indexes": [0, 1]}
+    options = {**_QWEN, "vision_config": vision, "tie_word_embeddings": False}
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, **options))
+
+
 def _text(family: str) -> Any:
     return build_family_model(family).config
 
@@ -89,6 +101,7 @@ _BUILD: dict[str, Callable[[], PreTrainedModel]] = {
     "kimi_k25": _build_kimi_k25,
     "qwen3_5": _build_qwen3_5,
     "qwen3_5_moe": _build_qwen3_5_moe,
+    "qwen3_vl_moe": _build_qwen3_vl_moe,
 }
 WRAPPERS = list(_BUILD)
 NESTED = {
@@ -106,7 +119,7 @@ _MISNAMED = {"language_model.model.blocks.": "language_model.model.layers.", "mo
 def build_wrapper(name: str) -> PreTrainedModel:
     """Eval mode, every parameter drawn."""
     model, generator = _BUILD[name](), torch.Generator().manual_seed(5)
-    if name in ("kimi_k25", "qwen3_5_moe"):
+    if name in ("kimi_k25", "qwen3_5_moe", "qwen3_vl_moe"):
         model.set_experts_implementation("eager")  # the other ones have no fp64
     for parameter_name, parameter in model.named_parameters():
         drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -183,7 +196,7 @@ def look(model: PreTrainedModel, name: str) -> torch.Tensor:
             "pixel_values": torch.randn(16, 3, 2, 2, generator=generator),
             "image_grid_thw": torch.tensor([[1, 4, 4]]),
         }
-    if name.startswith("qwen3_5"):
+    if name.startswith("qwen3"):
         seen = {
             "pixel_values": torch.randn(16, 3 * 4 * 4, generator=generator),
             "image_grid_thw": torch.tensor([[1, 4, 4]]),

@@ -53,20 +53,11 @@ _RARE: dict[str, object] = {
 _COMPARED = {
     **{
         key: key
-        for key in (
-            "family",
-            "wrapper",
-            "stacked_experts",
-            *_SIZES,
-            "layernorm_epsilon",
-            "tied_output",
-            "rope_theta",
-            "rope_scaling",
-        )
+        for key in ("family", "wrapper", *_SIZES, "layernorm_epsilon", "tied_output", "rope_theta", "rope_scaling")
     },
     **{key: key for key in ("rope_divisors", "rotary_fraction", "local_rope_theta", "attention_scale")},
     **{key: key for key in ("sliding_window", *_RARE, *_LATENT_SETTINGS, *_INDEXER_SETTINGS, *_DELTA_SETTINGS)},
-    **{key: key for key in ("num_experts", "experts_per_token", *_EXPERT_SETTINGS, *_GATE_SETTINGS)},
+    **{key: key for key in ("num_experts", "stacked_experts", "experts_per_token", *_EXPERT_SETTINGS, *_GATE_SETTINGS)},
     **{"num_kv_heads": "num_query_groups", "head_size": "head_dim", "parallel_residual": "has_parallel_residual"},
     **{"activation": "mlp_activation", "qk_norm": "has_qk_norm"},
 }

@@ -76,7 +76,7 @@ def _read_mixtral(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _read_qwen3(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    is_of_vl = config["model_type"] == _QWEN3_VL
+    is_of_vl = config.get("model_type") == _QWEN3_VL
     config = (_QWEN3_VL_ABSENT if is_of_vl else _QWEN3_ABSENT) | dict(config)
     key = "num_local_experts" if "num_local_experts" in config else "num_experts"  # transformers 5, and before
     return {

@@ -141,9 +141,8 @@ class LayerNames:
             return [HfPart(name=self.others["embedding.word_embeddings.weight" if is_tied_copy else canonical_name])]
         layer, module, kind = found.groups()
         if f"{module}.{kind}" in self.tensors:
-            return [
-                HfPart(name=self.layers.format(layer=layer) + self._rename(self.tensors[f"{module}.{kind}"], model))
-            ]
+            stored_name = self._rename(self.tensors[f"{module}.{kind}"], model)
+            return [HfPart(name=self.layers.format(layer=layer) + stored_name)]
         if f"{module}.{kind}" in self.kernels:
             prefix = self.layers.format(layer=layer)
             stored_parts = {part: prefix + name for part, name in self.kernels[f"{module}.{kind}"].items()}

@@ -40,11 +40,12 @@ TARGETS = {
     "kimi_k25": ["q_a_proj", "kv_b_proj", "o_proj"],
     "qwen3_5": ["in_proj_qkv", "q_proj", "out_proj"],
     "qwen3_5_moe": ["in_proj_z", "o_proj"],
+    "qwen3_vl_moe": ["k_proj", "o_proj"],
 }
 VISION_TARGETS = {
     **{"gemma3": "out_proj", "mistral3": "attention.k_proj", "kimi_k25": "in_proj"},
     "mistral3_ministral": "attention.k_proj",
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), "attn.qkv"),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"), "attn.qkv"),
 }
 PROCESSORS = ["preprocessor_config.json", "processor_config.json", "chat_template.json"]
 
