@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
-from family_toy import build_family_model, edit_family_config, write_family_checkpoint
+from family_toy import build_family_model, edit_family_config, read_family_config, write_family_checkpoint
+from safetensors.torch import load_file, save_file
+from wrapper_toy import edit_text_config, write_wrapper
 
 from lora_dist.cli.compose import compose_config
 from lora_dist.files.hf_checkpoint import check_hf_checkpoint
@@ -205,12 +207,47 @@ def test_what_is_not_computed_here_is_refused(name: str, changes: dict, message:
     assert message in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_experts_stacked_in_one_tensor_are_named(name: str, tmp_path: Path) -> None:
-    model = write_family_checkpoint(name, tmp_path)
-    build_family_model(name).save_pretrained(tmp_path, save_original_format=False)
-    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.gate_up_proj holds all experts of a layer, as transf"):
-        check_hf_checkpoint(model, tmp_path)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("mixture", r"layers.0.mlp.experts.gate_up_proj, of all experts of a layer, and .*experts.0.*, of one; write"),
+        ("transposed", r"gate_up_proj has shape \(4, 32, 96\), config.json says \(4, 96, 32\)"),
+        ("incomplete", r"has no tensor model.layers.3.mlp.experts.down_proj; the checkpoint is incomplete"),
+        ("setting", r"model.stacked_experts=None but .*config.json has out_in; set model.stacked_experts=out_in"),
+    ],
+)
+def test_stacked_experts_that_do_not_fit_are_named(change: str, message: str, tmp_path: Path) -> None:
+    single = write_family_checkpoint("mixtral", tmp_path)
+    path = tmp_path / "model.safetensors"
+    of_single = load_file(path)
+    build_family_model("mixtral").save_pretrained(tmp_path, save_original_format=False)
+    tensors, name = load_file(path), "model.layers.0.mlp.experts.gate_up_proj"
+    if change == "mixture":
+        tensors |= {key: one for key, one in of_single.items() if "layers.2" in key}
+    elif change == "transposed":
+        tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    elif change == "incomplete":
+        del tensors["model.layers.3.mlp.experts.down_proj"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=message):
+        check_hf_checkpoint(single if change == "setting" else read_family_config(tmp_path), tmp_path)
+
+
+def test_a_stack_that_is_square_is_refused_where_both_ways_are_published(tmp_path: Path) -> None:
+    write_wrapper("qwen3_vl_moe", tmp_path)
+    check_hf_checkpoint(read_family_config(tmp_path), tmp_path)
+    edit_text_config(tmp_path, moe_intermediate_size=16)
+    with pytest.raises(ValueError, match=r"hidden_size=32 and moe_intermediate_size=16 a stack of experts is square"):
+        read_family_config(tmp_path)
+    edit_text_config(tmp_path, moe_intermediate_size=20)
+    with pytest.raises(ValueError, match=r"has shape \(4, 48, 32\), which config.json gives it neither way round"):
+        read_family_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "gpt_oss_20b"])
+def test_stacks_are_of_families_that_have_both(name: str) -> None:
+    with pytest.raises(ValueError, match=r"model.stacked_experts=out_in: files of \w+ are all alike in that; leave it"):
+        compose_config([f"model={name}", "model.stacked_experts=out_in"])
 
 
 @pytest.mark.parametrize(
