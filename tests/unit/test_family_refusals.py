@@ -210,7 +210,7 @@ def test_what_is_not_computed_here_is_refused(name: str, changes: dict, message:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("mixture", r"layers.0.mlp.experts.gate_up_proj, of all experts of a layer, and .*experts.0.*, of one; write"),
+        ("mixture", r"layers.0.mlp.experts.\w+_proj, of all experts of a layer, and .*experts.0.*, of one; write"),
         ("transposed", r"gate_up_proj has shape \(4, 32, 96\), config.json says \(4, 96, 32\)"),
         ("incomplete", r"has no tensor model.layers.3.mlp.experts.down_proj; the checkpoint is incomplete"),
         ("setting", r"model.stacked_experts=None but .*config.json has out_in; set model.stacked_experts=out_in"),
