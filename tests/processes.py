@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: object, timeout_s: float = 120.0) -> list[Any]:
-    """Call `fn(*args)` on `world_size` forked processes of one gloo group; their results, by global rank.
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: object, timeout_s: float = 120.0, backend: str = "gloo"
+) -> list[Any]:
+    """Call `fn(*args)` on `world_size` forked processes of one group, gloo's if not told; their results, by global rank.
 
     Results are plain data or CPU tensors. AssertionError with every failing process's traceback, the earliest first;
     processes that still run after `timeout_s` are killed and named. `fn` must not touch CUDA.
@@ -24,7 +26,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: object, time
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         workers = [
-            context.Process(target=_work, args=(global_rank, world_size, directory, timeout_s, fn, args))
+            context.Process(target=_work, args=(global_rank, world_size, directory, timeout_s, backend, fn, args))
             for global_rank in range(world_size)
         ]
         for worker in workers:
@@ -65,13 +67,19 @@ def _join(workers: list[Any], timeout_s: float) -> list[int]:
 
 
 def _work(
-    global_rank: int, world_size: int, directory: Path, timeout_s: float, fn: Callable[..., Any], args: tuple
+    global_rank: int,
+    world_size: int,
+    directory: Path,
+    timeout_s: float,
+    backend: str,
+    fn: Callable[..., Any],
+    args: tuple,
 ) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(global_rank)
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{directory}/store",
             rank=global_rank,
             world_size=world_size,

@@ -1,0 +1,133 @@
+"""What runs on GPUs and nowhere else, run on pretend ones (tests/pretend_gpu): their kernels' interfaces, DeepSpeed's and
+Megatron's ways for CUDA, NCCL's, graphs. Each case against the same on CPUs.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import which
+
+import pytest
+import torch
+from pretend_gpu import PretendGpus, kernels
+from processes import run_distributed
+from demo_runs import call
+from safetensors.torch import load_file
+from test_devices import ADAPTED, RESUMED, TINY, count_processes
+from test_gpu_parity import CASES, train
+from tiers import few_of
+
+from lora_dist.cli.compose import compose_config
+from lora_dist.config import RunConfig
+from lora_dist.plan.execute import build_batches, execute_process
+from lora_dist.run import build_engine, open_job
+
+V100, H100 = (7, 0), (9, 0)
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[PretendGpus]:
+    if which("g++") is None:
+        pytest.skip("needs a C++ compiler, e.g. g++")
+    pretended = PretendGpus()
+    yield pretended
+    pretended.close()
+
+
+def train_and_count(name: str, device: str, directory: str) -> tuple[list[float], dict[str, int]]:
+    return train(name, device, Path(directory)), dict(kernels.CALLS)
+
+
+@pytest.mark.parametrize("name", few_of({name: None for name in CASES if "compiled" not in name}, "lora-graphs"))
+def test_one_gpu_trains_as_a_cpu_does(gpus: PretendGpus, name: str, tmp_path: Path) -> None:
+    ((actual, calls),) = gpus.run(train_and_count, 1, name, "cuda", str(tmp_path))
+    ((expected, _),) = run_distributed(train_and_count, 1, name, "cpu", str(tmp_path))
+    tolerance = CASES[name][1]
+    assert actual == pytest.approx(expected, rel=tolerance)
+    if tolerance <= 1e-5:
+        on_cpu, on_gpu = (load_file(tmp_path / f"{device}.safetensors") for device in ("cpu", "cuda"))
+        for key, value in on_cpu.items():
+            torch.testing.assert_close(on_gpu[key], value, rtol=1e-3, atol=1e-4)
+    assert calls and "plain products" not in calls, "attention by the device's fused kernels"
+
+
+def run_verbs(*commands: list[str]) -> list[int]:
+    return [call(words) for words in commands]
+
+
+def read_losses(run: Path) -> list[float]:
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [step[key] for step in steps for key in ("loss", "valid_loss") if key in step]
+
+
+@pytest.mark.parametrize("name", few_of(ADAPTED, "stages", "offload", "shared heads"))
+def test_a_run_on_v100s_is_that_on_cpus(gpus: PretendGpus, name: str, tmp_path: Path) -> None:
+    """From reading to writing, and continued."""
+    losses = {}
+    for device in ("cpu", "cuda"):
+        words = [*TINY, *ADAPTED[name], "optim.lr=1e-2", f"device={device}", f"run_dir={tmp_path / device}"]
+        commands = [[*words, "loop.num_steps=2"]]
+        if name in RESUMED:
+            commands += [[*words, "loop.num_steps=3", "resume=must"]]
+        if device == "cpu":
+            codes = run_distributed(run_verbs, count_processes(words), *commands)
+        else:
+            capability = H100 if "dtype=bf16" in words else V100
+            codes = gpus.run(run_verbs, count_processes(words), *commands, capability=capability)
+        assert codes == [[0] * len(commands)] * count_processes(words)
+        losses[device] = read_losses(tmp_path / device)
+    is_half = any(word in ADAPTED[name] for word in ("dtype=fp16", "dtype=bf16"))
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-3 if is_half else 1e-5)
+
+
+PLANNED = {
+    "lora": [],
+    "recompute": ["loop.recompute=full"],
+    "padded": ["data.collate=pad"],
+    "masked": ["packed_attention=mask"],
+    "full": ["method=full"],
+    "v100": ["dtype=fp16"],
+    "llama": ["model.family=llama", "model.num_kv_heads=4"],
+    "experts": [
+        *("model.family=mixtral", "model.num_experts=4", "model.experts_per_token=2", "model.tied_output=false"),
+        "lora.target_modules=[all,gate_proj,up_proj,down_proj]",
+    ],
+    "sinks": [
+        *("model.family=gpt_oss", "model.num_experts=4", "model.experts_per_token=2", "model.swiglu_alpha=1.7"),
+        *("model.swiglu_limit=7", "model.sliding_window=64", "model.tied_output=false", "lora.target_modules=[all]"),
+    ],
+}
+
+
+def build_planned(name: str) -> RunConfig:
+    return compose_config(
+        [
+            *("model=tiny", "model.hidden_size=256", "model.ffn_hidden_size=1024", "model.vocab_size=2048"),
+            *("data=fake", "data.seq_len=128", "track=none", "device=cuda", "dtype=bf16"),
+            *("loop.micro_batch_size=2", "loop.global_batch_size=4"),
+            *(f"hardware={'v100_32gb' if name == 'v100' else 'h100'}", *PLANNED[name]),
+        ]
+    )
+
+
+def measure(name: str) -> int:
+    """Peak allocated bytes of the second step."""
+    config = build_planned(name)
+    with open_job(config) as topology:
+        engine, _ = build_engine(config, topology)
+        batches = build_batches(config, topology, config.loop.global_batch_size // config.loop.micro_batch_size)
+        engine.train_step(batches, step=0, lr=1e-4)
+        torch.cuda.reset_peak_memory_stats()
+        engine.train_step(batches, step=1, lr=1e-4)
+        return torch.cuda.max_memory_allocated()
+
+
+def plan(name: str) -> int:
+    return execute_process(build_planned(name), world_size=1, pp_rank=0).peak_bytes
+
+
+@pytest.mark.parametrize("name", few_of(PLANNED, "lora"))
+def test_planned_memory_is_what_the_device_holds(gpus: PretendGpus, name: str) -> None:
+    (measured,) = gpus.run(measure, 1, name, capability=V100 if name == "v100" else H100)
+    (planned,) = run_distributed(plan, 1, name)
+    assert planned == pytest.approx(measured, rel=0.03)
