@@ -91,9 +91,9 @@ def spread_tokens(batch: Batch, config: RunConfig) -> Batch:
 
 
 def count_tensor_bytes() -> int:
-    """Every storage that Python can reach."""
+    """Every storage that Python can reach; those of the meta device are none."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 

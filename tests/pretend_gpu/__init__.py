@@ -15,7 +15,10 @@ from typing import Any
 
 class PretendGpus:
     def __init__(self) -> None:
-        environment = dict(os.environ) | {"DS_ACCELERATOR": "cuda", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = dict(os.environ) | {
+            "DS_ACCELERATOR": "cuda",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
         self._server = subprocess.Popen(
             [sys.executable, "-m", "pretend_gpu.serve"],
             env=environment,

@@ -32,7 +32,9 @@ class CUDAGraph:
 class graph(TorchDispatchMode):  # noqa: N801 (torch's name)
     """Runs what it records, and puts back what that wrote in tensors from before."""
 
-    def __init__(self, cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "") -> None:
+    def __init__(
+        self, cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = ""
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._graph = cuda_graph
         self._own: set[int] = set()

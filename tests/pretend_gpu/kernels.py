@@ -147,7 +147,9 @@ def differentiate_efficient(
     CALLS["efficient backward"] += 1
     bias = attn_bias if attn_bias is not None and attn_bias.numel() else None
     _check_efficient(query, key, value, grad_out_, bias=bias)
-    assert out.transpose(1, 2).is_contiguous(), f"the output is read as [B, S, A, D], whatever its strides {out.stride()}"
+    assert out.transpose(1, 2).is_contiguous(), (
+        f"the output is read as [B, S, A, D], whatever its strides {out.stride()}"
+    )
     assert logsumexp.shape[-1] == math.ceil(query.shape[2] / 32) * 32 and logsumexp.dtype == torch.float32
     assert dropout_p == 0.0 and not grad_input_mask[3], "neither is asked for"
     return *_differentiate(grad_out_, (query, key, value), bias, out, logsumexp, is_causal, scale), None
