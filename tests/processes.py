@@ -17,7 +17,7 @@ import torch.distributed as dist
 def run_distributed(
     fn: Callable[..., Any], world_size: int, *args: object, timeout_s: float = 120.0, backend: str = "gloo"
 ) -> list[Any]:
-    """Call `fn(*args)` on `world_size` forked processes of one group, gloo's if not told; their results, by global rank.
+    """Call `fn(*args)` on `world_size` forked processes of one group; their results, by global rank.
 
     Results are plain data or CPU tensors. AssertionError with every failing process's traceback, the earliest first;
     processes that still run after `timeout_s` are killed and named. `fn` must not touch CUDA.

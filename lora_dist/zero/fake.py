@@ -1,4 +1,4 @@
-"""Stand-ins for what DeepSpeed asks of other processes and of torch's meta device, so that it runs on fake tensors alone."""
+"""Stand-ins for what DeepSpeed asks of other processes and of torch's meta device, for a process alone with fakes."""
 
 import os
 import types

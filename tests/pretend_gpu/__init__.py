@@ -1,8 +1,8 @@
 """Runs the code of GPUs without one: on a CUDA device that is made of host memory, in a process of its own.
 
-torch's own C++ sees tensors on `cuda:0`: autograd runs their backward in the device's thread, DeepSpeed and Megatron take
-their ways for CUDA, NCCL's interface stands over gloo, memory is counted as torch's allocator counts it. What it cannot
-show: the real kernels' numbers and times, races between streams, Triton's code.
+torch's own C++ sees tensors on `cuda:0`: autograd runs their backward in the device's thread, DeepSpeed and Megatron
+take their ways for CUDA, NCCL's interface stands over gloo, memory is counted as torch's allocator counts it. What it
+cannot show: the real kernels' numbers and times, races between streams, Triton's code.
 """
 
 import json
@@ -32,7 +32,8 @@ class PretendGpus:
     ) -> list[Any]:
         """`processes.run_distributed` on as many GPUs: results, by global rank, and arguments are JSON."""
         request = {"module": fn.__module__, "function": fn.__name__, "world_size": world_size}
-        assert self._server.stdin is not None and self._server.stdout is not None
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
         print(json.dumps(request | {"capability": capability, "args": args}), file=self._server.stdin, flush=True)
         answer = self._server.stdout.readline()
         assert answer, f"the process with the GPUs ended with {self._server.wait()}"

@@ -29,7 +29,7 @@ class CUDAGraph:
                         old.copy_(new)
 
 
-class graph(TorchDispatchMode):  # noqa: N801 (torch's name)
+class graph(TorchDispatchMode):
     """Runs what it records, and puts back what that wrote in tensors from before."""
 
     def __init__(

@@ -1,7 +1,7 @@
 """CUDA's attention kernels and grouped product for pretend GPUs: written plainly, with outputs laid out as torch's.
 
-What the real ones refuse, or read wrongly without a word, is an AssertionError here. What they need on the way is on the
-host, so that the device's memory holds what the real ones leave there.
+What the real ones refuse, or read wrongly without a word, is an AssertionError here. What they need on the way is on
+the host, so that the device's memory holds what the real ones leave there.
 
 Shapes: B rows, A heads, S positions of queries, K of keys, D features of a head.
 """
@@ -102,7 +102,8 @@ def differentiate_flash(
 ) -> Tensors:
     CALLS["flash backward"] += 1
     _check_flash(query, key, value, out, grad_out)
-    assert logsumexp.shape == query.shape[:3] and logsumexp.is_contiguous() and logsumexp.dtype == torch.float32
+    assert (logsumexp.shape, logsumexp.dtype) == (query.shape[:3], torch.float32)
+    assert logsumexp.is_contiguous()
     assert (max_q, max_k, philox_seed.dtype, dropout_p) == (query.shape[2], key.shape[2], torch.uint64, 0.0)
     return _differentiate(grad_out, (query, key, value), None, out, logsumexp, is_causal, scale)
 
@@ -150,8 +151,8 @@ def differentiate_efficient(
     assert out.transpose(1, 2).is_contiguous(), (
         f"the output is read as [B, S, A, D], whatever its strides {out.stride()}"
     )
-    assert logsumexp.shape[-1] == math.ceil(query.shape[2] / 32) * 32 and logsumexp.dtype == torch.float32
-    assert dropout_p == 0.0 and not grad_input_mask[3], "neither is asked for"
+    assert (logsumexp.shape[-1], logsumexp.dtype) == (math.ceil(query.shape[2] / 32) * 32, torch.float32)
+    assert (dropout_p, grad_input_mask[3]) == (0.0, False), "neither is asked for"
     return *_differentiate(grad_out_, (query, key, value), bias, out, logsumexp, is_causal, scale), None
 
 
@@ -168,7 +169,7 @@ def _check_efficient(*tensors: torch.Tensor, bias: torch.Tensor | None) -> None:
     assert query.dtype != torch.bfloat16 or torch.cuda.get_device_capability() >= (8, 0), "no bf16 before Ampere"
     _check_layout(tensors)
     if bias is not None:
-        assert bias.shape == (*query.shape[:3], key.shape[2]) and bias.dtype == query.dtype, bias.shape
+        assert (bias.shape, bias.dtype) == ((*query.shape[:3], key.shape[2]), query.dtype)
         assert bias.stride(-2) % 8 == 0 or bias.shape[-2] == 1, f"rows of the bias are not aligned: {bias.stride()}"
 
 
@@ -181,11 +182,13 @@ def _check_layout(tensors: tuple[torch.Tensor, ...]) -> None:
 
 def _check_groups(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor) -> None:
     CALLS["grouped"] += 1
-    assert torch.cuda.get_device_capability() >= (8, 0) and a.dtype == b.dtype == torch.bfloat16, "bf16 only"
-    assert offs.dtype == torch.int32 and offs.is_cuda
+    assert torch.cuda.get_device_capability() >= (8, 0)
+    assert (a.dtype, b.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (offs.dtype, offs.device.type) == (torch.int32, "cuda")
     for one in (a, b):
         step = max(one.stride()[-2:])
-        assert 1 in one.stride()[-2:] and step * one.itemsize % _ALIGNMENT_BYTES == 0, f"not aligned: {one.stride()}"
+        assert 1 in one.stride()[-2:], one.stride()
+        assert step * one.itemsize % _ALIGNMENT_BYTES == 0, f"not aligned: {one.stride()}"
 
 
 def _score(

@@ -9,8 +9,9 @@ import os
 import sys
 from typing import Any
 
-from pretend_gpu import graphs, kernels, torch_cuda
 from processes import run_distributed
+
+from pretend_gpu import graphs, kernels, torch_cuda
 
 
 def call(capability: tuple[int, int], module: str, function: str, args: list[Any]) -> Any:

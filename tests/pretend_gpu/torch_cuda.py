@@ -106,7 +106,8 @@ class Event:
         return True
 
     def elapsed_time(self, end: "Event") -> float:
-        assert self._time_s is not None and end._time_s is not None, "both events must be recorded"
+        assert self._time_s is not None, "not recorded"
+        assert end._time_s is not None, "its end was not recorded"
         return (end._time_s - self._time_s) * 1e3
 
 
