@@ -19,10 +19,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from lora_dist.config import RunConfig
 from lora_dist.measure.environment import describe_environment
+from lora_dist.measure.report_table import format_bytes
 from lora_dist.needed_bytes import compute_needed_bytes
 from lora_dist.topology import check_device, choose_device
 
-_GIB = 2**30
 _SECONDS_TO_MEET = 60.0
 _PROBE = ".preflight-"
 _SECONDS_TO_SEE_A_FILE = 5.0
@@ -130,8 +130,8 @@ def _examine_device(config: RunConfig, local_rank: int, facts: Facts) -> None:
             )
     if facts.free_bytes < facts.needed_bytes:
         facts.problems.append(
-            f"{facts.device} {local_rank} has {facts.free_bytes / _GIB:.1f} GiB free, this process needs more than"
-            f" {facts.needed_bytes / _GIB:.1f} GiB; free it, or raise topology.tp_size or topology.pp_size"
+            f"{facts.device} {local_rank} has {format_bytes(facts.free_bytes)} free, this process needs more than"
+            f" {format_bytes(facts.needed_bytes)}; free it, or raise topology.tp_size or topology.pp_size"
         )
 
 
@@ -225,6 +225,6 @@ def describe(everyone: Sequence[Facts]) -> str:
     devices = ", ".join(sorted({facts.device for facts in everyone}))
     free, needed = min(f.free_bytes for f in everyone), max(f.needed_bytes for f in everyone)
     return (
-        f"preflight: {len(everyone)} processes on {num_nodes} nodes, {devices}, at least {free / _GIB:.1f} GiB free for"
-        f" {needed / _GIB:.1f} GiB or more that it takes, torch {torch.__version__}"
+        f"preflight: {len(everyone)} processes on {num_nodes} nodes, {devices}, at least {format_bytes(free)} free for"
+        f" {format_bytes(needed)} or more that it takes, torch {torch.__version__}"
     )
