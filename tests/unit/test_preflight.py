@@ -144,14 +144,14 @@ def run_check(*run_dirs: Path, free_bytes: int = GIB, gpus: str = "") -> str:
 def test_processes_meet_and_the_first_reports(tmp_path: Path) -> None:
     report = run_check(tmp_path, tmp_path)
     assert report.startswith(
-        "preflight: 2 processes on 2 nodes, cpu, at least 1.0 GiB free for 0.0 GiB or more that it takes"
+        "preflight: 2 processes on 2 nodes, cpu, at least 1.0 GiB free for 275.5 KiB or more that it takes"
     )
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"free_bytes": 1000}, "n1, n2: cpu 0 has 0.0 GiB free, this process needs more than 0.0 GiB; free it, or"),
+        ({"free_bytes": 1000}, "n1, n2: cpu 0 has 1000 B free, this process needs more than 275.5 KiB; free it"),
         ({"gpus": "8"}, "n1, n2: Slurm gives 8 GPUs, but torch"),
     ],
 )
