@@ -4,6 +4,7 @@ Their kernels' interfaces, DeepSpeed's and Megatron's ways for CUDA, NCCL's, gra
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import which
@@ -64,10 +65,10 @@ def read_losses(run: Path) -> list[float]:
 
 @pytest.mark.parametrize("name", few_of(ADAPTED, "stages", "offload", "shared heads"))
 def test_a_run_on_v100s_is_that_on_cpus(gpus: PretendGpus, name: str, tmp_path: Path) -> None:
-    """From reading to writing, and continued."""
-    losses = {}
+    """From reading to writing, and continued. Without what the base drops, which each device draws its own way."""
+    losses, own = {}, [word for word in ADAPTED[name] if not re.match(r"model\.\w+_dropout=", word)]
     for device in ("cpu", "cuda"):
-        words = [*TINY, *ADAPTED[name], "optim.lr=1e-2", f"device={device}", f"run_dir={tmp_path / device}"]
+        words = [*TINY, *own, "optim.lr=1e-2", f"device={device}", f"run_dir={tmp_path / device}"]
         commands = [[*words, "loop.num_steps=2"]]
         if name in RESUMED:
             commands += [[*words, "loop.num_steps=3", "resume=must"]]
@@ -78,7 +79,7 @@ def test_a_run_on_v100s_is_that_on_cpus(gpus: PretendGpus, name: str, tmp_path: 
             codes = gpus.run(run_verbs, count_processes(words), *commands, capability=capability)
         assert codes == [[0] * len(commands)] * count_processes(words)
         losses[device] = read_losses(tmp_path / device)
-    is_half = any(word in ADAPTED[name] for word in ("dtype=fp16", "dtype=bf16"))
+    is_half = any(word in own for word in ("dtype=fp16", "dtype=bf16"))
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-3 if is_half else 1e-5)
 
 

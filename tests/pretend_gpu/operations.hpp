@@ -39,10 +39,8 @@ Tensor empty_strided(
       c10::DispatchKeySet(c10::DispatchKey::CUDA), c10::dtype_or_default(dtype));
 }
 
-Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
+Tensor& copy_(Tensor& self, const Tensor& source, bool) {
   num_waits += !self.is_cuda() || !source.is_cuda();
-  TORCH_CHECK(
-      self.is_cuda() || !non_blocking, "the host may read what a copy that does not block has not brought yet");
   auto host = as_host(self);
   host.copy_(as_host(source));
   return self;
@@ -79,8 +77,6 @@ Tensor& set_nothing(Tensor& self) {
   c10::Storage none(c10::Storage::use_byte_size_t(), 0, device_memory.allocate(0), &device_memory, true);
   return set_storage(self, std::move(none), 0, c10::SymInt(0), {});
 }
-
-void record_stream(Tensor&, c10::Stream) {}
 
 // One call of an operation: its arguments as the host's, its results as the device's.
 class HostCall {
@@ -206,7 +202,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Storage", &set_source);
   m.impl("set_.source_Tensor", &set_tensor);
   m.impl("set_", &set_nothing);
-  m.impl("record_stream", &record_stream);
 }
 
 int64_t choose_attention(
