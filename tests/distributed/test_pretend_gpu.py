@@ -21,7 +21,8 @@ from tiers import few_of
 
 from lora_dist.cli.compose import compose_config
 from lora_dist.config import RunConfig
-from lora_dist.plan.execute import build_batches, execute_process
+from lora_dist.plan.execute import build_batches
+from lora_dist.plan.job import execute_all
 from lora_dist.run import build_engine, open_job
 
 V100, H100 = (7, 0), (9, 0)
@@ -125,12 +126,8 @@ def measure(name: str) -> int:
         return torch.cuda.max_memory_allocated()
 
 
-def plan(name: str) -> int:
-    return execute_process(build_planned(name), world_size=1, pp_rank=0).peak_bytes
-
-
 @pytest.mark.parametrize("name", few_of(PLANNED, "lora"))
 def test_planned_memory_is_what_the_device_holds(gpus: PretendGpus, name: str) -> None:
     (measured,) = gpus.run(measure, 1, name, capability=V100 if name == "v100" else H100)
-    (planned,) = run_distributed(plan, 1, name)
-    assert planned == pytest.approx(measured, rel=0.03)
+    (planned,) = execute_all([(build_planned(name), 1, 0)], 1)
+    assert planned.peak_bytes == pytest.approx(measured, rel=0.03)

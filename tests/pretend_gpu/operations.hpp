@@ -9,19 +9,25 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include "memory.hpp"
 
 namespace {
 
+std::optional<at::Device> with_index(std::optional<at::Device> device) {
+  return device.has_value() && device->has_index() ? device : std::nullopt;
+}
+
 Tensor empty(
     c10::SymIntArrayRef size,
     std::optional<at::ScalarType> dtype,
     std::optional<at::Layout>,
-    std::optional<at::Device>,
+    std::optional<at::Device> device,
     std::optional<bool>,
     std::optional<at::MemoryFormat> format) {
+  const c10::OptionalDeviceGuard guard(with_index(device));
   return at::detail::empty_generic(
       C10_AS_INTARRAYREF_SLOW(size), &device_memory, c10::DispatchKeySet(c10::DispatchKey::CUDA),
       c10::dtype_or_default(dtype), format);
@@ -32,8 +38,9 @@ Tensor empty_strided(
     c10::SymIntArrayRef stride,
     std::optional<at::ScalarType> dtype,
     std::optional<at::Layout>,
-    std::optional<at::Device>,
+    std::optional<at::Device> device,
     std::optional<bool>) {
+  const c10::OptionalDeviceGuard guard(with_index(device));
   return at::detail::empty_strided_generic(
       C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &device_memory,
       c10::DispatchKeySet(c10::DispatchKey::CUDA), c10::dtype_or_default(dtype));

@@ -9,6 +9,7 @@ import os
 import sys
 from typing import Any
 
+import torch
 from processes import run_distributed
 
 from pretend_gpu import graphs, kernels, torch_cuda
@@ -16,6 +17,7 @@ from pretend_gpu import graphs, kernels, torch_cuda
 
 def call(capability: tuple[int, int], module: str, function: str, args: list[Any]) -> Any:
     torch_cuda.set_capability(*capability)
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return getattr(importlib.import_module(module), function)(*args)
 
 
