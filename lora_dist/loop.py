@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from lora_dist.claim import Claim
 from lora_dist.config import LoopConfig, OptimConfig
 from lora_dist.engine import StepResult
 from lora_dist.measure.meter import Meter
@@ -62,6 +63,7 @@ def train_loop(
     meter: Meter,
     open_probe: Callable[[], AbstractContextManager[object]],
     observe: Observe,
+    claim: Claim,
     save: Callable[[int, float | None], None],
     keep_best: Callable[[int, Validation], None],
     valid_loss_before: float | None,
@@ -69,7 +71,8 @@ def train_loop(
     """Steps `first_step` to `loop.num_steps`; `save(n, valid_loss_before)` after n steps, the last one included.
 
     `keep_best(n, validation)` gets every validation of a step, ahead of that step's `save`. The loop ends early, its
-    last step saved, where a signal asks any process to stop.
+    last step saved, where a signal asks any process to stop; with a ValueError and nothing of its last step written
+    where `claim` is no longer held.
 
     `open_probe` looks closely at the first of these steps, which is slower for it.
     """
@@ -80,11 +83,14 @@ def train_loop(
         valid_loss_before = validation.get("valid_loss")
         observe({"step": 0, "valid_loss": None, **validation})
     for step in range(first_step, loop.total_steps):
+        claim.look()
         batches = train_loader.batches_at(step)
         lr = compute_lr(optim, step=step, num_steps=loop.total_steps)
         probe = open_probe() if step == first_step else nullcontext()
         with meter.step(num_tokens=batches[0].num_tokens, num_loss_tokens=batches[0].num_loss_tokens), probe:
             result = engine.train_step(batches, step=step, lr=lr)
+        if result.stop_requested:
+            claim.confirm()
         done = step + 1
         if _is_due(done, loop.check_replicas_every):
             engine.check_replicas()

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from lora_dist.claim import Claim, claim_run_dir
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import Loader, Loaders, build_loaders
 from lora_dist.data.sharing import open_sharing
@@ -102,6 +103,7 @@ def open_job(config: RunConfig) -> Iterator[Topology]:
 
 def train_method(config: RunConfig, topology: Topology) -> Summary:
     """Build, train, save and measure one method in `config.run_dir`, which exists."""
+    claim = claim_run_dir(config.run_dir, topology)
     memory = PeakMemoryMeter(topology.device)
     with open_sharing(config.run_dir, topology) as share:
         loaders = build_loaders(config, dp_size=topology.dp_size, dp_rank=topology.dp_rank, share=share)
@@ -112,6 +114,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     engine, method = build_engine(config, topology)
     optimizer_state = check_optimizer_state(engine.zero, engine.gpt, engine.trainable, topology)
     keeper = open_keeper(config, topology, engine, method, loaders)
+    claim.confirm()  # before anything is written of which the other run may have written its own
     run_on_first(topology, lambda: write_config(given))
     if keeper.num_steps_done >= config.loop.total_steps:
         done = f"{config.run_dir} has {keeper.num_steps_done} steps already, of {config.loop.total_steps} asked for"
@@ -123,7 +126,7 @@ def train_method(config: RunConfig, topology: Topology) -> Summary:
     observers = open_observers(config, topology, meter, name=name, num_steps_done=keeper.num_steps_done)
     # The observers tell of a failure until all is written, also while the launcher, whom it reaches first, ends us.
     with note_terminations(), observers as observe:
-        result, first_step = _run_loop(config, topology, engine, loaders, keeper, meter, observe)
+        result, first_step = _run_loop(config, topology, claim, engine, loaders, keeper, meter, observe)
         if result.num_steps_done >= config.loop.total_steps:
             engine.zero.check_outcome(result.valid_loss_after)
             peak_memory = None if first_step is None else memory.read()
@@ -182,6 +185,7 @@ def build_engine(config: RunConfig, topology: Topology, *, fill: bool = True) ->
 def _run_loop(
     config: RunConfig,
     topology: Topology,
+    claim: Claim,
     engine: Engine,
     loaders: Loaders,
     keeper: Keeper,
@@ -199,6 +203,7 @@ def _run_loop(
         meter=meter,
         open_probe=lambda: open_first_step_probe(engine.gpt, engine.trainable, topology, measured.append),
         observe=observe,
+        claim=claim,
         save=keeper.save,
         keep_best=keeper.keep_best,
         valid_loss_before=keeper.valid_loss_before,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 CONFIG_FILE = "config.yaml"
+CLAIM_FILE = ".claim.json"
+"""Which run began there last (claim.py)."""
 _ADAPTER = "adapter"
 _MODEL = "model"
 
@@ -33,7 +35,7 @@ def check_run_dir(run_dir: Path, resume: str) -> None:
         for path in (run_dir, run_dir / "checkpoints", run_dir / "metrics.jsonl"):
             if path.exists():
                 _check_writable(path, run_dir)
-        contents = sorted(entry.name for entry in run_dir.iterdir())
+        contents = sorted(entry.name for entry in run_dir.iterdir() if entry.name != CLAIM_FILE)
     if contents == [CONFIG_FILE] and resume != "must":
         return  # of a run that was refused before it had done anything
     if contents and resume == "none":

@@ -14,6 +14,9 @@ from typing import NoReturn
 _SECONDS_OF_ONE_REQUEST = 2.0
 """`timeout`, systemd and a launcher each forward SIGTERM: several within this time are one."""
 
+_OWN_REQUEST = 0
+"""No signal has this number."""
+
 _first_noted: dict[int, float] = {}
 """Signal -> monotonic time. Signals belong to the process, and so does this."""
 
@@ -62,6 +65,11 @@ def load_torch() -> None:
         import torch  # noqa: F401
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def request_stop() -> None:
+    """As if a signal had asked this process."""
+    _first_noted.setdefault(_OWN_REQUEST, time.monotonic())
 
 
 def is_stop_requested() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_dist.claim import claim_run_dir
 from lora_dist.classify_config import ClassifyConfig
 from lora_dist.data.glue import TASKS
 from lora_dist.encoders.engine import compute_losses
@@ -59,6 +60,7 @@ def train(job: Job, memory: PeakMemoryMeter, given: ClassifyConfig) -> dict[str,
     `given` is the configuration before its epochs were made steps.
     """
     config, topology = job.config, job.topology
+    claim = claim_run_dir(config.run_dir, topology)
     num_steps_done, valid_loss_before = resume(job)
     run_on_first(topology, lambda: write_config(given))
     meter = Meter(topology, num_warmup_steps=config.loop.num_warmup_steps_timing, memory=memory)
@@ -75,6 +77,7 @@ def train(job: Job, memory: PeakMemoryMeter, given: ClassifyConfig) -> dict[str,
             meter=meter,
             open_probe=nullcontext,
             observe=observe,
+            claim=claim,
             save=lambda step, before: save(job, step, before),
             keep_best=lambda step, validation: keep_best(job, step, validation),
             valid_loss_before=valid_loss_before,
