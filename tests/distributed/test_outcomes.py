@@ -107,7 +107,7 @@ def test_a_run_that_was_refused_can_be_typed_again(tmp_path: Path, capfd: pytest
     base = [*RUN[:1], *RUN[4:], *words]
     assert run_distributed(call, 2, base) == [2, 2]
     assert "rows.jsonl:5: missing key" in capfd.readouterr().err
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".claim.json", "config.yaml"]
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert run_distributed(call, 2, base) == [0, 0]
     assert len(read_losses(tmp_path / "run")) == 5

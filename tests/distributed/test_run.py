@@ -37,7 +37,7 @@ def test_a_run_directory_holds_its_record(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_distributed(run, 2, train, [*DEMO, "method=lora", f"run_dir={run_dir}"])
     assert {path.name for path in run_dir.iterdir()} == {
-        *("adapter", "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "summary.json")
+        *(".claim.json", "adapter", "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "summary.json")
     }
     line = read_metrics(run_dir / "metrics.jsonl")[-1]
     wanted = {"step", "loss", "grad_norm", "lr", "tokens", "step_time_ms", "tokens_per_sec_per_gpu", "peak_memory_gib"}
