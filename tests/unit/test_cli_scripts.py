@@ -58,7 +58,8 @@ STAND_INS = {
             word=${word//%%/$'\\1'} word=${word//%n/0} word=${word//%h/node0} word=${word//%u/me}
             words+=("${word//$'\\1'/%}")
         done
-        env -i PATH="$PATH" bash -c "${words[*]/#*\\/python/record}"
+        shopt -s extglob
+        env -i PATH="$PATH" bash -c "${words[*]/#*\\/python*([0-9.])/record}"
     """,
     "record": """printf '%s\\0' "$@" >words; env -0 >environment""",
     "lora-dist": "",
