@@ -20,6 +20,7 @@ from lora_dist.zero.engine import build_zero_engine
 
 NUM_STEPS = 3
 OPTIM = OptimConfig(lr=3e-3, clip_grad_norm=0.5, weight_decay=0.1, eps=1e-3)
+"""A smaller `eps` would make steps of gradients that are nothing but rounding, different on every kind of processor."""
 WIDE = replace(MODEL, num_layers=2, hidden_size=128, ffn_hidden_size=256)
 ADAPTERS = {
     "all": LoraConfig(rank=3, target_modules=["all"], dropout=0.2, bias="all"),
