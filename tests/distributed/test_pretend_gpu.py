@@ -66,10 +66,19 @@ def read_losses(run: Path) -> list[float]:
     return [step[key] for step in steps for key in ("loss", "valid_loss") if key in step]
 
 
-@pytest.mark.parametrize("name", few_of(ADAPTED, "stages", "offload", "shared heads"))
+RUNS = ADAPTED | {
+    "parts of rows": ["topology=cp2", "model.family=llama", "model.num_kv_heads=2", "data.seq_len=32"],
+    "windows": [
+        *("topology=single", "model.family=mistral", "model.num_kv_heads=2", "model.sliding_window=5"),
+        "data.seq_len=32",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", few_of(RUNS, "stages", "offload", "parts of rows", "windows"))
 def test_a_run_on_v100s_is_that_on_cpus(gpus: PretendGpus, name: str, tmp_path: Path) -> None:
     """From reading to writing, and continued. Without what the base drops, which each device draws its own way."""
-    losses, own = {}, [word for word in ADAPTED[name] if not re.match(r"model\.\w+_dropout=", word)]
+    losses, own = {}, [word for word in RUNS[name] if not re.match(r"model\.\w+_dropout=", word)]
     for device in ("cpu", "cuda"):
         words = [*TINY, *own, "optim.lr=1e-2", f"device={device}", f"run_dir={tmp_path / device}"]
         commands = [[*words, "loop.num_steps=2"]]
