@@ -72,6 +72,8 @@ run_micro() {
         FAILED+=(latency)
     "$PYTHON" tools/kernel_bench.py --device cuda --dtype bf16 --num-tokens 8192 --num-rounds 50 \
         --record $RECORDS/kernels_gpu.json || FAILED+=(kernels)
+    "$PYTHON" tools/window_record.py --device cuda --dtype bf16 --record $RECORDS/window/gpu_4096.json ||
+        FAILED+=(windows)
     local seq_len
     for seq_len in 512 2048; do
         "$PYTHON" tools/packing_record.py --record "$RECORDS/packing/gpu_gpt3_1_3b_$seq_len.json" --rounds 20 \

@@ -72,7 +72,7 @@ def export_adapter(stored: StoredAdapter, output: Path, format: str) -> None:
         if weights_name == LORALIB_WEIGHTS:  # what loralib's users torch.load
             buffer = BytesIO()  # torch.save to a full disk is a RuntimeError, whatever the system said
             torch.save({key: tensor.to(stored.dtype, copy=True) for key, tensor in tensors.items()}, buffer)
-            (temporary / weights_name).write_bytes(buffer.getbuffer())
+            (temporary / weights_name).write_bytes(buffer.getvalue())
         else:
             write_tensors(temporary / weights_name, tensors, stored.dtype)
         write_json(temporary / settings_name, settings)

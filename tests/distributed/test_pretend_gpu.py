@@ -11,7 +11,7 @@ from shutil import which
 
 import pytest
 import torch
-from demo_runs import call
+from demo_runs import ASSETS, DEMO, call
 from pretend_gpu import PretendGpus, kernels
 from processes import run_distributed
 from safetensors.torch import load_file
@@ -66,10 +66,19 @@ def read_losses(run: Path) -> list[float]:
     return [step[key] for step in steps for key in ("loss", "valid_loss") if key in step]
 
 
-@pytest.mark.parametrize("name", few_of(ADAPTED, "stages", "offload", "shared heads"))
+RUNS = ADAPTED | {
+    "parts of rows": ["topology=cp2", "model.family=llama", "model.num_kv_heads=2", "data.seq_len=32"],
+    "windows": [
+        *("topology=single", "model.family=mistral", "model.num_kv_heads=2", "model.sliding_window=5"),
+        "data.seq_len=32",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", few_of(RUNS, "stages", "offload", "parts of rows", "windows"))
 def test_a_run_on_v100s_is_that_on_cpus(gpus: PretendGpus, name: str, tmp_path: Path) -> None:
     """From reading to writing, and continued. Without what the base drops, which each device draws its own way."""
-    losses, own = {}, [word for word in ADAPTED[name] if not re.match(r"model\.\w+_dropout=", word)]
+    losses, own = {}, [word for word in RUNS[name] if not re.match(r"model\.\w+_dropout=", word)]
     for device in ("cpu", "cuda"):
         words = [*TINY, *own, "optim.lr=1e-2", f"device={device}", f"run_dir={tmp_path / device}"]
         commands = [[*words, "loop.num_steps=2"]]
@@ -84,6 +93,55 @@ def test_a_run_on_v100s_is_that_on_cpus(gpus: PretendGpus, name: str, tmp_path: 
         losses[device] = read_losses(tmp_path / device)
     is_half = any(word in own for word in ("dtype=fp16", "dtype=bf16"))
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-3 if is_half else 1e-5)
+
+
+def write_questions(directory: Path, adapter: Path) -> None:
+    rows = {"alone": [{"context": f"name : {name}"} for name in "ABC"]}
+    rows["mixed"] = [{"context": "name : A", "adapter": given} for given in (str(adapter), None, str(adapter))]
+    for name, questions in rows.items():
+        (directory / name).with_suffix(".jsonl").write_text("\n".join(map(json.dumps, questions)))
+    references = (ASSETS / "e2e_sample" / "test.txt").read_text().splitlines()[:4]
+    (directory / "references.txt").write_text("\n".join(references))
+
+
+def list_verbs(directory: Path, adapter: Path, output: Path) -> list[list[str]]:
+    one, fp32 = f"adapter={adapter}", "dtype=fp32"
+    alone = [fp32, "generate.max_new_tokens=6", f"generate.input={directory / 'alone.jsonl'}"]
+    mixed = [fp32, "generate.max_new_tokens=6", f"generate.input={directory / 'mixed.jsonl'}"]
+    return [
+        ["generate", one, *alone, f"generate.output={output / 'greedy'}"],
+        ["generate", one, *alone, f"generate.output={output / 'beams'}", "generate.num_beams=3"],
+        ["generate", one, *alone, f"generate.output={output / 'merged'}", "generate.merge=true"],
+        ["generate", one, *alone, f"generate.output={output / 'nf4'}", "model.base_format=nf4"],
+        ["generate", f"adapters=[{adapter}]", *mixed, f"generate.output={output / 'mixed'}"],
+        [
+            "evaluate",
+            one,
+            fp32,
+            "task=e2e",
+            f"task.references={directory / 'references.txt'}",
+            f"texts={output / 'texts'}",
+        ],
+        ["merge", one, f"output={output / 'whole'}"],
+    ]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("topology", ["single", "tp2"])
+def test_what_is_made_of_adapters_is_what_cpus_make(gpus: PretendGpus, topology: str, tmp_path: Path) -> None:
+    place, run = [f"topology={topology}"], tmp_path / "run"
+    world_size = count_processes(place)
+    train_words = ["train", *DEMO, *place, f"run_dir={run}", "device=cpu"]
+    assert run_distributed(call, world_size, train_words) == [0] * world_size
+    write_questions(tmp_path, run / "adapter")
+    for device, run_on in (("cpu", run_distributed), ("cuda", gpus.run)):
+        verbs = list_verbs(tmp_path, run / "adapter", tmp_path / device)
+        commands = [[*words, *place, f"device={device}"] for words in verbs]
+        assert run_on(run_verbs, world_size, *commands) == [[0] * len(commands)] * world_size
+    for name in ("greedy", "beams", "merged", "nf4", "mixed", "texts"):
+        assert (tmp_path / "cuda" / name).read_text() == (tmp_path / "cpu" / name).read_text()
+    whole = [load_file(tmp_path / device / "whole" / "model.safetensors") for device in ("cuda", "cpu")]
+    torch.testing.assert_close(*whole)
 
 
 PLANNED = {

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from processes import run_distributed
 
@@ -146,6 +147,27 @@ def test_overrides_arrive_as_they_were_typed_and_the_run_is_the_one_of_any_launc
     assert (job.run_dir / "adapter" / "adapter_model.safetensors").exists()
     assert list(job.run_dir.glob(f"wandb/offline-run-*-{name}"))
     assert read_training(job.run_dir) == train_undisturbed(overrides, tmp_path / "expected", 4)
+
+
+def test_the_paper_s_job_on_nodes_of_v100s(cluster: Cluster, tmp_path: Path) -> None:
+    """The script's own experiment, shrunk: fp16 on pretend GPUs, two to a node, pre-flight check included."""
+    if torch.backends.cuda.is_built() or shutil.which("g++") is None:
+        pytest.skip("pretend GPUs need a torch without CUDA, and g++")
+    overrides = ["debug=shrink", "device=cuda", "dtype=fp16", "hardware=v100_32gb", "topology=tp2_pp2"]
+    script = str(ROOT / "slurm" / "gpt3_lora.sh")
+    pretending = {"PYTHONPATH": str(ROOT / "tests" / "pretend_gpu" / "everywhere"), "DS_ACCELERATOR": "cuda"}
+    words = ["--nodes=2", "--ntasks-per-node=2", script, *overrides]
+    job = Job(cluster, tmp_path, words, PRETEND_CAPABILITY="7.0", **pretending)
+    job.wait_until_ended()
+    assert job.state == "COMPLETED", job.log
+    assert "preflight: 4 processes on 2 nodes, pretended, at least 80.0 GiB free for" in job.log
+    environment = yaml.safe_load((job.run_dir / "environment.json").read_text())
+    assert environment["gpus"]["devices"][0]["capability"] == "7.0"
+    assert (job.run_dir / "adapter" / "adapter_model.safetensors").exists()
+    on_cpus = ["experiment=gpt3_175b_v100", "debug=shrink", "device=cpu", "topology=tp2_pp2", "loop.recompute=none"]
+    expected = train_undisturbed(on_cpus, tmp_path / "expected", 4)
+    losses = [[line["loss"] for line in lines[1:]] for lines in (read_training(job.run_dir), expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 def test_a_time_limit_and_then_a_lost_node_change_nothing(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Labels, queries, summaries and exact answers: each metric on outputs whose score can be told by hand."""
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ def test_logical_form_ignores_the_order_of_conditions_and_the_case_of_values() -
 def database(tmp_path: Path) -> str:
     """A table as WikiSQL's databases hold it: lower-cased text, numbered columns."""
     path = tmp_path / "dev.db"
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE table_1_23_4 (col0 text, col1 real, col2 text)")
         rows = [("ann", 3.0, "x"), ("bob", 1200.0, "y"), ("ann", 5.0, "z")]
         connection.executemany("INSERT INTO table_1_23_4 VALUES (?, ?, ?)", rows)
@@ -144,7 +145,7 @@ def test_a_wrong_database_is_named(database: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task.database=.*/no.db is no file"):
         score_queries(pairs, str(tmp_path / "no.db"))
     assert not (tmp_path / "no.db").exists()
-    with sqlite3.connect(database) as connection:
+    with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("DROP TABLE table_1_23_4")
     with pytest.raises(ValueError, match=r"the reference of line 1 does not run \(no table table_1_23_4\)"):
         score_queries(pairs, database)
