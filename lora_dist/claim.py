@@ -35,7 +35,7 @@ class Claim:
         if self.topology.global_rank != 0:
             return
         try:
-            is_ours = self.path.read_text(encoding="utf-8") == self.text
+            is_ours = self.path.read_bytes() == self.text.encode()
         except OSError:
             return
         if not is_ours:
@@ -46,7 +46,7 @@ class Claim:
         run_on_first(self.topology, self._confirm)
 
     def _confirm(self) -> None:
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else self.text
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else self.text
         if text != self.text:
             raise ValueError(
                 f"run_dir={self.path.parent} was taken over by a run that began later ({_describe(text)});"
@@ -77,5 +77,7 @@ def _describe(text: str) -> str:
     try:
         about = json.loads(text)
     except json.JSONDecodeError:
+        about = None
+    if not isinstance(about, dict):
         return f"{CLAIM_FILE} is not this run's"
     return ", ".join(f"{name} {about[name]}" for name in ("host", "process", "slurm_job", "began") if about.get(name))

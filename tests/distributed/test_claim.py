@@ -85,7 +85,7 @@ def look(config: RunConfig, text: str | None) -> str:
     with lora_dist.run.open_job(config) as topology:
         Path(config.run_dir).mkdir()
         claim = claim_run_dir(config.run_dir, topology)
-        claim.path.unlink() if text is None else claim.path.write_text(text)
+        claim.path.unlink() if text is None else claim.path.write_bytes(text.encode(errors="surrogateescape"))
         claim.look()
         try:
             claim.confirm()
@@ -99,8 +99,9 @@ def test_a_claim_that_is_gone_is_nobodys_and_another_text_somebodys(tmp_path: Pa
         return compose_config(["experiment=debug/tiny_lora", "topology=single", f"run_dir={tmp_path / name}"])
 
     assert run_distributed(look, 1, configure("gone"), None) == ["held"]
-    [problem] = run_distributed(look, 1, configure("broken"), "{")
-    assert f"({CLAIM_FILE} is not this run's)" in problem
+    for name, text in {"broken": "{", "no claim": "[]", "no text": "\udcff"}.items():
+        [problem] = run_distributed(look, 1, configure(name), text)
+        assert f"({CLAIM_FILE} is not this run's)" in problem
     about = {"host": "n1", "process": 7, "slurm_job": "12", "began": "2026-12-01 10:00:00"}
     [problem] = run_distributed(look, 1, configure("job"), json.dumps(about))
     assert "(host n1, process 7, slurm_job 12, began 2026-12-01 10:00:00)" in problem
