@@ -29,6 +29,7 @@ from lora_dist.mcore.model import ShardedGpt, build_model
 from lora_dist.mcore.parallel import open_topology
 from lora_dist.mcore.prefixes import put_prefixes
 from lora_dist.mcore.rounded import dequantize_base
+from lora_dist.out_of_memory import ON_MORE_GPUS, explain_out_of_memory
 from lora_dist.parameters import TrainableParameter
 from lora_dist.prefix.spec import build_prefix_specs
 from lora_dist.prefix_config import PrefixConfig
@@ -109,7 +110,9 @@ def open_base(config: LiveConfig) -> Iterator[ShardedGpt]:
     else:
         dtype = read_dtype(config.model.checkpoint)
     check_device(device, {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"))
-    with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.seed) as topology:
+    less = [ON_MORE_GPUS, "for generate and evaluate fewer rows at once (generate.batch_size)"]
+    opened = open_topology(config.topology, device=device, local_rank=local_rank, seed=config.seed)
+    with opened as topology, explain_out_of_memory(device, less):
         gpt = build_model(config.model, topology, dtype=dtype, clock=DropoutClock())
         fill_base(gpt, config.model, seed=config.seed)
         yield gpt.requires_grad_(False).eval()

@@ -38,6 +38,7 @@ from lora_dist.measure.optimizer_state import check_optimizer_state
 from lora_dist.measure.report import write_comparison
 from lora_dist.measure.summary import Summary, build_summary
 from lora_dist.methods import AppliedMethod, apply_method
+from lora_dist.out_of_memory import explain_out_of_memory, list_remedies
 from lora_dist.run_dir import name_trained, prepare_run_dir, write_config
 from lora_dist.stopping import note_terminations, raise_stopped
 from lora_dist.topology import DTYPES, Topology, check_cuda_graphs, check_device, choose_device, run_on_first
@@ -97,7 +98,8 @@ def open_job(config: RunConfig) -> Iterator[Topology]:
     check_device(device, config.dtype)
     if config.cuda_graphs:
         check_cuda_graphs(device)
-    with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.loop.seed) as topology:
+    opened = open_topology(config.topology, device=device, local_rank=local_rank, seed=config.loop.seed)
+    with opened as topology, explain_out_of_memory(device, list_remedies(config)):
         yield topology
 
 

@@ -6,6 +6,8 @@ Their kernels' interfaces, DeepSpeed's and Megatron's ways for CUDA, NCCL's, gra
 import json
 import re
 from collections.abc import Iterator
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from shutil import which
 
@@ -142,6 +144,40 @@ def test_what_is_made_of_adapters_is_what_cpus_make(gpus: PretendGpus, topology:
         assert (tmp_path / "cuda" / name).read_text() == (tmp_path / "cpu" / name).read_text()
     whole = [load_file(tmp_path / device / "whole" / "model.safetensors") for device in ("cuda", "cpu")]
     torch.testing.assert_close(*whole)
+
+
+FULL = {
+    "train": (2**23, ["train", *DEMO, "topology=tp2", "loop.micro_batch_size=4"]),
+    "full": (
+        2**23,
+        ["train", *DEMO, "topology=dp2", "method=full", "loop.recompute=full", "loop.micro_batch_size=1"],
+    ),
+    "generate": (2**22, ["generate", "topology=tp2", "generate.prompt=name : A"]),
+}
+"""Bytes that are no more than such a job begins with, and the job."""
+REMEDIES = {
+    "train": "loop.micro_batch_size=2 (is 4), loop.recompute=full (is none), model.base_format=nf4, or a larger",
+    "full": "zero.offload_optimizer=true, or a higher zero.stage over more replicas, or a larger topology.tp_size",
+    "generate": "a larger topology.tp_size or pp_size, or for generate and evaluate fewer rows at once",
+}
+
+
+def run_with_little_memory(words: list[str], num_bytes: int) -> tuple[int, str]:
+    torch.cuda.set_per_process_memory_fraction(num_bytes / torch.cuda.mem_get_info()[1])
+    with redirect_stderr(StringIO()) as told:
+        return call(words), told.getvalue()
+
+
+@pytest.mark.parametrize("name", few_of(FULL, "train"))
+def test_memory_that_is_full_is_told_with_what_takes_less(gpus: PretendGpus, name: str, tmp_path: Path) -> None:
+    num_bytes, words = FULL[name]
+    words = [*words, "device=cuda", *([] if name == "generate" else [f"run_dir={tmp_path / 'run'}"])]
+    for code, told in gpus.run(run_with_little_memory, 2, words, num_bytes):
+        assert code == 2
+        assert re.search(
+            r"error: pretended \d \(80.0 GiB\) is out of memory: [\d.]+ MiB more were wanted, tensors", told
+        )
+        assert f". Less is held with {REMEDIES[name]}" in told
 
 
 PLANNED = {

@@ -16,6 +16,7 @@ constexpr int64_t BLOCK = 512;  // bytes; what torch's allocator rounds to
 thread_local c10::DeviceIndex current_device = 0;
 thread_local c10::StreamId current_stream = 0;
 c10::DeviceIndex num_devices = 1;
+int64_t bytes_limit = INT64_MAX;
 std::atomic<int64_t> bytes_now{0}, bytes_peak{0}, num_waits{0};
 
 void count_bytes(int64_t change) {
@@ -46,6 +47,10 @@ c10::DataPtr on_device(c10::Storage host) {
 struct DeviceMemory final : c10::Allocator {
   c10::DataPtr allocate(size_t size) override {
     auto* host = c10::GetAllocator(c10::kCPU);
+    TORCH_CHECK_WITH(
+        OutOfMemoryError,
+        bytes_now + static_cast<int64_t>(size) <= bytes_limit,
+        "CUDA out of memory. Tried to allocate ", size >> 20, ".00 MiB. GPU 0 has ...");
     return on_device(c10::Storage(c10::Storage::use_byte_size_t(), size, host->allocate(size), host, false));
   }
   void copy_data(void* to, const void* from, std::size_t size) const override {

@@ -26,6 +26,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("allocated", [] { return bytes_now.load(); });
   m.def("max_allocated", [] { return bytes_peak.load(); });
   m.def("reset_peak", [] { bytes_peak = bytes_now.load(); });
+  m.def("set_limit", [](int64_t bytes) { bytes_limit = bytes; });
   m.def("num_waits", [] { return num_waits.load(); });
   m.def("default_generator", [] { return default_generator(); });
   m.def("as_host", &as_host);

@@ -87,6 +87,7 @@ def _describe_memory(device: Any) -> dict[str, Any]:
         **dict.fromkeys(("memory_allocated", "memory_reserved"), lambda _device=None: device.allocated()),
         **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), lambda _device=None: device.max_allocated()),
         **dict.fromkeys(("reset_peak_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached"), reset),
+        "set_per_process_memory_fraction": lambda part, _device=None: device.set_limit(int(part * MEMORY_BYTES)),
         "memory_stats": lambda _device=None: {},
         "mem_get_info": lambda _device=None: (MEMORY_BYTES - device.allocated(), MEMORY_BYTES),
         "empty_cache": lambda: None,
