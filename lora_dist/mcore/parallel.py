@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_par
 from lora_dist.config import TopologyConfig, compute_dp_size
 from lora_dist.lora.factors import derive_seed
 from lora_dist.mcore.cpu import use_cpu_stand_ins
+from lora_dist.stopping import Stopped
 from lora_dist.topology import Topology, compute_coordinates
 
 
@@ -20,16 +21,21 @@ from lora_dist.topology import Topology, compute_coordinates
 def open_topology(config: TopologyConfig, *, device: torch.device, local_rank: int, seed: int) -> Iterator[Topology]:
     """Join the processes the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and lay out the grid.
 
-    On a failure nothing collective is issued: the process groups are dropped without a barrier.
+    On a failure nothing collective is issued: gloo's groups are dropped without a barrier, NCCL's left to the end of
+    the process. Taking those down waits for all of their processes, and one that fails alone could not say so.
     """
-    joined_here = not dist.is_initialized()
+    joined_here, is_well = not dist.is_initialized(), False
     if joined_here:
         _join(device, timeout_s=config.timeout_s)
     try:
         yield build_topology(config, device=device, local_rank=local_rank, seed=seed)
+        is_well = True
+    except Stopped:  # which is raised on every process
+        is_well = True
+        raise
     finally:
         ps.destroy_model_parallel()
-        if joined_here:
+        if joined_here and (is_well or device.type == "cpu"):
             dist.destroy_process_group()
 
 

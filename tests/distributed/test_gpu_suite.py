@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from shutil import which
@@ -11,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_gpu import ROOT, run_pretending
 from tiers import few_of
 
-ROOT = Path(__file__).parents[2]
 SMALL = [
     *("model.num_layers=2", "model.hidden_size=256", "model.num_heads=8", "model.ffn_hidden_size=512"),
     *("model.vocab_size=512", "data.seq_len=64", "bench.num_rounds=2", "bench.num_warmup_rounds=1"),
@@ -32,11 +31,9 @@ def _needs() -> None:
         pytest.skip("needs a torch without CUDA, and a C++ compiler, e.g. g++")
 
 
-def run_pretending(*words: str | Path, directory: Path = ROOT) -> str:
-    """What Python prints; it, and each Python that it starts, has pretend GPUs."""
-    places = [ROOT / "tests" / "pretend_gpu" / "everywhere", ROOT, ROOT / "tools"]
-    environment = dict(os.environ) | {"DS_ACCELERATOR": "cuda", "PYTHONPATH": os.pathsep.join(map(str, places))}
-    done = subprocess.run([sys.executable, *words], env=environment, cwd=directory, capture_output=True, text=True)
+def run_python(*words: str | Path) -> str:
+    """What it prints."""
+    done = run_pretending(*words)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -52,7 +49,7 @@ def shrink(overrides: Sequence[str]) -> list[str]:
 @pytest.mark.parametrize("name", few_of(dict.fromkeys(BENCHES), "gpu_gpt3_6_7b_peft"))
 def test_a_bench_leaves_its_record(name: str, tmp_path: Path) -> None:
     overrides = shrink(BENCHES[name].split("\t"))
-    run_pretending("-m", "lora_dist.cli.main", "bench", *overrides, f"run_dir={tmp_path / 'run'}")
+    run_python("-m", "lora_dist.cli.main", "bench", *overrides, f"run_dir={tmp_path / 'run'}")
     record: dict[str, Any] = json.loads((tmp_path / "run" / "bench.json").read_text())
     assert record["clock"] == "seconds"
     assert record["environment"]["gpus"]["devices"][0]["name"] == "pretended"
@@ -62,13 +59,13 @@ def test_a_bench_leaves_its_record(name: str, tmp_path: Path) -> None:
         assert measured["peak_memory"]["peak_bytes"] > measured["saved_activation_bytes"]
         losses = [sample["loss"] for sample in measured["samples"]]
         assert losses == pytest.approx([6.3, 6.3], abs=0.3), "near ln 512: what is drawn knows nothing"
-    assert "pretended" in run_pretending("-m", "bench_table", tmp_path / "run" / "bench.json")
+    assert "pretended" in run_python("-m", "bench_table", tmp_path / "run" / "bench.json")
 
 
 @pytest.mark.parametrize("file", few_of(["test_window.py", "test_context_attention.py"], "test_window.py"))
 def test_what_is_marked_for_gpus_passes(file: str) -> None:
     words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", f"tests/unit/{file}")
-    last_line = run_pretending(*words).splitlines()[-1]
+    last_line = run_python(*words).splitlines()[-1]
     assert " passed" in last_line
     assert " skipped" not in last_line
 
@@ -83,7 +80,7 @@ TOOLS = {
 def test_a_tool_leaves_its_record(name: str, tmp_path: Path) -> None:
     record = tmp_path / "record.json"
     words = ["--device", "cuda", "--dtype", "bf16", "--num-rounds", "2", *TOOLS[name]]
-    run_pretending(f"tools/{name}.py", *words, "--record", record)
+    run_python(f"tools/{name}.py", *words, "--record", record)
     assert "pretended" in record.read_text()
 
 
@@ -91,7 +88,7 @@ def test_a_tool_leaves_its_record(name: str, tmp_path: Path) -> None:
 def test_packed_rows_are_measured(tmp_path: Path) -> None:
     record = tmp_path / "record.json"
     overrides = ["model=demo", "data=e2e_demo", "data.seq_len=256", "loop.micro_batch_size=2", "dtype=bf16"]
-    run_pretending("tools/packing_record.py", "--record", record, "--rounds", "2", *overrides, "device=cuda")
+    run_python("tools/packing_record.py", "--record", record, "--rounds", "2", *overrides, "device=cuda")
     assert "pretended" in record.read_text()
 
 
@@ -107,7 +104,7 @@ print(json.dumps(make_record(model, cases, device=torch.device("cuda", 0), dtype
 
 @pytest.mark.exhaustive
 def test_latency_is_measured() -> None:
-    record = json.loads(run_pretending("-c", LATENCY).splitlines()[-1])
+    record = json.loads(run_python("-c", LATENCY).splitlines()[-1])
     assert record["clock"] == "seconds"
     assert record["environment"]["gpus"]["devices"][0]["name"] == "pretended"
 

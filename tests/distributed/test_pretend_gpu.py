@@ -14,7 +14,7 @@ from shutil import which
 import pytest
 import torch
 from demo_runs import ASSETS, DEMO, call
-from pretend_gpu import PretendGpus, kernels
+from pretend_gpu import PretendGpus, kernels, run_pretending
 from processes import run_distributed
 from safetensors.torch import load_file
 from test_devices import ADAPTED, RESUMED, TINY, count_processes
@@ -178,6 +178,14 @@ def test_memory_that_is_full_is_told_with_what_takes_less(gpus: PretendGpus, nam
             r"error: pretended \d \(80.0 GiB\) is out of memory: [\d.]+ MiB more were wanted, tensors", told
         )
         assert f". Less is held with {REMEDIES[name]}" in told
+
+
+def test_one_process_that_fails_says_so_and_ends_all(gpus: PretendGpus, tmp_path: Path) -> None:
+    """The others wait for it in a collective, and NCCL's groups are taken down by all together or not at all."""
+    words = ["train", *DEMO, "topology=tp2", "device=cuda", f"run_dir={tmp_path / 'run'}"]
+    done = run_pretending("-m", "lora_dist.cli.main", *words, timeout_s=240, PRETEND_FULL="1")
+    assert done.returncode == 2, done.stderr
+    assert "pretended 1 (80.0 GiB) is out of memory" in done.stderr
 
 
 PLANNED = {

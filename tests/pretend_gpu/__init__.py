@@ -10,7 +10,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_pretending(
+    *words: str | Path, timeout_s: float | None = None, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """Python with these words, in the checkout; it, and each Python that it starts, has pretend GPUs (everywhere/)."""
+    places = [ROOT / "tests" / "pretend_gpu" / "everywhere", ROOT, ROOT / "tools"]
+    pretending = {"DS_ACCELERATOR": "cuda", "PYTHONPATH": os.pathsep.join(map(str, places))}
+    return subprocess.run(
+        [sys.executable, *words],
+        env=dict(os.environ) | pretending | environ,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
 
 
 class PretendGpus:

@@ -188,6 +188,10 @@ struct PretendNccl final : c10d::Backend {
   uint64_t getSequenceNumberForGroup() override {
     return gloo_->getSequenceNumberForGroup();
   }
+  // Waits for all processes of the group, as NCCL does.
+  void shutdown() override {
+    gloo_->barrier(c10d::BarrierOptions())->wait();
+  }
   void setTimeout(std::chrono::milliseconds timeout) override {
     gloo_->setTimeout(timeout);
   }
