@@ -50,7 +50,7 @@ class Claim:
         if text != self.text:
             raise ValueError(
                 f"run_dir={self.path.parent} was taken over by a run that began later ({_describe(text)});"
-                " this one ends here and has saved nothing since. Give each run a run_dir of its own"
+                " this one ends and does not save its last step. Give each run a run_dir of its own"
             )
 
 

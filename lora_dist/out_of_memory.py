@@ -3,10 +3,12 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from lora_dist.config import RunConfig
+from lora_dist.config import LoopConfig, RunConfig
 from lora_dist.measure.report_table import format_bytes
 
 ON_MORE_GPUS = "a larger topology.tp_size or pp_size"
@@ -22,16 +24,30 @@ def explain_out_of_memory(device: torch.device, remedies: Sequence[str]) -> Iter
 
 
 def list_remedies(config: RunConfig) -> list[str]:
-    """What makes a training job's processes hold less, the cheapest first."""
-    size, recompute = config.loop.micro_batch_size, config.loop.recompute
-    remedies = [f"loop.micro_batch_size={size // 2} (is {size})"] if size > 1 else []
-    if recompute != "full":
-        remedies.append(f"loop.recompute=full (is {recompute})")
+    """What makes a training job's processes hold less, the cheapest first; nothing that would be refused in turn."""
+    remedies = halve_micro_batch(config.loop)
+    if config.loop.recompute != "full" and _allows(config, loop=replace(config.loop, recompute="full")):
+        remedies.append(f"loop.recompute=full (is {config.loop.recompute})")
     if config.method == "full":
         remedies.append("zero.offload_optimizer=true, or a higher zero.stage over more replicas")
-    elif config.method == "lora" and config.model.base_format == "native":
+    elif config.model.base_format == "native" and _allows(config, model=replace(config.model, base_format="nf4")):
         remedies.append("model.base_format=nf4")
     return [*remedies, f"{ON_MORE_GPUS}; `lora-dist plan` with the same words says what takes how much"]
+
+
+def halve_micro_batch(loop: LoopConfig) -> list[str]:
+    """Or, of an odd number of rows, one: what still divides the global batch. Nothing where there is one."""
+    size = loop.micro_batch_size
+    return [f"loop.micro_batch_size={size // 2 if size % 2 == 0 else 1} (is {size})"] if size > 1 else []
+
+
+def _allows(config: RunConfig, **changes: Any) -> bool:
+    """Whether the rules between a configuration's parts let these be changed."""
+    try:
+        replace(config, **changes)
+    except ValueError:
+        return False
+    return True
 
 
 def _describe(device: torch.device, error: torch.OutOfMemoryError) -> str:

@@ -98,13 +98,17 @@ def open_job(config: RunConfig) -> Iterator[Topology]:
     check_device(device, config.dtype)
     if config.cuda_graphs:
         check_cuda_graphs(device)
-    opened = open_topology(config.topology, device=device, local_rank=local_rank, seed=config.loop.seed)
-    with opened as topology, explain_out_of_memory(device, list_remedies(config)):
+    with open_topology(config.topology, device=device, local_rank=local_rank, seed=config.loop.seed) as topology:
         yield topology
 
 
 def train_method(config: RunConfig, topology: Topology) -> Summary:
     """Build, train, save and measure one method in `config.run_dir`, which exists."""
+    with explain_out_of_memory(topology.device, list_remedies(config)):
+        return _train_method(config, topology)
+
+
+def _train_method(config: RunConfig, topology: Topology) -> Summary:
     claim = claim_run_dir(config.run_dir, topology)
     memory = PeakMemoryMeter(topology.device)
     with open_sharing(config.run_dir, topology) as share:

@@ -3,7 +3,7 @@
 #
 #   check    tests marked gpu: GPU against CPU, planned against allocated memory   (5 minutes)
 #   train    LoRA, full fine-tuning and HF PEFT on GPT-2 medium to Llama 3 8B      (10 minutes)
-#   micro    latency (the paper's table 1) and what an adapter adds to a linear    (3 minutes)
+#   micro    latency (the paper's table 1), linears with an adapter, windows, packing (3 minutes)
 #   nf4      GPT-3 175B on one GPU of 140 GB, its base in nf4                      (8 minutes)
 #
 #   PYTHON             the interpreter (default .venv/bin/python), with lora_dist's packages or, without a network,

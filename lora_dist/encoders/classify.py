@@ -23,7 +23,7 @@ from lora_dist.mcore.parallel import open_topology
 from lora_dist.measure.memory import PeakMemoryMeter
 from lora_dist.measure.meter import Meter
 from lora_dist.measure.observers import open_observers
-from lora_dist.out_of_memory import explain_out_of_memory
+from lora_dist.out_of_memory import explain_out_of_memory, halve_micro_batch
 from lora_dist.run_dir import name_trained, prepare_run_dir, write_config
 from lora_dist.stopping import note_terminations, raise_stopped
 from lora_dist.tasks.scores import Scores
@@ -39,7 +39,7 @@ def classify(config: ClassifyConfig) -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = choose_device(config.device, local_rank)
     check_device(device, config.dtype)
-    less = [f"loop.micro_batch_size below {config.loop.micro_batch_size}, or a shorter encoder.seq_len"]
+    less = [*halve_micro_batch(config.loop), "a shorter encoder.seq_len"]
     opened = open_topology(config.topology, device=device, local_rank=local_rank, seed=config.loop.seed)
     with opened as topology, explain_out_of_memory(device, less):
         if config.train is not None:

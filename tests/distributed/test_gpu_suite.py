@@ -5,12 +5,10 @@ import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import pytest
-import torch
-from pretend_gpu import ROOT, run_pretending
+from pretend_gpu import ROOT, find_obstacle, run_pretending
 from tiers import few_of
 
 SMALL = [
@@ -27,8 +25,8 @@ BENCHES = dict(
 
 @pytest.fixture(scope="module", autouse=True)
 def _needs() -> None:
-    if torch.backends.cuda.is_built() or which("g++") is None:
-        pytest.skip("needs a torch without CUDA, and a C++ compiler, e.g. g++")
+    if obstacle := find_obstacle():
+        pytest.skip(obstacle)
 
 
 def run_python(*words: str | Path) -> str:

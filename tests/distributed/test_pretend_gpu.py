@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from shutil import which
 
 import pytest
 import torch
 from demo_runs import ASSETS, DEMO, call
-from pretend_gpu import PretendGpus, kernels, run_pretending
+from pretend_gpu import PretendGpus, find_obstacle, kernels, run_pretending
 from processes import run_distributed
 from safetensors.torch import load_file
 from test_devices import ADAPTED, RESUMED, TINY, count_processes
+from test_encoder_runs import describe_command
 from test_gpu_parity import CASES, train
 from tiers import few_of
 
@@ -32,10 +32,8 @@ V100, H100 = (7, 0), (9, 0)
 
 @pytest.fixture(scope="module")
 def gpus() -> Iterator[PretendGpus]:
-    if torch.backends.cuda.is_built():
-        pytest.skip("needs a torch without CUDA, whose own kernels would be in the way")
-    if which("g++") is None:
-        pytest.skip("needs a C++ compiler, e.g. g++")
+    if obstacle := find_obstacle():
+        pytest.skip(obstacle)
     pretended = PretendGpus()
     yield pretended
     pretended.close()
@@ -178,6 +176,15 @@ def test_memory_that_is_full_is_told_with_what_takes_less(gpus: PretendGpus, nam
             r"error: pretended \d \(80.0 GiB\) is out of memory: [\d.]+ MiB more were wanted, tensors", told
         )
         assert f". Less is held with {REMEDIES[name]}" in told
+
+
+@pytest.mark.exhaustive
+def test_memory_that_is_full_of_an_encoder(gpus: PretendGpus, tmp_path: Path) -> None:
+    words = describe_command(tmp_path, "run", f"train={tmp_path / 'train.tsv'}", "topology=dp2", "device=cuda")
+    for code, told in gpus.run(run_with_little_memory, 2, words, 2**14):
+        assert code == 2
+        assert " is out of memory: " in told
+        assert ", or a shorter encoder.seq_len" in told
 
 
 def test_one_process_that_fails_says_so_and_ends_all(gpus: PretendGpus, tmp_path: Path) -> None:

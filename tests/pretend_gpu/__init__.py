@@ -11,9 +11,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shutil import which
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[2]
+
+
+def find_obstacle() -> str | None:
+    """Why there are none here; None where there can be."""
+    if torch.backends.cuda.is_built():
+        return "pretend GPUs need a torch without CUDA, whose own kernels would be in the way"
+    return None if which("g++") else "pretend GPUs need a C++ compiler, e.g. g++"
 
 
 def run_pretending(

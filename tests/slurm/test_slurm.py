@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pretend_gpu
 import pytest
-import torch
 import yaml
 from processes import run_distributed
 
@@ -151,8 +151,8 @@ def test_overrides_arrive_as_they_were_typed_and_the_run_is_the_one_of_any_launc
 
 def test_the_paper_s_job_on_nodes_of_v100s(cluster: Cluster, tmp_path: Path) -> None:
     """The script's own experiment, shrunk: fp16 on pretend GPUs, two to a node, pre-flight check included."""
-    if torch.backends.cuda.is_built() or shutil.which("g++") is None:
-        pytest.skip("pretend GPUs need a torch without CUDA, and g++")
+    if obstacle := pretend_gpu.find_obstacle():
+        pytest.skip(obstacle)
     overrides = ["debug=shrink", "device=cuda", "dtype=fp16", "hardware=v100_32gb", "topology=tp2_pp2"]
     script = str(ROOT / "slurm" / "gpt3_lora.sh")
     pretending = {"PYTHONPATH": str(ROOT / "tests" / "pretend_gpu" / "everywhere"), "DS_ACCELERATOR": "cuda"}
